@@ -1,0 +1,111 @@
+"""AdaBelief."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, final
+
+from torch import Tensor
+
+from .optimizer import FusedOptimizer, Schedule, WeightDecayMask
+from .rules import RULES, Rule
+
+__all__ = ["AdaBelief"]
+
+
+@final
+class AdaBelief(FusedOptimizer):
+    r"""AdaBelief: the step is large where the gradient is as predicted, with the
+    semantics of ``optax.adabelief``, in one fused pass.
+
+    With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
+
+    .. math::
+        m_t &= (1-\beta_1) g_t + \beta_1 m_{t-1} \\
+        s_t &= (1-\beta_2) (g_t - m_t)^2 + \beta_2 s_{t-1} + \varepsilon_{root} \\
+        u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{s_t / (1-\beta_2^t)} + \varepsilon}
+               + \lambda p_{t-1} \\
+        p_t &= p_{t-1} - \eta u_t
+
+    With ``nesterov`` the numerator is
+    :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
+    ``eps_root`` goes into the stored :math:`s_t` at every step.
+
+    Args:
+        params: parameters, named parameters, or dicts of groups, of any mix of float32,
+            float64, bfloat16, float16, complex64 and complex128, of any shape and layout.
+        lr: :math:`\eta`; a float, a tensor of one element on the CPU or the parameters'
+            device, or a callable of the number of earlier ``step()`` calls.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
+        eps: :math:`\varepsilon`.
+        eps_root: :math:`\varepsilon_{root}`.
+        weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float, or a callable as for
+            ``lr``.
+        nesterov: look one step ahead in the first moment.
+        weight_decay_mask: which parameters decay: a callable of (name, parameter), a
+            mapping from name to bool, or a list of bools in parameter order. Unnamed
+            parameters are named by their number in their group.
+        decoupled_lr: scale weight decay by ``lr / initial_lr`` in place of ``lr``
+            (Loshchilov and Hutter).
+        maximize: ascend.
+        flatten: move parameters, gradients and states into one contiguous buffer each;
+            the tensors become views of them. :meth:`zero_grad` then zeroes gradients in
+            place and keeps them.
+        backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,
+            ``"cpu"``, ``"eager"``.
+
+    State: ``step`` (int64), ``exp_avg`` and ``exp_avg_var``, in float32 for 16-bit
+    parameters and in the parameter's dtype otherwise.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; named.
+        RuntimeError: the backend that was named is not available; says why.
+
+    Example:
+        >>> import torch
+        >>> from fused_optim import AdaBelief
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = AdaBelief(model.parameters(), lr=1e-3, weight_decay=0.1)
+        >>> model(torch.ones(2, 3)).sum().backward()
+        >>> optimizer.step()
+
+    Source: arXiv 2010.07468; ``optax.adabelief``, that is ``chain(scale_by_belief,
+    add_decayed_weights, scale_by_learning_rate)``.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-16,
+        eps_root: float = 1e-16,
+        weight_decay: float | Schedule = 0.0,
+        *,
+        nesterov: bool = False,
+        weight_decay_mask: WeightDecayMask | None = None,
+        decoupled_lr: bool = False,
+        maximize: bool = False,
+        flatten: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "betas": betas,
+            "eps": eps,
+            "eps_root": eps_root,
+            "weight_decay": weight_decay,
+            "nesterov": nesterov,
+            "maximize": maximize,
+        }
+        super().__init__(
+            params,
+            defaults,
+            weight_decay_mask=weight_decay_mask,
+            decoupled_lr=decoupled_lr,
+            flatten=flatten,
+            backend=backend,
+        )
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        return RULES["adabelief_nesterov" if group["nesterov"] else "adabelief"]

@@ -1,0 +1,41 @@
+"""The backends: who can step which device, and who does.
+
+A backend is a :class:`Backend`; a new one is a module here and a line in ``BACKENDS``.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .base import Backend, Inputs
+from .eager import EAGER
+from .native import CPU, CUDA
+from .triton import TRITON
+
+__all__ = ["BACKENDS", "Backend", "Inputs", "select"]
+
+BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}
+"""In order of preference."""
+
+
+def check_name(name: str | None) -> None:
+    """Raise a ValueError where ``name`` is no backend's."""
+    if name is not None and name not in BACKENDS:
+        raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {name!r}")
+
+
+def select(name: str | None, device: torch.device) -> Backend:
+    """The backend for parameters on ``device``.
+
+    Args:
+        name: a backend's name, or None for the best that the device has.
+
+    Raises:
+        RuntimeError: the named backend is not available for the device; says why.
+    """
+    if name is None:
+        return next(b for b in BACKENDS.values() if b.why_not(device) is None)
+    reason = BACKENDS[name].why_not(device)
+    if reason is not None:
+        raise RuntimeError(f"backend {name!r} is not available for {device}: {reason}")
+    return BACKENDS[name]

@@ -1,0 +1,773 @@
+"""The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints, AMP.
+
+:class:`FusedOptimizer` knows no rule's arithmetic and no backend's; a subclass names its
+rule, and a backend makes the step. A step goes: closure, hyperparameters, plan, launch.
+The plan (which tensors, at which addresses) is kept until something moved.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Real
+from typing import Any, NamedTuple, Union
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, Inputs, check_name, select
+from .flat import FlatSet, flat_sets
+from .reference import MAX_COUNT, Hyperparameters
+from .rules import Rule
+from .storage import FORMATS, parameter_format, state_dtype
+from .table import (
+    Batch,
+    BatchKey,
+    Operands,
+    check_grad,
+    check_no_overlap,
+    check_parameter,
+    dense_like,
+    operands,
+    same_layout,
+)
+
+Schedule = Callable[[int], float]
+"""A value as a function of the number of earlier ``step()`` calls, as in Optax."""
+WeightDecayMask = Union[Callable[[str, Tensor], bool], Mapping[str, bool], Sequence[bool]]
+
+
+def _number(name: str, value: Any, below: float = math.inf) -> float:
+    """``value`` as a float, checked to lie in [0, below)."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
+    if not 0 <= value < below:
+        limits = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
+        raise ValueError(f"{name} must be {limits}, got {value!r}")
+    return float(value)
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be True or False, got {value!r}")
+    return value
+
+
+class _Plan:
+    """The batches of a step, and what must be unchanged for them to be of use again."""
+
+    def __init__(
+        self,
+        live: list[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        batches: list[tuple[Backend, Batch]],
+        options: list[Any],
+    ) -> None:
+        self.live = live
+        self.batches = batches
+        self.options = options
+        self.fixed = _fingerprint(params, states)
+        self.steps = [state["step"] for state in states]
+        self.grad_kinds = _grad_kinds(grads)
+        self.grad_addresses = list(map(Tensor.data_ptr, grads))
+        self.movable = not any(o.slot for _, batch in batches for o in batch.items)
+        self.steps_certain = self.steps_maybe = 0
+
+    def still_right(
+        self,
+        live: list[int],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[dict[str, Any]],
+        options: list[Any],
+    ) -> bool:
+        """Whether the plan still describes these tensors, gradients moved at most."""
+        if live != self.live or options != self.options:
+            return False
+        if _fingerprint(params, states) != self.fixed or _grad_kinds(grads) != self.grad_kinds:
+            return False
+        addresses = list(map(Tensor.data_ptr, grads))
+        if addresses != self.grad_addresses:
+            if not self.movable:
+                return False
+            for _, batch in self.batches:
+                batch.move_grads([grads[o.position] for o in batch.items])
+            self.grad_addresses = addresses
+        return True
+
+
+def _fingerprint(params: list[Tensor], states: list[dict[str, Any]]) -> tuple[list[Any], ...]:
+    tensors = params + [t for state in states for t in state.values() if isinstance(t, Tensor)]
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.stride, tensors)),
+        list(map(Tensor.numel, tensors)),
+        [t.dtype for t in tensors],
+    )
+
+
+def _grad_kinds(grads: list[Tensor]) -> tuple[list[Any], ...]:
+    return list(map(Tensor.stride, grads)), [g.dtype for g in grads]
+
+
+class _Live(NamedTuple):
+    """A parameter that has a gradient."""
+
+    name: str
+    param: Tensor
+    grad: Tensor
+    group: int
+    decay: bool
+
+
+class FusedOptimizer(torch.optim.Optimizer):
+    """What AdaBelief and AdamaxW share: everything but the rule. Not for direct use."""
+
+    _step_supports_amp_scaling = True
+    """``torch.amp.GradScaler`` hands over ``grad_scale`` and ``found_inf`` and lets the
+    step unscale and skip, with no wait for the device."""
+
+    def __init__(
+        self,
+        params: Any,
+        defaults: dict[str, Any],
+        *,
+        weight_decay_mask: WeightDecayMask | None,
+        decoupled_lr: bool,
+        flatten: bool,
+        backend: str | None,
+    ) -> None:
+        check_name(backend)
+        self._backend_name = backend
+        self._flatten = _flag("flatten", flatten)
+        self._decoupled_lr = _flag("decoupled_lr", decoupled_lr)
+        if not (
+            weight_decay_mask is None
+            or callable(weight_decay_mask)
+            or isinstance(weight_decay_mask, (Mapping, Sequence))
+        ):
+            raise TypeError(
+                "weight_decay_mask must be a callable of (name, parameter), a mapping from name to "
+                f"bool or a list of bools, got {type(weight_decay_mask).__name__}"
+            )
+        self._mask = weight_decay_mask
+        self._mask_used = 0
+        self._count = 0
+        self._schedules: list[dict[str, Schedule]] = []
+        self._reset()
+        defaults = {**defaults, "differentiable": False}
+        super().__init__(params, defaults)
+        if isinstance(weight_decay_mask, Sequence) and self._mask_used != len(weight_decay_mask):
+            raise ValueError(
+                f"weight_decay_mask has {len(weight_decay_mask)} entries for {self._mask_used} parameters"
+            )
+        if isinstance(weight_decay_mask, Mapping):
+            known = {n for g in self.param_groups for n in g.get("param_names", ())}
+            unknown = sorted(set(weight_decay_mask) - known)
+            if unknown:
+                raise ValueError(f"weight_decay_mask names {unknown[0]!r}, which is no parameter's name")
+        for device in {p.device for p in self._all_params() if p.device.type != "meta"}:
+            select(backend, device)
+        if flatten:
+            self._flat = flat_sets(self._all_params())
+
+    def _reset(self) -> None:
+        """Forget all that can be worked out again."""
+        self._plan: _Plan | None = None
+        self._flat: list[FlatSet] = []
+        self._hyper_values: list[Hyperparameters] | None = None
+        self._hyper: dict[torch.device, Tensor] = {}
+        self._checked_groups: list[Any] = []
+        self._history: dict[Tensor, Any] = {}
+        self._captured: list[Any] = []
+        self._warned: set[str] = set()
+
+    def _rule(self, group: dict[str, Any]) -> Rule:
+        """The rule for a group's options."""
+        raise NotImplementedError
+
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
+    def _name(self, group: int, index: int) -> str:
+        names = self.param_groups[group].get("param_names")
+        return repr(names[index]) if names else f"{index} of group {group}"
+
+    def _warn_once(self, message: str) -> None:
+        if message not in self._warned:
+            self._warned.add(message)
+            warnings.warn(message, UserWarning, stacklevel=4)
+
+    # Groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; ``lr`` and
+        ``weight_decay`` may be callables, as in the constructor.
+
+        Raises:
+            ValueError, TypeError: a hyperparameter is out of range, or a parameter is
+                given twice or overlaps another in memory. Nothing is added then.
+        """
+        if not isinstance(param_group, dict):
+            raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
+        index = len(self.param_groups)
+        group = {**self.defaults, **param_group}
+        schedules = {
+            key: group[key] for key in ("lr", "weight_decay") if callable(group.get(key))
+        }
+        for key, schedule in schedules.items():
+            group[key] = float(schedule(self._count))
+        self._check_group(group, f" of group {index}" if index else "")
+        if isinstance(group["params"], Tensor):
+            group["params"] = [group["params"]]
+        elif not isinstance(group["params"], set):
+            group["params"] = list(group["params"])
+            self._check_twice(group["params"], index)
+        if self._decoupled_lr:
+            self._set_initial_lr(group, schedules)
+        mask_used = self._mask_used
+        super().add_param_group(group)
+        try:
+            added = self.param_groups[index]
+            added["weight_decay_mask"] = self._mask_of(added)
+            check_no_overlap(
+                [
+                    (self._name(i, j), p)
+                    for i, g in enumerate(self.param_groups)
+                    for j, p in enumerate(g["params"])
+                ]
+            )
+        except Exception:
+            self.param_groups.pop()
+            self._mask_used = mask_used
+            raise
+        self._schedules.append(schedules)
+        self._plan = None
+
+    def _check_twice(self, params: list[Any], index: int) -> None:
+        seen = {id(p): self._name(i, j) for i, g in enumerate(self.param_groups) for j, p in enumerate(g["params"])}
+        for j, p in enumerate(params):
+            p = p[1] if isinstance(p, tuple) else p
+            name = f"{j} of group {index}"
+            if id(p) in seen:
+                raise ValueError(f"parameters {seen[id(p)]} and {name} are the same tensor; give it once")
+            seen[id(p)] = name
+
+    def _set_initial_lr(self, group: dict[str, Any], schedules: dict[str, Schedule]) -> None:
+        lr = float(group["lr"])
+        if "lr" in schedules or lr == 0:
+            raise ValueError(
+                "decoupled_lr=True scales weight decay by lr / initial_lr: lr must be a number or tensor "
+                f"other than 0, got {schedules.get('lr', lr)!r}"
+            )
+        group.setdefault("initial_lr", lr)
+
+    def _mask_of(self, group: dict[str, Any]) -> list[bool] | None:
+        """Which of a group's parameters decay; None for all."""
+        n = len(group["params"])
+        mask = group.get("weight_decay_mask")
+        if mask is None:
+            mask = self._mask
+            if isinstance(mask, Sequence):
+                mask = mask[self._mask_used : self._mask_used + n]
+                self._mask_used += n
+        if mask is None:
+            return None
+        names = group.get("param_names")
+        if callable(mask):
+            mask = [mask(name, p) for name, p in zip(names or map(str, range(n)), group["params"])]
+        elif isinstance(mask, Mapping):
+            if names is None:
+                raise ValueError(
+                    "weight_decay_mask is a mapping from name to bool, but the parameters have no names: "
+                    "give model.named_parameters()"
+                )
+            missing = [name for name in names if name not in mask]
+            if missing:
+                raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}")
+            mask = [mask[name] for name in names]
+        if len(mask) != n:
+            raise ValueError(f"weight_decay_mask has {len(mask)} entries for {n} parameters")
+        return [bool(m) for m in mask]
+
+    def _check_group(self, group: dict[str, Any], where: str = "") -> None:
+        """Raise what is wrong with a group's hyperparameters, naming it."""
+        lr = group["lr"]
+        if isinstance(lr, Tensor):
+            if lr.numel() != 1 or not lr.is_floating_point():
+                raise ValueError(
+                    f"lr{where} must be a number or a floating-point tensor of one element, "
+                    f"got a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype}"
+                )
+            if lr.device.type == "cpu":
+                _number(f"lr{where}", lr.item())
+        else:
+            _number(f"lr{where}", lr)
+        betas = group["betas"]
+        if not isinstance(betas, (tuple, list)) or len(betas) != 2:
+            kind = ValueError if isinstance(betas, (tuple, list)) else TypeError
+            raise kind(f"betas{where} must be two numbers, got {betas!r}")
+        for i, beta in enumerate(betas):
+            _number(f"betas[{i}]{where}", beta, below=1)
+        for key in ("eps", "eps_root", "weight_decay", "initial_lr"):
+            if key in group:
+                _number(f"{key}{where}", group[key])
+        for key in ("maximize", "nesterov"):
+            if key in group:
+                _flag(f"{key}{where}", group[key])
+        if group.get("differentiable"):
+            raise ValueError("differentiable=True is not supported")
+
+    # The step
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Make one optimization step.
+
+        Args:
+            closure: reevaluates the model and returns the loss.
+
+        Returns:
+            What the closure returned, else None.
+
+        Raises:
+            ValueError, TypeError, RuntimeError: a hyperparameter, parameter or gradient
+                is wrong; the text names it. Nothing has changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        values, device_lrs = self._hyperparameters()
+        plan = self._current_plan()
+        for device, inputs in self._inputs(plan, values, device_lrs).items():
+            for backend, batch in plan.batches:
+                if batch.key.device == device:
+                    for o in batch.staged:
+                        o.load_sources()
+                    backend.step(batch, inputs)
+                    for o in batch.staged:
+                        o.store_sources()
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._captured += [plan, inputs, *[dict(b.on_device) for _, b in plan.batches]]
+        if getattr(self, "found_inf", None) is None:
+            plan.steps_certain += 1
+        else:
+            plan.steps_maybe += 1
+        self._count = min(self._count + 1, MAX_COUNT)
+        return loss
+
+    def _hyperparameters(self) -> tuple[list[Hyperparameters], list[tuple[int, Tensor]]]:
+        """Two rows for each group, with and without weight decay, and the learning rates
+        that live on a GPU with the row they belong to."""
+        for group, schedules in zip(self.param_groups, self._schedules):
+            for key, schedule in schedules.items():
+                group[key] = float(schedule(self._count))
+        values, device_lrs, checked = [], [], []
+        for i, group in enumerate(self.param_groups):
+            lr, betas = group["lr"], group["betas"]
+            if isinstance(lr, Tensor):
+                if lr.numel() != 1:
+                    self._check_group(group, f" of group {i}" if i else "")
+                if lr.device.type == "cpu":
+                    lr = lr.item()
+                else:
+                    device_lrs += [(2 * i, lr), (2 * i + 1, lr)]
+                    lr = 0.0
+            key = (lr, betas, *map(group.get, ("eps", "eps_root", "weight_decay", "maximize", "nesterov", "initial_lr")))
+            if i >= len(self._checked_groups) or self._checked_groups[i] != key:
+                self._check_group({**group, "lr": lr}, f" of group {i}" if i else "")
+            checked.append(key)
+            for decay in (group["weight_decay"], 0.0):
+                values.append(
+                    Hyperparameters(
+                        lr=lr,
+                        weight_decay=decay,
+                        beta1=betas[0],
+                        beta2=betas[1],
+                        eps=group["eps"],
+                        eps_root=group.get("eps_root", 0.0),
+                        initial_lr=group["initial_lr"] if self._decoupled_lr else 0.0,
+                        maximize=group["maximize"],
+                    )
+                )
+        self._checked_groups = checked
+        return values, device_lrs
+
+    def _inputs(
+        self, plan: _Plan, values: list[Hyperparameters], device_lrs: list[tuple[int, Tensor]]
+    ) -> dict[torch.device, Inputs]:
+        """What each device's batches are given, uploaded where it changed."""
+        if values != self._hyper_values:
+            self._hyper_values = values
+            self._hyper = {}
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        inputs = {}
+        for device in {batch.key.device for _, batch in plan.batches}:
+            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+                self._check_capture()
+            if device not in self._hyper:
+                table = torch.tensor(values, dtype=torch.float64)
+                if device.type != "cpu":
+                    table = table.pin_memory().to(device, non_blocking=True)
+                self._hyper[device] = table
+            hyper = self._hyper[device]
+            for row, lr in device_lrs:
+                hyper[row, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
+            inputs[device] = Inputs(
+                hyper,
+                *(
+                    None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=True)
+                    for t in (scale, found_inf)
+                ),
+            )
+        return inputs
+
+    def _check_capture(self) -> None:
+        for i, (group, schedules) in enumerate(zip(self.param_groups, self._schedules)):
+            frozen = next(iter(schedules), None)
+            if frozen is None and isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu":
+                frozen = "lr"
+            if frozen is not None:
+                raise RuntimeError(
+                    f"{frozen} of group {i} would freeze at its present value in the CUDA graph that is "
+                    "being captured; give lr as a tensor on the GPU and fill it between replays"
+                )
+
+    # The plan
+
+    def _current_plan(self) -> _Plan:
+        params = self._all_params()
+        grads = [p.grad for p in params]
+        live = [i for i, g in enumerate(grads) if g is not None]
+        if len(live) != len(params):
+            live_params = [params[i] for i in live]
+            live_grads = [grads[i] for i in live]
+        else:
+            live_params, live_grads = params, grads
+        options = [
+            (len(g["params"]), g.get("nesterov"), g["weight_decay_mask"]) for g in self.param_groups
+        ]
+        if self._flatten:
+            self._check_flat(params)
+        state = self.state
+        states = [state.get(p, {}) for p in live_params]
+        plan = self._plan
+        if plan is None or not plan.still_right(live, live_params, live_grads, states, options):
+            plan = self._plan = self._make_plan(live, options)
+        return plan
+
+    def _live(self) -> list[_Live]:
+        live = []
+        for i, group in enumerate(self.param_groups):
+            mask = group["weight_decay_mask"]
+            if mask is not None and len(mask) != len(group["params"]):
+                raise ValueError(
+                    f"weight_decay_mask of group {i} has {len(mask)} entries for {len(group['params'])} parameters"
+                )
+            for j, p in enumerate(group["params"]):
+                if p.grad is not None:
+                    live.append(_Live(self._name(i, j), p, p.grad, i, mask is None or mask[j]))
+        return live
+
+    def _make_plan(self, indices: list[int], options: list[Any]) -> _Plan:
+        live = self._live()
+        for x in live:
+            check_parameter(x.name, x.param)
+            check_grad(x.name, x.param, x.grad)
+        check_no_overlap([(x.name, x.param) for x in live])
+        backends = {d: select(self._backend_name, d) for d in {x.param.device for x in live}}
+        dense = [dense_like(x.param) for x in live]
+        new_steps = self._new_steps(live)
+        states = self._states(live, dense, new_steps)
+        self._settle_history(states, {t for steps in new_steps.values() for t in steps})
+        if self._flatten:
+            live = self._go_home(live, states)
+            dense = [dense_like(x.param) for x in live]
+        for x, state in zip(live, states):
+            self.state[x.param] = state
+        homes = {p: home for home in self._flat for p in home.params}
+        by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
+        for position, (x, d, state) in enumerate(zip(live, dense, states)):
+            rule = self._rule(self.param_groups[x.group])
+            mu, nu = (state[key] for key in rule.states)
+            o = operands(x.param, x.grad, d, mu, nu, state["step"])
+            o.position = position
+            o.hyper_row = 2 * x.group + (not x.decay)
+            home = homes.get(x.param)
+            if home is not None and o.param_source is None and o.grad_source is None:
+                o.slot = home.slot(x.param)
+                o.history = self._history[state["step"]]
+            key = BatchKey(
+                x.param.device,
+                rule,
+                FORMATS[o.param.dtype],
+                FORMATS[o.grad.dtype],
+                FORMATS[o.mu.dtype],
+            )
+            by_key[key].append(o)
+        batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
+        return _Plan(
+            indices,
+            [x.param for x in live],
+            [x.grad for x in live],
+            states,
+            batches,
+            options,
+        )
+
+    def _new_steps(self, live: list[_Live]) -> dict[torch.device, list[Tensor]]:
+        """Step numbers for the parameters that have none, one allocation a device."""
+        missing = Counter(x.param.device for x in live if "step" not in self.state.get(x.param, {}))
+        return {
+            device: list(torch.zeros(n, dtype=torch.int64, device=device)) for device, n in missing.items()
+        }
+
+    def _states(
+        self, live: list[_Live], dense: list[Tensor], new_steps: dict[torch.device, list[Tensor]]
+    ) -> list[dict[str, Any]]:
+        """Every parameter's state, made, converted or laid out anew where need be."""
+        unused = {device: iter(steps) for device, steps in new_steps.items()}
+        states = []
+        for x, d in zip(live, dense):
+            state = dict(self.state.get(x.param, {}))
+            state["step"] = (
+                self._step_tensor(state["step"], x) if "step" in state else next(unused[x.param.device])
+            )
+            for key in self._rule(self.param_groups[x.group]).states:
+                state[key] = self._moment(x, key, state.get(key), d)
+            states.append(state)
+        return states
+
+    @staticmethod
+    def _step_tensor(step: Any, x: _Live) -> Tensor:
+        if isinstance(step, Tensor) and step.dtype == torch.int64 and step.dim() == 0 and step.device == x.param.device:
+            return step
+        return torch.as_tensor(step, device=x.param.device).reshape(()).to(torch.int64)
+
+    @staticmethod
+    def _moment(x: _Live, key: str, value: Tensor | None, dense: Tensor) -> Tensor:
+        dtype = state_dtype(x.param.dtype)
+        if value is not None and value.shape != x.param.shape:
+            raise RuntimeError(
+                f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
+                f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
+            )
+        if value is not None and value.dtype == dtype and value.device == dense.device and same_layout(value, dense):
+            return value
+        fresh = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=dense.device)
+        if value is None:
+            return fresh.zero_()
+        if value.dtype != dtype:
+            warnings.warn(
+                f"state {key!r} of parameter {x.name} is converted from {value.dtype} to {dtype}, "
+                f"since the parameter is {x.param.dtype} now",
+                UserWarning,
+                stacklevel=2,
+            )
+        return fresh.copy_(value)
+
+    # Flat buffers
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Reset the gradients. With ``flatten=True`` the gradients that lie in the flat
+        buffer are zeroed in one pass and stay there, whatever ``set_to_none`` says; a
+        gradient that is None stays None."""
+        if not self._flat:
+            super().zero_grad(set_to_none)
+            return
+        flat = set()
+        for home in self._flat:
+            home.zero_grad(set_to_none)
+            flat.update(home.params)
+        for p in self._all_params():
+            if p not in flat and p.grad is not None:
+                p.grad = None if set_to_none else p.grad.detach_().zero_()
+
+    def _check_flat(self, params: list[Tensor]) -> None:
+        for home in self._flat:
+            if not home.gradient_arrived() and all(
+                p.grad is None or home.at_home("grad", p, p.grad) for p in home.params
+            ):
+                self._warn_once(
+                    "step() without any gradient since zero_grad(): if the model's parameters were replaced "
+                    "(load_state_dict(assign=True)), make a new optimizer for the new ones"
+                )
+
+    def _go_home(self, live: list[_Live], states: list[dict[str, Any]]) -> list[_Live]:
+        """Bring every parameter, gradient and state to its slot in the flat buffers."""
+        params = self._all_params()
+        lost = [p for home in self._flat for p in home.params if not home.at_home("param", p, p)]
+        known = {p for home in self._flat for p in home.params}
+        if lost:
+            self._warn_once(
+                "parameters were moved out of the flat buffers of flatten=True (model.to(), p.data = ...); "
+                "they are gathered again, which costs a copy"
+            )
+        if lost or any(p not in known for p in params):
+            self._flat = flat_sets(params)
+        homes = {p: home for home in self._flat for p in home.params}
+        result = []
+        for x, state in zip(live, states):
+            home = homes.get(x.param)
+            if home is None:
+                result.append(x)
+                continue
+            for key in self._rule(self.param_groups[x.group]).states:
+                if not home.at_home(key, x.param, state[key]):
+                    state[key] = home.view(key, x.param).copy_(state[key])
+            if not home.at_home("grad", x.param, x.grad) and x.grad.dtype == x.param.dtype:
+                slot = home.view("grad", x.param).copy_(x.grad)
+                x.param.grad = slot
+                x = x._replace(grad=slot)
+            result.append(x)
+        return result
+
+    def _settle_history(self, states: list[dict[str, Any]], new_steps: set[Tensor]) -> None:
+        """Bring up to date what is known of step numbers without reading them.
+
+        ``_history`` maps each step tensor to a token; equal tokens mean equal numbers. A
+        step that ``found_inf`` may have skipped counts for all of its parameters or none.
+        """
+        plan = self._plan
+        if plan is not None:
+            for step in plan.steps:
+                certain, maybe = self._history[step]
+                self._history[step] = (
+                    certain + plan.steps_certain,
+                    (maybe, id(plan)) if plan.steps_maybe else maybe,
+                )
+            plan.steps_certain = plan.steps_maybe = 0
+        for state in states:
+            step = state["step"]
+            if step not in self._history:
+                self._history[step] = (0, None if step in new_steps else object())
+
+    # Checkpoints
+
+    def state_dict(self) -> dict[str, Any]:
+        """The state as a dict of plain numbers and tensors, as
+        :meth:`torch.optim.Optimizer.state_dict`, and under ``"count"`` the number of
+        ``step()`` calls that schedules see. No tensor in it drags a larger buffer along."""
+        result = super().state_dict()
+        result["state"] = {
+            key: {k: _own_bytes(v) for k, v in state.items()} if isinstance(state, dict) else state
+            for key, state in result["state"].items()
+        }
+        result["count"] = self._count
+        return result
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what :meth:`state_dict` returned, here or from another optimizer with the
+        same state keys (``torch.optim.Adamax`` for AdamaxW, AdaBelief ports for AdaBelief).
+
+        Moments take this optimizer's dtype and layout, ``step`` becomes an integer, and
+        nothing aliases ``state_dict``.
+
+        Raises:
+            ValueError: a state lacks a key or has another shape; names both. The
+                optimizer keeps its old state.
+        """
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        count = 0
+
+        def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+            nonlocal loaded, count
+            groups = self._complete_groups(saved["param_groups"])
+            loaded = self._loaded_states(saved["state"], groups)
+            steps = [int(state["step"]) for state in loaded.values()]
+            count = int(saved.get("count", max(steps, default=0)))
+            return {**saved, "param_groups": groups, "state": {}}
+
+        def install(_: torch.optim.Optimizer) -> None:
+            self.state.update(loaded)
+            self._history = {s["step"]: (int(s["step"]), None) for s in loaded.values()}
+            self._count = count
+
+        # torch's own method casts moments to the parameter's dtype and cannot be told not to.
+        handles = [
+            self.register_load_state_dict_pre_hook(check),
+            self.register_load_state_dict_post_hook(install, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _complete_groups(self, saved: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The saved groups, with what another optimizer's lack taken from ours."""
+        groups = []
+        for i, group in enumerate(saved):
+            own = self.param_groups[i] if i < len(self.param_groups) else {}
+            group = {**{k: v for k, v in own.items() if k not in ("params", "param_names")}, **group}
+            mask = group.get("weight_decay_mask")
+            if mask is not None and len(mask) != len(group["params"]):
+                raise ValueError(
+                    f"weight_decay_mask of saved group {i} has {len(mask)} entries for "
+                    f"{len(group['params'])} parameters"
+                )
+            self._check_group(group, f" of saved group {i}")
+            groups.append(group)
+        return groups
+
+    def _loaded_states(
+        self, saved: dict[Any, Any], groups: list[dict[str, Any]]
+    ) -> dict[Tensor, dict[str, Any]]:
+        loaded = {}
+        for i, (group, own) in enumerate(zip(groups, self.param_groups)):
+            for j, (key, p) in enumerate(zip(group["params"], own["params"])):
+                state = saved.get(key)
+                if state:
+                    loaded[p] = self._loaded_state(self._name(i, j), p, state, group)
+        return loaded
+
+    def _loaded_state(
+        self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]
+    ) -> dict[str, Any]:
+        step = state.get("step", group.get("step"))
+        if step is None:
+            raise ValueError(f"the saved state of parameter {name} has no 'step'; it has {sorted(state)}")
+        result = {"step": torch.tensor(int(step), dtype=torch.int64, device=p.device)}
+        dense = dense_like(p)
+        for key in self._rule(group).states:
+            value = state.get(key)
+            if not isinstance(value, Tensor):
+                raise ValueError(
+                    f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
+                    f"was it saved by another optimizer than {type(self).__name__}?"
+                )
+            if value.shape != p.shape:
+                raise ValueError(
+                    f"the saved state {key!r} of parameter {name} has shape {tuple(value.shape)}, "
+                    f"the parameter {tuple(p.shape)}"
+                )
+            if value.is_complex() != p.is_complex():
+                raise ValueError(
+                    f"the saved state {key!r} of parameter {name} has dtype {value.dtype}, the parameter {p.dtype}"
+                )
+            result[key] = torch.empty_strided(
+                p.shape, dense.stride(), dtype=state_dtype(p.dtype), device=p.device
+            ).copy_(value)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        own = ("_backend_name", "_flatten", "_decoupled_lr", "_mask", "_mask_used", "_count", "_schedules")
+        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "_schedules" in state:
+            self._reset()
+        self._plan = None
+
+
+def _own_bytes(value: Any) -> Any:
+    """A tensor whose storage holds its own elements and no others."""
+    if isinstance(value, Tensor) and value.untyped_storage().nbytes() != value.numel() * value.element_size():
+        return value.clone()
+    return value

@@ -1,0 +1,40 @@
+"""The update rules that there are: one line each.
+
+A new rule is a function in ``reference.py`` (the definition), ``kernels/rules.py``
+and ``csrc/rules/`` under the same name, and a line here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from . import reference
+
+
+@dataclass(frozen=True)
+class Rule:
+    """An update rule.
+
+    Attributes:
+        name: the function's name in every language.
+        states: keys in ``optimizer.state[p]`` of the rule's two moments, in the
+            order of the reference's arguments.
+        reference: ``(p, g, mu, nu, coefficients) -> (p, mu, nu)``.
+    """
+
+    name: str
+    states: tuple[str, str]
+    reference: Callable[..., tuple[Tensor, Tensor, Tensor]]
+
+
+RULES = {
+    rule.name: rule
+    for rule in (
+        Rule("adabelief", ("exp_avg", "exp_avg_var"), reference.adabelief),
+        Rule("adabelief_nesterov", ("exp_avg", "exp_avg_var"), reference.adabelief_nesterov),
+        Rule("adamaxw", ("exp_avg", "exp_inf"), reference.adamaxw),
+    )
+}

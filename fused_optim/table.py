@@ -1,0 +1,278 @@
+"""Tensors of any number, layout and dtype -> the table of addresses that kernels walk.
+
+An :class:`Operands` is one parameter's tensors, all dense and with equal strides, so
+that its elements can be walked in memory order. A :class:`Batch` holds all operands
+that one launch can take, as a table:
+
+- ``rows``, int64 ``[n, 6]``: numel, counter, then the addresses of the parameter, the
+  gradient and the two states. Neighbours in a flat buffer share one row.
+- ``chunks``, int32 ``[n, 2]``: row and chunk number, one for each program of a launch.
+- ``counters``, int64 ``[n, 2]``: the address of a step number, and the row of
+  hyperparameters that goes with it.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .rules import Rule
+from .storage import FORMATS, REAL, Format, parameter_format
+
+ROW_COLUMNS = ("numel", "counter", "param", "grad", "mu", "nu")
+GRAD_COLUMN = ROW_COLUMNS.index("grad")
+VECTOR_BYTES = 16
+"""What a full chunk's addresses must be multiples of: one 128-bit access."""
+
+
+def int64_tensor(values: Sequence[int]) -> Tensor:
+    """A CPU tensor of Python integers; 20 times as fast as ``torch.tensor(list)``."""
+    return torch.frombuffer(array("q", values), dtype=torch.int64) if values else torch.empty(0, dtype=torch.int64)
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their memory with no gaps and no overlap, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size == 0:
+            return True
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same memory order."""
+    return all(x == y or n <= 1 for x, y, n in zip(a.stride(), b.stride(), a.shape))
+
+
+def _plain(t: Tensor) -> bool:
+    """Neither a lazy conjugate nor a lazy negative."""
+    return not (t.is_conj() or t.is_neg())
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raise what is wrong with a parameter that has a gradient, naming it."""
+    if parameter_format(p.dtype) is None:
+        raise NotImplementedError(
+            f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
+            "float16, complex64 and complex128"
+        )
+    _check_address(f"parameter {name}", p)
+
+
+def check_grad(name: str, p: Tensor, g: Tensor) -> None:
+    """Raise what is wrong with a gradient, naming its parameter."""
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of parameter {name} is sparse, which is not supported; "
+            "give a dense one (p.grad.to_dense())"
+        )
+    if g.shape != p.shape:
+        raise RuntimeError(
+            f"the gradient of parameter {name} has shape {tuple(g.shape)}, "
+            f"its parameter {tuple(p.shape)}; they must be equal"
+        )
+    if g.device != p.device:
+        raise RuntimeError(
+            f"the gradient of parameter {name} is on {g.device}, its parameter on {p.device}; "
+            "they must be on the same device"
+        )
+    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
+        raise RuntimeError(
+            f"the gradient of parameter {name} has dtype {g.dtype}, its parameter {p.dtype}; "
+            "both must be real floating-point or both complex"
+        )
+    _check_address(f"the gradient of parameter {name}", g)
+
+
+def _check_address(what: str, t: Tensor) -> None:
+    size = t.element_size() // (2 if t.is_complex() else 1)
+    if t.data_ptr() % size:
+        raise ValueError(
+            f"{what} lies at address {t.data_ptr():#x}, which is not a multiple of its "
+            f"element size, {size} bytes"
+        )
+
+
+def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
+    """Raise a ValueError that names two parameters which share memory, or one whose own
+    elements do."""
+    spans = []
+    for name, p in named:
+        if p.numel() == 0 or p.device.type == "meta":
+            continue
+        last = sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
+        if any(s == 0 and n > 1 for n, s in zip(p.shape, p.stride())):
+            raise ValueError(
+                f"parameter {name} overlaps itself: it is expanded (strides {p.stride()}); "
+                "give a tensor of its own memory, p.contiguous()"
+            )
+        start = p.data_ptr()
+        spans.append((str(p.device), start, start + (last + 1) * p.element_size(), name, p))
+    spans.sort(key=lambda span: span[:3])
+    for i, (device, _, end, name, p) in enumerate(spans):
+        for other_device, other_start, _, other_name, other in spans[i + 1 :]:
+            if other_device != device or other_start >= end:
+                break
+            if (is_dense(p) and is_dense(other)) or _share_a_byte(p, other):
+                raise ValueError(
+                    f"parameters {name} and {other_name} overlap in memory; "
+                    "give each parameter once, with memory of its own"
+                )
+
+
+def _share_a_byte(a: Tensor, b: Tensor) -> bool:
+    def addresses(t: Tensor) -> Tensor:
+        offsets = torch.zeros((), dtype=torch.int64)
+        for n, s in zip(t.shape, t.stride()):
+            offsets = offsets[..., None] + torch.arange(n) * s
+        element = offsets.reshape(-1, 1) * t.element_size() + torch.arange(t.element_size())
+        return (element + t.data_ptr()).reshape(-1)
+
+    return bool(torch.isin(addresses(a), addresses(b)).any())
+
+
+@dataclass
+class Operands:
+    """One parameter's tensors, dense and of equal strides; complex ones as real pairs."""
+
+    param: Tensor
+    grad: Tensor
+    mu: Tensor
+    nu: Tensor
+    step: Tensor
+    """0-dim int64: the number of steps that this parameter has made."""
+    position: int = 0
+    """Which of the step's gradients is this one's."""
+    hyper_row: int = 0
+    slot: tuple[int, int] | None = None
+    """With ``flatten``: (start, end) in its flat buffers, in real elements, padding included."""
+    history: object = None
+    """Equal for parameters that are known to have equal step numbers."""
+    param_source: Tensor | None = None
+    """The parameter itself, where ``param`` is a dense copy of it."""
+    grad_source: Tensor | None = None
+    """The gradient itself, where ``grad`` is a converted copy of it."""
+
+    def load_sources(self) -> None:
+        if self.param_source is not None:
+            self.param.copy_(self.param_source)
+        if self.grad_source is not None:
+            self.grad.copy_(self.grad_source)
+
+    def store_sources(self) -> None:
+        if self.param_source is not None:
+            self.param_source.copy_(self.param)
+
+
+def dense_like(p: Tensor) -> Tensor:
+    """``p`` itself where a kernel can walk it, else uninitialised dense memory for it."""
+    if is_dense(p) and _plain(p):
+        return p
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def operands(
+    p: Tensor, g: Tensor, param: Tensor, mu: Tensor, nu: Tensor, step: Tensor
+) -> Operands:
+    """One parameter's operands.
+
+    Args:
+        p, g: the parameter and its gradient, in any layout.
+        param: ``dense_like(p)``; ``mu`` and ``nu`` have its strides.
+    """
+    working = FORMATS[REAL.get(p.dtype, p.dtype)].working
+    real = g.dtype if not g.is_complex() else REAL.get(g.dtype)
+    native = real in FORMATS and FORMATS[real].working == working
+    grad = g
+    if not (native and same_layout(g, param) and is_dense(g) and _plain(g)):
+        dtype = g.dtype if native else p.dtype if p.is_complex() else working
+        grad = torch.empty_strided(p.shape, param.stride(), dtype=dtype, device=g.device)
+    param_source = None if param is p else p
+    grad_source = None if grad is g else g
+    if p.is_complex():
+        param, grad, mu, nu = map(torch.view_as_real, (param, grad, mu, nu))
+    return Operands(param, grad, mu, nu, step, param_source=param_source, grad_source=grad_source)
+
+
+class BatchKey(NamedTuple):
+    """What all operands of one launch have in common."""
+
+    device: torch.device
+    rule: Rule
+    param: Format
+    grad: Format
+    state: Format
+
+
+class Batch:
+    """All operands of one launch, and their table."""
+
+    def __init__(self, key: BatchKey, items: list[Operands]) -> None:
+        self.key = key
+        self.items = items
+        self.staged = [o for o in items if o.param_source is not None or o.grad_source is not None]
+        rows: list[int] = []
+        self.first_item: list[int] = []
+        previous: Operands | None = None
+        for i, o in enumerate(items):
+            if previous is not None and _continues(previous, o):
+                rows[-len(ROW_COLUMNS)] = o.slot[0] - first_slot[0] + o.param.numel()
+            else:
+                self.first_item.append(i)
+                first_slot = o.slot
+                rows += (o.param.numel(), i, *(t.data_ptr() for t in (o.param, o.grad, o.mu, o.nu)))
+            previous = o
+        self.rows = int64_tensor(rows).view(-1, len(ROW_COLUMNS))
+        self.counters = int64_tensor([x for o in items for x in (o.step.data_ptr(), o.hyper_row)]).view(-1, 2)
+        self._chunks: dict[int, Tensor] = {}
+        self.on_device: dict[str, Tensor] = {}
+        """Where a GPU backend keeps its copies of the table; emptied when rows change."""
+
+    def move_grads(self, grads: list[Tensor]) -> None:
+        """Take gradients of the same dtype and layout at other addresses."""
+        for o, g in zip(self.items, grads):
+            if o.grad_source is not None:
+                o.grad_source = g
+            else:
+                o.grad = torch.view_as_real(g) if g.is_complex() else g
+        self.rows[:, GRAD_COLUMN] = int64_tensor([self.items[i].grad.data_ptr() for i in self.first_item])
+        self._chunks.clear()
+        self.on_device.clear()
+
+    def chunks(self, size: int) -> Tensor:
+        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk).
+
+        The chunk number is complemented (``~chunk``, negative) where the chunk is short
+        or an address of its row is not a multiple of 16 bytes.
+        """
+        if size not in self._chunks:
+            numel = self.rows[:, 0]
+            count = (numel + size - 1) // size
+            row = torch.repeat_interleave(torch.arange(len(count)), count)
+            chunk = torch.arange(len(row)) - torch.repeat_interleave(count.cumsum(0) - count, count)
+            aligned = (self.rows[:, 2:] % VECTOR_BYTES == 0).all(1)
+            whole = aligned[row] & ((chunk + 1) * size <= numel[row])
+            self._chunks[size] = torch.stack([row, torch.where(whole, chunk, ~chunk)], 1).int()
+        return self._chunks[size]
+
+
+def _continues(a: Operands, b: Operands) -> bool:
+    """Whether ``b`` follows ``a`` in the same flat buffers and steps just like it."""
+    if a.slot is None or b.slot is None or a.slot[1] != b.slot[0]:
+        return False
+    if a.hyper_row != b.hyper_row or a.history != b.history:
+        return False
+    elements = b.slot[0] - a.slot[0]
+    return all(
+        y.data_ptr() - x.data_ptr() == elements * x.element_size()
+        for x, y in ((a.param, b.param), (a.grad, b.grad), (a.mu, b.mu), (a.nu, b.nu))
+    )
