@@ -58,7 +58,7 @@ class FlatSet:
         return (
             t.dtype == buffer.dtype
             and t.device == buffer.device
-            and t.data_ptr() == buffer.data_ptr() + start * buffer.element_size()
+            and (t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size())
             and t.numel() <= self.starts[self.index[p] + 1] - start
         )
 

@@ -17,11 +17,12 @@ from typing import Any, NamedTuple, Union
 import torch
 from torch import Tensor
 
-from .backends import Backend, Inputs, check_name, select
+from .backends import Backend, Inputs, check_name, select, to_device
 from .flat import FlatSet, flat_sets
 from .reference import MAX_COUNT, Hyperparameters
 from .rules import Rule
 from .storage import FORMATS, parameter_format, state_dtype
+from .plan import Plan
 from .table import (
     Batch,
     BatchKey,
@@ -33,6 +34,8 @@ from .table import (
     operands,
     same_layout,
 )
+
+_HYPER_KEYS = ("betas", "eps", "eps_root", "weight_decay", "maximize", "nesterov", "initial_lr")
 
 Schedule = Callable[[int], float]
 """A value as a function of the number of earlier ``step()`` calls, as in Optax."""
@@ -53,65 +56,6 @@ def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
     return value
-
-
-class _Plan:
-    """The batches of a step, and what must be unchanged for them to be of use again."""
-
-    def __init__(
-        self,
-        live: list[int],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        batches: list[tuple[Backend, Batch]],
-        options: list[Any],
-    ) -> None:
-        self.live = live
-        self.batches = batches
-        self.options = options
-        self.fixed = _fingerprint(params, states)
-        self.steps = [state["step"] for state in states]
-        self.grad_kinds = _grad_kinds(grads)
-        self.grad_addresses = list(map(Tensor.data_ptr, grads))
-        self.movable = not any(o.slot for _, batch in batches for o in batch.items)
-        self.steps_certain = self.steps_maybe = 0
-
-    def still_right(
-        self,
-        live: list[int],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[dict[str, Any]],
-        options: list[Any],
-    ) -> bool:
-        """Whether the plan still describes these tensors, gradients moved at most."""
-        if live != self.live or options != self.options:
-            return False
-        if _fingerprint(params, states) != self.fixed or _grad_kinds(grads) != self.grad_kinds:
-            return False
-        addresses = list(map(Tensor.data_ptr, grads))
-        if addresses != self.grad_addresses:
-            if not self.movable:
-                return False
-            for _, batch in self.batches:
-                batch.move_grads([grads[o.position] for o in batch.items])
-            self.grad_addresses = addresses
-        return True
-
-
-def _fingerprint(params: list[Tensor], states: list[dict[str, Any]]) -> tuple[list[Any], ...]:
-    tensors = params + [t for state in states for t in state.values() if isinstance(t, Tensor)]
-    return (
-        list(map(Tensor.data_ptr, tensors)),
-        list(map(Tensor.stride, tensors)),
-        list(map(Tensor.numel, tensors)),
-        [t.dtype for t in tensors],
-    )
-
-
-def _grad_kinds(grads: list[Tensor]) -> tuple[list[Any], ...]:
-    return list(map(Tensor.stride, grads)), [g.dtype for g in grads]
 
 
 class _Live(NamedTuple):
@@ -177,12 +121,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _reset(self) -> None:
         """Forget all that can be worked out again."""
-        self._plan: _Plan | None = None
+        self._plan: Plan | None = None
         self._flat: list[FlatSet] = []
-        self._hyper_values: list[Hyperparameters] | None = None
+        self._hyper_keys: list[Any] = []
+        self._hyper_values: list[Hyperparameters] = []
         self._hyper: dict[torch.device, Tensor] = {}
-        self._checked_groups: list[Any] = []
-        self._history: dict[Tensor, Any] = {}
+        self._history: dict[Tensor, tuple[int, Any]] = {}
         self._captured: list[Any] = []
         self._warned: set[str] = set()
 
@@ -342,9 +286,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        values, device_lrs = self._hyperparameters()
+        device_lrs = self._hyperparameters()
         plan = self._current_plan()
-        for device, inputs in self._inputs(plan, values, device_lrs).items():
+        for device, inputs in self._inputs(plan, device_lrs).items():
             for backend, batch in plan.batches:
                 if batch.key.device == device:
                     for o in batch.staged:
@@ -361,15 +305,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._count = min(self._count + 1, MAX_COUNT)
         return loss
 
-    def _hyperparameters(self) -> tuple[list[Hyperparameters], list[tuple[int, Tensor]]]:
-        """Two rows for each group, with and without weight decay, and the learning rates
-        that live on a GPU with the row they belong to."""
+    def _hyperparameters(self) -> list[tuple[int, Tensor]]:
+        """Bring the table of hyperparameters up to date: two rows for each group, with and
+        without weight decay. Returns the learning rates that live on a GPU, with their row."""
         for group, schedules in zip(self.param_groups, self._schedules):
             for key, schedule in schedules.items():
                 group[key] = float(schedule(self._count))
-        values, device_lrs, checked = [], [], []
+        keys: list[Any] = []
+        device_lrs = []
         for i, group in enumerate(self.param_groups):
-            lr, betas = group["lr"], group["betas"]
+            lr = group["lr"]
             if isinstance(lr, Tensor):
                 if lr.numel() != 1:
                     self._check_group(group, f" of group {i}" if i else "")
@@ -378,43 +323,42 @@ class FusedOptimizer(torch.optim.Optimizer):
                 else:
                     device_lrs += [(2 * i, lr), (2 * i + 1, lr)]
                     lr = 0.0
-            key = (lr, betas, *map(group.get, ("eps", "eps_root", "weight_decay", "maximize", "nesterov", "initial_lr")))
-            if i >= len(self._checked_groups) or self._checked_groups[i] != key:
-                self._check_group({**group, "lr": lr}, f" of group {i}" if i else "")
-            checked.append(key)
+            keys.append((lr, *map(group.get, _HYPER_KEYS)))
+        if keys != self._hyper_keys:
+            values = self._checked_values(keys)
+            if values != self._hyper_values:
+                self._hyper_values, self._hyper = values, {}
+            self._hyper_keys = keys
+        return device_lrs
+
+    def _checked_values(self, keys: list[Any]) -> list[Hyperparameters]:
+        values = []
+        for i, (group, (lr, *_)) in enumerate(zip(self.param_groups, keys)):
+            self._check_group({**group, "lr": lr}, f" of group {i}" if i else "")
             for decay in (group["weight_decay"], 0.0):
                 values.append(
                     Hyperparameters(
                         lr=lr,
                         weight_decay=decay,
-                        beta1=betas[0],
-                        beta2=betas[1],
+                        beta1=group["betas"][0],
+                        beta2=group["betas"][1],
                         eps=group["eps"],
                         eps_root=group.get("eps_root", 0.0),
                         initial_lr=group["initial_lr"] if self._decoupled_lr else 0.0,
                         maximize=group["maximize"],
                     )
                 )
-        self._checked_groups = checked
-        return values, device_lrs
+        return values
 
-    def _inputs(
-        self, plan: _Plan, values: list[Hyperparameters], device_lrs: list[tuple[int, Tensor]]
-    ) -> dict[torch.device, Inputs]:
+    def _inputs(self, plan: Plan, device_lrs: list[tuple[int, Tensor]]) -> dict[torch.device, Inputs]:
         """What each device's batches are given, uploaded where it changed."""
-        if values != self._hyper_values:
-            self._hyper_values = values
-            self._hyper = {}
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inputs = {}
         for device in {batch.key.device for _, batch in plan.batches}:
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 self._check_capture()
             if device not in self._hyper:
-                table = torch.tensor(values, dtype=torch.float64)
-                if device.type != "cpu":
-                    table = table.pin_memory().to(device, non_blocking=True)
-                self._hyper[device] = table
+                self._hyper[device] = to_device(torch.tensor(self._hyper_values, dtype=torch.float64), device)
             hyper = self._hyper[device]
             for row, lr in device_lrs:
                 hyper[row, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
@@ -440,26 +384,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     # The plan
 
-    def _current_plan(self) -> _Plan:
-        params = self._all_params()
-        grads = [p.grad for p in params]
-        live = [i for i, g in enumerate(grads) if g is not None]
-        if len(live) != len(params):
-            live_params = [params[i] for i in live]
-            live_grads = [grads[i] for i in live]
-        else:
-            live_params, live_grads = params, grads
-        options = [
-            (len(g["params"]), g.get("nesterov"), g["weight_decay_mask"]) for g in self.param_groups
-        ]
+    def _current_plan(self) -> Plan:
         if self._flatten:
-            self._check_flat(params)
-        state = self.state
-        states = [state.get(p, {}) for p in live_params]
-        plan = self._plan
-        if plan is None or not plan.still_right(live, live_params, live_grads, states, options):
-            plan = self._plan = self._make_plan(live, options)
-        return plan
+            self._check_gradients_arrive()
+        if self._plan is None or not self._plan.still_right(self.param_groups, self.state):
+            self._plan = self._make_plan()
+        return self._plan
 
     def _live(self) -> list[_Live]:
         live = []
@@ -474,7 +404,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     live.append(_Live(self._name(i, j), p, p.grad, i, mask is None or mask[j]))
         return live
 
-    def _make_plan(self, indices: list[int], options: list[Any]) -> _Plan:
+    def _make_plan(self) -> Plan:
         live = self._live()
         for x in live:
             check_parameter(x.name, x.param)
@@ -499,7 +429,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             o.position = position
             o.hyper_row = 2 * x.group + (not x.decay)
             home = homes.get(x.param)
-            if home is not None and o.param_source is None and o.grad_source is None:
+            if home is not None and not o.staged:
                 o.slot = home.slot(x.param)
                 o.history = self._history[state["step"]]
             key = BatchKey(
@@ -511,14 +441,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
             by_key[key].append(o)
         batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
-        return _Plan(
-            indices,
-            [x.param for x in live],
-            [x.grad for x in live],
-            states,
-            batches,
-            options,
-        )
+        return Plan(batches, [state["step"] for state in states], self.param_groups, self.state)
 
     def _new_steps(self, live: list[_Live]) -> dict[torch.device, list[Tensor]]:
         """Step numbers for the parameters that have none, one allocation a device."""
@@ -588,7 +511,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if p not in flat and p.grad is not None:
                 p.grad = None if set_to_none else p.grad.detach_().zero_()
 
-    def _check_flat(self, params: list[Tensor]) -> None:
+    def _check_gradients_arrive(self) -> None:
         for home in self._flat:
             if not home.gradient_arrived() and all(
                 p.grad is None or home.at_home("grad", p, p.grad) for p in home.params

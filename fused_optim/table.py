@@ -13,6 +13,7 @@ that one launch can take, as a table:
 
 from __future__ import annotations
 
+import weakref
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -145,11 +146,16 @@ class Operands:
     """One parameter's tensors, dense and of equal strides; complex ones as real pairs."""
 
     param: Tensor
-    grad: Tensor
     mu: Tensor
     nu: Tensor
     step: Tensor
     """0-dim int64: the number of steps that this parameter has made."""
+    grad_source: weakref.ref[Tensor]
+    """The gradient: not kept alive, since users drop gradients to save memory."""
+    grad_copy: Tensor | None = None
+    """Memory for the gradient in the parameter's layout, where it has another."""
+    param_source: Tensor | None = None
+    """The parameter itself, where ``param`` is memory for a dense copy of it."""
     position: int = 0
     """Which of the step's gradients is this one's."""
     hyper_row: int = 0
@@ -157,20 +163,33 @@ class Operands:
     """With ``flatten``: (start, end) in its flat buffers, in real elements, padding included."""
     history: object = None
     """Equal for parameters that are known to have equal step numbers."""
-    param_source: Tensor | None = None
-    """The parameter itself, where ``param`` is a dense copy of it."""
-    grad_source: Tensor | None = None
-    """The gradient itself, where ``grad`` is a converted copy of it."""
+
+    @property
+    def grad(self) -> Tensor:
+        grad = self.grad_source() if self.grad_copy is None else self.grad_copy
+        assert grad is not None
+        return torch.view_as_real(grad) if grad.is_complex() else grad
+
+    @property
+    def staged(self) -> bool:
+        return self.param_source is not None or self.grad_copy is not None
 
     def load_sources(self) -> None:
         if self.param_source is not None:
-            self.param.copy_(self.param_source)
-        if self.grad_source is not None:
-            self.grad.copy_(self.grad_source)
+            _real(self.param_source, self.param).copy_(self.param_source)
+        if self.grad_copy is not None:
+            source = self.grad_source()
+            assert source is not None
+            self.grad_copy.copy_(source)
 
     def store_sources(self) -> None:
         if self.param_source is not None:
-            self.param_source.copy_(self.param)
+            self.param_source.copy_(_real(self.param_source, self.param))
+
+
+def _real(like: Tensor, values: Tensor) -> Tensor:
+    """``values`` as complex numbers where ``like`` is complex."""
+    return torch.view_as_complex(values) if like.is_complex() else values
 
 
 def dense_like(p: Tensor) -> Tensor:
@@ -192,15 +211,14 @@ def operands(
     working = FORMATS[REAL.get(p.dtype, p.dtype)].working
     real = g.dtype if not g.is_complex() else REAL.get(g.dtype)
     native = real in FORMATS and FORMATS[real].working == working
-    grad = g
+    grad_copy = None
     if not (native and same_layout(g, param) and is_dense(g) and _plain(g)):
         dtype = g.dtype if native else p.dtype if p.is_complex() else working
-        grad = torch.empty_strided(p.shape, param.stride(), dtype=dtype, device=g.device)
+        grad_copy = torch.empty_strided(p.shape, param.stride(), dtype=dtype, device=g.device)
     param_source = None if param is p else p
-    grad_source = None if grad is g else g
     if p.is_complex():
-        param, grad, mu, nu = map(torch.view_as_real, (param, grad, mu, nu))
-    return Operands(param, grad, mu, nu, step, param_source=param_source, grad_source=grad_source)
+        param, mu, nu = map(torch.view_as_real, (param, mu, nu))
+    return Operands(param, mu, nu, step, weakref.ref(g), grad_copy, param_source)
 
 
 class BatchKey(NamedTuple):
@@ -219,7 +237,7 @@ class Batch:
     def __init__(self, key: BatchKey, items: list[Operands]) -> None:
         self.key = key
         self.items = items
-        self.staged = [o for o in items if o.param_source is not None or o.grad_source is not None]
+        self.staged = [o for o in items if o.staged]
         rows: list[int] = []
         self.first_item: list[int] = []
         previous: Operands | None = None
@@ -240,10 +258,7 @@ class Batch:
     def move_grads(self, grads: list[Tensor]) -> None:
         """Take gradients of the same dtype and layout at other addresses."""
         for o, g in zip(self.items, grads):
-            if o.grad_source is not None:
-                o.grad_source = g
-            else:
-                o.grad = torch.view_as_real(g) if g.is_complex() else g
+            o.grad_source = weakref.ref(g)
         self.rows[:, GRAD_COLUMN] = int64_tensor([self.items[i].grad.data_ptr() for i in self.first_item])
         self._chunks.clear()
         self.on_device.clear()

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import torch
 
-from .base import Backend, Inputs
+from .base import Backend, Inputs, to_device
 from .eager import EAGER
-from .native import CPU, CUDA
+from .native import CPU, CUDA, extension
 from .triton import TRITON
 
-__all__ = ["BACKENDS", "Backend", "Inputs", "select"]
+__all__ = ["BACKENDS", "Backend", "Inputs", "check_name", "extension", "select", "to_device"]
 
 BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}
 """In order of preference."""

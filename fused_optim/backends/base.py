@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from dataclasses import dataclass
 
 from ..table import Batch
 
@@ -36,3 +36,27 @@ class Backend:
     name: str
     why_not: Callable[[torch.device], str | None]
     step: Callable[[Batch, Inputs], None]
+
+
+class DeviceTable(NamedTuple):
+    """A batch's table in the memory of its device."""
+
+    rows: Tensor
+    chunks: Tensor
+    counters: Tensor
+
+
+def to_device(table: Tensor, device: torch.device) -> Tensor:
+    """A copy on ``device`` that the host does not wait for."""
+    if device.type == "cpu":
+        return table
+    return table.pin_memory().to(device, non_blocking=True)
+
+
+def table_on(batch: Batch, chunk_size: int) -> DeviceTable:
+    """The batch's table on its device, uploaded where it changed."""
+    tables = {"rows": batch.rows, "chunks": batch.chunks(chunk_size), "counters": batch.counters}
+    for name, table in tables.items():
+        if name not in batch.on_device:
+            batch.on_device[name] = to_device(table, batch.key.device)
+    return DeviceTable(**{name: batch.on_device[name] for name in tables})

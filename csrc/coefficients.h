@@ -1,0 +1,70 @@
+// What a rule multiplies and divides by: the C++ statement of
+// fused_optim.reference.coefficients, the same operations in the same order.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__CUDACC__)
+#define FUSED_OPTIM_HD __host__ __device__ __forceinline__
+#else
+#define FUSED_OPTIM_HD inline __attribute__((always_inline))
+#endif
+
+namespace fused_optim {
+
+constexpr int64_t kMaxCount = 2147483647;
+
+// One parameter group's numbers; the column order of the table that Python fills.
+struct Hyperparameters {
+  double lr, weight_decay, beta1, beta2, eps, eps_root, initial_lr, maximize;
+};
+
+template <class T>
+struct Coefficients {
+  T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, eps_root;
+  T bias_correction1, bias_correction1_next, bias_correction2;
+  T neg_lr, weight_decay, decoupled_decay, maximize;
+};
+
+FUSED_OPTIM_HD double integer_power(double base, int64_t exponent) {
+  double result = 1.0;
+  for (; exponent != 0; exponent >>= 1) {
+    if (exponent & 1) result = result * base;
+    base = base * base;
+  }
+  return result;
+}
+
+template <class T>
+FUSED_OPTIM_HD T bias_correction(double beta, int64_t count) {
+  const double rounded = static_cast<double>(static_cast<T>(beta));
+  return static_cast<T>(1) - static_cast<T>(integer_power(rounded, count));
+}
+
+FUSED_OPTIM_HD int64_t next_count(int64_t count) {
+  return count < kMaxCount ? count + 1 : kMaxCount;
+}
+
+// The coefficients of step number `count`, 1 at the first step.
+template <class T>
+FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t count) {
+  const bool decoupled = h.initial_lr != 0.0;
+  Coefficients<T> c;
+  c.beta1 = static_cast<T>(h.beta1);
+  c.one_minus_beta1 = static_cast<T>(1.0 - h.beta1);
+  c.beta2 = static_cast<T>(h.beta2);
+  c.one_minus_beta2 = static_cast<T>(1.0 - h.beta2);
+  c.eps = static_cast<T>(h.eps);
+  c.eps_root = static_cast<T>(h.eps_root);
+  c.bias_correction1 = bias_correction<T>(h.beta1, count);
+  c.bias_correction1_next = bias_correction<T>(h.beta1, next_count(count));
+  c.bias_correction2 = bias_correction<T>(h.beta2, count);
+  c.neg_lr = static_cast<T>(-h.lr);
+  c.weight_decay = static_cast<T>(decoupled ? 0.0 : h.weight_decay);
+  c.decoupled_decay =
+      static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : 0.0);
+  c.maximize = static_cast<T>(h.maximize);
+  return c;
+}
+
+}  // namespace fused_optim

@@ -1,0 +1,48 @@
+// What one CPU launch is given, and the instruction sets that there are.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <vector>
+
+#include "codecs.h"
+#include "rules/all.h"
+#include "table.h"
+
+namespace fused_optim {
+
+struct Task {
+  const Row* rows;
+  const Chunk* chunks;
+  int64_t chunk_size;
+  const char* param_format;
+  const char* grad_format;
+  double grad_scale;  // 1 for none: dividing by it changes no bit
+  const int32_t* coefficient_of_counter;
+  const void* coefficients;
+
+  template <class T>
+  const Coefficients<T>& coefficients_of(int64_t counter) const {
+    return static_cast<const Coefficients<T>*>(coefficients)[coefficient_of_counter[counter]];
+  }
+};
+
+using StepChunks = void (*)(const Task&, int64_t first, int64_t last);
+
+FUSED_OPTIM_HD bool same(const char* a, const char* b) { return strcmp(a, b) == 0; }
+FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
+
+namespace baseline {
+StepChunks find(const char* rule, const char* state_format);
+}
+#if defined(__x86_64__)
+namespace avx2 {
+StepChunks find(const char* rule, const char* state_format);
+}
+namespace avx512 {
+StepChunks find(const char* rule, const char* state_format);
+}
+#endif
+
+}  // namespace fused_optim

@@ -1,0 +1,43 @@
+// AdaBelief: fused_optim.reference.adabelief and adabelief_nesterov.
+#pragma once
+
+#include "common.h"
+
+namespace fused_optim {
+
+template <class T>
+FUSED_OPTIM_HD void belief(T g, T& m, T& s, const Coefficients<T>& c) {
+  m = first_moment(g, m, c);
+  const T e = g - m;
+  s = (c.one_minus_beta2 * (e * e) + c.beta2 * s) + c.eps_root;
+}
+
+template <class T>
+FUSED_OPTIM_HD T belief_update(T m_hat, T s, const Coefficients<T>& c) {
+  return m_hat / (square_root(s / c.bias_correction2) + c.eps);
+}
+
+struct AdaBelief {
+  static constexpr const char* name = "adabelief";
+
+  template <class T>
+  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<T>& c) {
+    belief(g, m, s, c);
+    const T m_hat = m / c.bias_correction1;
+    p = apply_update(p, belief_update(m_hat, s, c), c);
+  }
+};
+
+struct AdaBeliefNesterov {
+  static constexpr const char* name = "adabelief_nesterov";
+
+  template <class T>
+  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<T>& c) {
+    belief(g, m, s, c);
+    const T m_hat =
+        c.beta1 * (m / c.bias_correction1_next) + c.one_minus_beta1 * (g / c.bias_correction1);
+    p = apply_update(p, belief_update(m_hat, s, c), c);
+  }
+};
+
+}  // namespace fused_optim

@@ -1,0 +1,20 @@
+// AdamaxW: fused_optim.reference.adamaxw.
+#pragma once
+
+#include "common.h"
+
+namespace fused_optim {
+
+struct AdamaxW {
+  static constexpr const char* name = "adamaxw";
+
+  template <class T>
+  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& v, const Coefficients<T>& c) {
+    m = first_moment(g, m, c);
+    v = maximum(absolute(g) + c.eps, c.beta2 * v);
+    const T u = (m / c.bias_correction1) / v;
+    p = apply_update(p, u, c);
+  }
+};
+
+}  // namespace fused_optim

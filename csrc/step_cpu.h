@@ -1,0 +1,118 @@
+// The CPU step. This file is compiled once for each instruction set, in a namespace of
+// its own, by a three-line .cpp that sets FUSED_OPTIM_ISA and the compiler's target.
+#pragma once
+
+#include "codecs.h"
+#include "cpu_task.h"
+#include "rules/all.h"
+
+namespace fused_optim {
+namespace FUSED_OPTIM_ISA {
+
+// Blocks of this many elements pass through buffers on the stack where an operand is not
+// stored in the working precision: two buffers of 4 KiB stay in the L1 cache.
+constexpr int64_t kBlock = 1024;
+
+template <class Codec, class T>
+void load_block(const void* source, int64_t begin, int64_t n, T* __restrict target) {
+  const auto* stored = static_cast<const typename Codec::Stored*>(source) + begin;
+  for (int64_t i = 0; i < n; ++i) target[i] = Codec::load(stored[i]);
+}
+
+template <class Codec, class T>
+void store_block(const T* __restrict source, int64_t begin, int64_t n, void* target) {
+  auto* stored = static_cast<typename Codec::Stored*>(target) + begin;
+  for (int64_t i = 0; i < n; ++i) stored[i] = Codec::store(source[i]);
+}
+
+template <class T>
+struct Operand {
+  using Load = void (*)(const void*, int64_t, int64_t, T*);
+  using Store = void (*)(const T*, int64_t, int64_t, void*);
+  Load load = nullptr;  // null where memory holds the working precision
+  Store store = nullptr;
+};
+
+template <class T>
+Operand<T> operand(const char* format);
+
+template <>
+inline Operand<float> operand<float>(const char* format) {
+  Operand<float> o;
+  if (same(format, Bf16::name)) o = {load_block<Bf16, float>, store_block<Bf16, float>};
+  if (same(format, Fp16::name)) o = {load_block<Fp16, float>, store_block<Fp16, float>};
+  return o;
+}
+
+template <>
+inline Operand<double> operand<double>(const char*) {
+  return {};
+}
+
+template <class Rule, class T>
+void update_block(T* __restrict p, const T* __restrict g, T* __restrict mu, T* __restrict nu,
+                  int64_t n, const Coefficients<T> c) {
+  for (int64_t i = 0; i < n; ++i) Rule::update(p[i], g[i], mu[i], nu[i], c);
+}
+
+template <class T>
+void scale_block(T* __restrict g, int64_t n, T grad_scale, T maximize) {
+  for (int64_t i = 0; i < n; ++i) {
+    const T scaled = g[i] / grad_scale;
+    g[i] = maximize != T(0) ? -scaled : scaled;
+  }
+}
+
+template <class Rule, class T>
+void step_chunks(const Task& task, int64_t first, int64_t last) {
+  const Operand<T> param = operand<T>(task.param_format);
+  const Operand<T> grad = operand<T>(task.grad_format);
+  const T grad_scale = static_cast<T>(task.grad_scale);
+  T param_buffer[kBlock], grad_buffer[kBlock];
+  for (int64_t k = first; k < last; ++k) {
+    const Chunk chunk = task.chunks[k];
+    const Row& row = task.rows[chunk.row];
+    const Coefficients<T> c = task.coefficients_of<T>(row.counter);
+    const bool scaled = grad_scale != T(1) || c.maximize != T(0);
+    const int64_t number = chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk;
+    const int64_t end = minimum((number + 1) * task.chunk_size, row.numel);
+    void* const p = reinterpret_cast<void*>(row.param);
+    void* const g = reinterpret_cast<void*>(row.grad);
+    const bool direct = param.load == nullptr && grad.load == nullptr && !scaled;
+    const int64_t block = direct ? task.chunk_size : kBlock;
+    for (int64_t begin = number * task.chunk_size; begin < end; begin += block) {
+      const int64_t n = minimum(block, end - begin);
+      T* p_block = static_cast<T*>(p) + begin;
+      T* g_block = static_cast<T*>(g) + begin;
+      if (param.load != nullptr) {
+        param.load(p, begin, n, param_buffer);
+        p_block = param_buffer;
+      }
+      if (grad.load != nullptr) {
+        grad.load(g, begin, n, grad_buffer);
+        g_block = grad_buffer;
+      }
+      if (scaled) {
+        if (g_block != grad_buffer) __builtin_memcpy(grad_buffer, g_block, n * sizeof(T));
+        g_block = grad_buffer;
+        scale_block(grad_buffer, n, grad_scale, c.maximize);
+      }
+      update_block<Rule, T>(p_block, g_block, reinterpret_cast<T*>(row.mu) + begin,
+                            reinterpret_cast<T*>(row.nu) + begin, n, c);
+      if (param.store != nullptr) param.store(param_buffer, begin, n, p);
+    }
+  }
+}
+
+// The function that steps a range of chunks; null for an unknown rule or format.
+StepChunks find(const char* rule, const char* state_format) {
+#define FUSED_OPTIM_FIND(Rule)                                                    \
+  if (same(rule, Rule::name) && same(state_format, Fp32::name)) return step_chunks<Rule, float>; \
+  if (same(rule, Rule::name) && same(state_format, Fp64::name)) return step_chunks<Rule, double>;
+  FUSED_OPTIM_RULES(FUSED_OPTIM_FIND)
+#undef FUSED_OPTIM_FIND
+  return nullptr;
+}
+
+}  // namespace FUSED_OPTIM_ISA
+}  // namespace fused_optim

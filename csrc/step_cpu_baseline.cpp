@@ -1,0 +1,2 @@
+#define FUSED_OPTIM_ISA baseline
+#include "step_cpu.h"

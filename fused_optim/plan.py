@@ -1,0 +1,109 @@
+"""The plan of a step, the batches to launch, and whether it is still right.
+
+Asking each tensor where it is costs more than stepping it when tensors are small, so
+there are two ways to ask: ``_cpu.Watch``, in C++ where it was built, which knows only
+"unchanged" and "perhaps not", and the fingerprint in Python, which decides.
+"""
+
+from __future__ import annotations
+
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, extension
+from .table import Batch
+
+State = dict[Tensor, dict[str, Any]]
+
+
+def _where(tensors: list[Tensor]) -> tuple[list[int], list[Any], list[int], list[torch.dtype]]:
+    return (
+        list(map(Tensor.data_ptr, tensors)),
+        list(map(Tensor.stride, tensors)),
+        list(map(Tensor.numel, tensors)),
+        [t.dtype for t in tensors],
+    )
+
+
+class _Fingerprint:
+    """What a plan depends on: options of the groups, and where every tensor is."""
+
+    def __init__(self, groups: list[dict[str, Any]], state: State) -> None:
+        self.params = list(chain.from_iterable(group["params"] for group in groups))
+        grads = [p.grad for p in self.params]
+        self.live = [g is not None for g in grads]
+        self.grads = [g for g in grads if g is not None]
+        self.options = [
+            (len(group["params"]), group.get("nesterov"), group["weight_decay_mask"]) for group in groups
+        ]
+        # Held so that no address in here can be given to another tensor.
+        self.inner = list(state.values())
+        self.values = [v for inner in self.inner for v in inner.values() if isinstance(v, Tensor)]
+        self.fixed = _where(self.params), _where(self.values)
+        self.grad_addresses, *self.grad_kinds = _where(self.grads)
+
+    def same_but_for_grad_addresses(self, other: _Fingerprint) -> bool:
+        return (
+            self.live == other.live
+            and self.options == other.options
+            and self.fixed == other.fixed
+            and self.grad_kinds == other.grad_kinds
+        )
+
+
+class Plan:
+    """The batches of a step.
+
+    Args:
+        batches: what to launch, each with the backend that does.
+        steps: the step numbers that advance.
+        groups, state: the optimizer's, as they are now.
+    """
+
+    def __init__(
+        self,
+        batches: list[tuple[Backend, Batch]],
+        steps: list[Tensor],
+        groups: list[dict[str, Any]],
+        state: State,
+    ) -> None:
+        self.batches = batches
+        self.steps = steps
+        self.steps_certain = 0
+        """Steps made with this plan that no ``found_inf`` can have skipped."""
+        self.steps_maybe = 0
+        self._movable = not any(o.slot for _, batch in batches for o in batch.items)
+        self._remember(_Fingerprint(groups, state), groups, state)
+
+    def _remember(self, fingerprint: _Fingerprint, groups: list[dict[str, Any]], state: State) -> None:
+        self._fingerprint = fingerprint
+        del fingerprint.grads
+        self._lists = [group["params"] for group in groups]
+        self._state = state
+        native = extension("_cpu")[0]
+        self._watch = None if native is None else native.Watch(self._lists, state, torch.Tensor)
+
+    def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
+        """Whether the plan describes these tensors; gradients that have only moved are
+        followed."""
+        if self._watch is not None and state is self._state and self._options_same(groups):
+            if self._watch.unchanged([group["params"] for group in groups], state):
+                return True
+        now = _Fingerprint(groups, state)
+        if not now.same_but_for_grad_addresses(self._fingerprint):
+            return False
+        if now.grad_addresses != self._fingerprint.grad_addresses:
+            if not self._movable:
+                return False
+            for _, batch in self.batches:
+                batch.move_grads([now.grads[o.position] for o in batch.items])
+        self._remember(now, groups, state)
+        return True
+
+    def _options_same(self, groups: list[dict[str, Any]]) -> bool:
+        return self._fingerprint.options == [
+            (len(group["params"]), group.get("nesterov"), group["weight_decay_mask"]) for group in groups
+        ]

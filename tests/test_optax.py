@@ -1,0 +1,401 @@
+"""The eager backend against Optax, which defines what this package computes.
+
+Optax runs without jit around its update: XLA contracts multiplications and additions within
+one jitted function. (``optax.tree.bias_correction`` is jitted by Optax itself; it has nothing
+to contract.) Values stay in the normal range, since XLA flushes subnormals on CPU.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optax.contrib
+import pytest
+import torch
+from helpers import SHAPES, assert_same_bits
+from torch import Tensor
+
+from fused_optim import AdaBelief, AdamaxW
+from fused_optim.reference import MAX_COUNT, bias_correction
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+STEPS = 200
+BETAS = (0.9, 0.999)
+NAMES = ("a", "b", "c")
+"""One for each of SHAPES; Optax's parameters are a dict."""
+MASK = {"a": True, "b": False, "c": True}
+LR_TABLE = (0.01 * 0.98 ** np.arange(STEPS)).astype(np.float32)
+DECAY_TABLE = (0.1 * (1 + np.sin(np.arange(STEPS) / 5)) / 2).astype(np.float32)
+
+Tree = dict[str, Any]
+
+
+def table_lookup(table: np.ndarray) -> tuple[Callable[[Any], Any], Callable[[int], float]]:
+    """The same float32 values as a schedule for Optax and as one for us.
+
+    A schedule's formula in jnp runs in float32 and ours in double; a table has no formula.
+    """
+    on_device = jnp.asarray(table)
+    return (lambda count: on_device[count]), (lambda count: float(table[count]))
+
+
+OPTAX_LR, OUR_LR = table_lookup(LR_TABLE)
+OPTAX_DECAY, OUR_DECAY = table_lookup(DECAY_TABLE)
+DECAYS: list[tuple[Any, Any, bool]] = [
+    (0.0, 0.0, False),
+    (0.1, 0.1, False),
+    (0.1, 0.1, True),
+    (OPTAX_DECAY, OUR_DECAY, False),
+]
+"""(weight decay for Optax, the same for us, whether MASK selects what decays)."""
+RATES: list[tuple[Any, Any]] = [(0.003, 0.003), (OPTAX_LR, OUR_LR)]
+VARIANTS = [(decay, rate) for decay in DECAYS for rate in RATES]
+
+
+def random_gradients(seed: int, dtype: Any = np.float32, steps: int = STEPS) -> list[Tree]:
+    """Gradients of either sign from 1e-6 to 1e3 in magnitude, with a few exact zeros."""
+    rng = np.random.default_rng(seed)
+
+    def one(shape: tuple[int, ...]) -> np.ndarray:
+        size = 10 ** rng.uniform(-6, 3, shape) * rng.choice([-1.0, 1.0], shape)
+        return np.asarray(np.where(rng.random(shape) < 0.02, 0.0, size), dtype)
+
+    return [{name: one(shape) for name, shape in zip(NAMES, SHAPES)} for _ in range(steps)]
+
+
+def first_parameters(seed: int, dtype: Any = np.float32) -> Tree:
+    rng = np.random.default_rng(seed)
+    return {name: np.asarray(rng.normal(size=shape), dtype) for name, shape in zip(NAMES, SHAPES)}
+
+
+def named(tree: Tree) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(name, torch.nn.Parameter(torch.tensor(tree[name]))) for name in NAMES]
+
+
+def to_torch(tree: Tree) -> dict[str, Tensor]:
+    return {name: torch.tensor(np.asarray(tree[name])) for name in NAMES}
+
+
+def set_gradients(group: dict[str, Any], tree: Tree) -> None:
+    for name, p in zip(group["param_names"], group["params"]):
+        p.grad = torch.tensor(tree[name])
+
+
+def ours(optimizer: torch.optim.Optimizer, group: int) -> dict[str, dict[str, Tensor]]:
+    """Parameters and both states of a group, by name."""
+    keys = ("exp_avg", "exp_inf" if isinstance(optimizer, AdamaxW) else "exp_avg_var")
+    names, params = (optimizer.param_groups[group][key] for key in ("param_names", "params"))
+    states = {key: {n: optimizer.state[p][key] for n, p in zip(names, params)} for key in keys}
+    return {"params": {n: p.detach() for n, p in zip(names, params)}, **states}
+
+
+def variant_groups(seed: int) -> list[dict[str, Any]]:
+    """A parameter group for each of VARIANTS, all from the same parameters."""
+    return [
+        {
+            "params": named(first_parameters(seed)),
+            "lr": lr,
+            "weight_decay": decay,
+            "weight_decay_mask": MASK if masked else None,
+        }
+        for (_, decay, masked), (_, lr) in VARIANTS
+    ]
+
+
+def test_jax_power_is_correctly_rounded_at_the_counts_used() -> None:
+    """JAX's float32 power is now and then off by one unit, and so would be all after it.
+
+    Written as Optax compiles it (base and exponent both traced). At a count where this fails,
+    the comparisons below would have to leave out the parameters; there is none up to 200.
+    """
+    counts = np.arange(1, 2001)
+    power = jax.jit(lambda base, count: base**count)
+    for beta, few in zip(BETAS, (200, 1)):
+        got = np.array([power(beta, jnp.int32(t)) for t in counts])
+        want = (np.float64(np.float32(beta)) ** counts).astype(np.float32)
+        wrong = counts[got != want]
+        assert len(wrong) <= few
+        assert not (wrong <= STEPS + 1).any()
+        assert not (1 - got != 1 - want).any()
+        our = bias_correction(torch.tensor(beta, dtype=torch.float64), torch.tensor(counts), torch.float32)
+        assert np.array_equal(our.numpy(), 1 - want)
+
+
+@pytest.mark.parametrize("eps_root", [0.0, 1e-16])
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_adabelief_has_the_bits_of_optax(nesterov: bool, eps_root: float) -> None:
+    """All of VARIANTS at once: ``scale_by_belief`` sees no parameters, so the variants share it
+    and only the rest of ``chain(scale_by_belief, add_decayed_weights, scale_by_learning_rate)``
+    is run for each."""
+    grads = random_gradients(1)
+    optimizer = AdaBelief(
+        variant_groups(2), betas=BETAS, eps=1e-16, eps_root=eps_root, nesterov=nesterov, backend="eager"
+    )
+    head = optax.scale_by_belief(*BETAS, eps=1e-16, eps_root=eps_root, nesterov=nesterov)
+    tails = [
+        optax.chain(
+            optax.add_decayed_weights(decay, MASK if masked else None), optax.scale_by_learning_rate(lr)
+        )
+        for (decay, _, masked), (lr, _) in VARIANTS
+    ]
+    params = [{k: jnp.asarray(v) for k, v in first_parameters(2).items()} for _ in VARIANTS]
+    head_state = head.init(params[0])
+    tail_states = [tail.init(p) for tail, p in zip(tails, params)]
+    for t, grad in enumerate(grads):
+        for group in optimizer.param_groups:
+            set_gradients(group, grad)
+        optimizer.step()
+        direction, head_state = head.update({k: jnp.asarray(v) for k, v in grad.items()}, head_state)
+        states = {"exp_avg": to_torch(head_state.mu), "exp_avg_var": to_torch(head_state.nu)}
+        for i, tail in enumerate(tails):
+            updates, tail_states[i] = tail.update(direction, tail_states[i], params[i])
+            params[i] = optax.apply_updates(params[i], updates)
+            want = {"params": to_torch(params[i]), **states}
+            assert_same_bits(ours(optimizer, i), want, f"step {t}, variant {i}: ")
+
+
+def test_adamaxw_has_the_bits_of_optax() -> None:
+    grads = random_gradients(3)
+    optimizer = AdamaxW(variant_groups(4), betas=BETAS, eps=1e-8, backend="eager")
+    oracles = [
+        optax.adamaxw(lr, *BETAS, eps=1e-8, weight_decay=decay, mask=MASK if masked else None)
+        for (decay, _, masked), (lr, _) in VARIANTS
+    ]
+    params = [{k: jnp.asarray(v) for k, v in first_parameters(4).items()} for _ in VARIANTS]
+    states = [oracle.init(p) for oracle, p in zip(oracles, params)]
+    for t, grad in enumerate(grads):
+        for group in optimizer.param_groups:
+            set_gradients(group, grad)
+        optimizer.step()
+        grad = {k: jnp.asarray(v) for k, v in grad.items()}
+        for i, oracle in enumerate(oracles):
+            updates, states[i] = oracle.update(grad, states[i], params[i])
+            params[i] = optax.apply_updates(params[i], updates)
+            moments = states[i][0]
+            want = {
+                "params": to_torch(params[i]),
+                "exp_avg": to_torch(moments.mu),
+                "exp_inf": to_torch(moments.nu),
+            }
+            assert_same_bits(ours(optimizer, i), want, f"step {t}, variant {i}: ")
+
+
+def belief_chain(lr: float = 0.01, decay: float = 0.1, **options: Any) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_belief(*BETAS, **options),
+        optax.add_decayed_weights(decay),
+        optax.scale_by_learning_rate(lr),
+    )
+
+
+def run_optax(oracle: optax.GradientTransformation, params: Tree, grads: list[Tree]) -> tuple[Tree, Any]:
+    params = {k: jnp.asarray(v) for k, v in params.items()}
+    state = oracle.init(params)
+    for grad in grads:
+        updates, state = oracle.update({k: jnp.asarray(v) for k, v in grad.items()}, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def run_ours(optimizer: torch.optim.Optimizer, grads: list[Tree]) -> None:
+    for grad in grads:
+        set_gradients(optimizer.param_groups[0], grad)
+        optimizer.step()
+
+
+@pytest.mark.parametrize("betas", [(0.0, 0.0), (0.5, 0.25), (0.99, 0.5)])
+def test_other_betas_have_the_bits_of_optax(betas: tuple[float, float]) -> None:
+    grads, start = random_gradients(5, steps=20), first_parameters(6)
+    for optimizer, oracle in (
+        (
+            AdaBelief(named(start), lr=0.02, betas=betas, eps=1e-3, eps_root=1e-5, backend="eager"),
+            optax.chain(
+                optax.scale_by_belief(*betas, eps=1e-3, eps_root=1e-5), optax.scale_by_learning_rate(0.02)
+            ),
+        ),
+        (
+            AdamaxW(named(start), lr=0.02, betas=betas, eps=1e-3, backend="eager"),
+            optax.adamaxw(0.02, *betas, eps=1e-3, weight_decay=1e-4),
+        ),
+    ):
+        run_ours(optimizer, grads)
+        params, _ = run_optax(oracle, start, grads)
+        assert_same_bits(ours(optimizer, 0)["params"], to_torch(params), str(betas))
+
+
+def test_defaults_are_those_of_optax() -> None:
+    grads, start = random_gradients(7, steps=5), first_parameters(8)
+    for cls, oracle in ((AdaBelief, optax.adabelief(1e-3)), (AdamaxW, optax.adamaxw(2e-3))):
+        optimizer = cls(named(start), backend="eager")
+        run_ours(optimizer, grads)
+        params, _ = run_optax(oracle, start, grads)
+        assert_same_bits(ours(optimizer, 0)["params"], to_torch(params), cls.__name__)
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_maximize_is_optax_on_negated_gradients(nesterov: bool) -> None:
+    grads, start = random_gradients(9, steps=30), first_parameters(10)
+    negated = [{name: -g for name, g in grad.items()} for grad in grads]
+    belief = AdaBelief(
+        named(start), lr=0.01, weight_decay=0.1, nesterov=nesterov, maximize=True, backend="eager"
+    )
+    adamaxw = AdamaxW(named(start), lr=0.01, weight_decay=0.1, maximize=True, backend="eager")
+    for optimizer, oracle in (
+        (belief, belief_chain(nesterov=nesterov)),
+        (adamaxw, optax.adamaxw(0.01, *BETAS, weight_decay=0.1)),
+    ):
+        run_ours(optimizer, grads)
+        params, _ = run_optax(oracle, start, negated)
+        assert_same_bits(ours(optimizer, 0)["params"], to_torch(params), type(optimizer).__name__)
+
+
+@pytest.mark.parametrize("rule", ["adabelief", "nesterov", "adamaxw"])
+def test_complex_parameters_are_pairs_of_reals(rule: str) -> None:
+    real, imaginary = random_gradients(11, steps=30), random_gradients(12, steps=30)
+    grads = [
+        {name: np.asarray(a[name] + 1j * b[name], np.complex64) for name in NAMES}
+        for a, b in zip(real, imaginary)
+    ]
+    start = {
+        name: np.asarray(a + 1j * first_parameters(14)[name], np.complex64)
+        for name, a in first_parameters(13).items()
+    }
+    if rule == "adamaxw":
+        optimizer = AdamaxW(named(start), lr=0.01, weight_decay=0.1, backend="eager")
+        inner = optax.adamaxw(0.01, *BETAS, weight_decay=0.1)
+    else:
+        nesterov = rule == "nesterov"
+        optimizer = AdaBelief(named(start), lr=0.01, weight_decay=0.1, nesterov=nesterov, backend="eager")
+        inner = belief_chain(nesterov=nesterov)
+    run_ours(optimizer, grads)
+    params, state = run_optax(optax.contrib.split_real_and_imaginary(inner), start, grads)
+    moments = state.inner_state[0]
+    got = ours(optimizer, 0)
+    assert_same_bits(got["params"], to_torch(params), "params")
+    for key, tree in zip([k for k in got if k != "params"], (moments.mu, moments.nu)):
+        want = {n: torch.tensor(np.asarray(tree[n].real) + 1j * np.asarray(tree[n].imaginary)) for n in NAMES}
+        assert_same_bits(got[key], want, key)
+
+
+@pytest.mark.parametrize("rule", ["adabelief", "nesterov", "adamaxw"])
+def test_float64_moments_equal_and_directions_agree(rule: str) -> None:
+    """With p = 0, lr = 1 and no decay our step is ``0 + (-1)*u``: the parameter shows ``u``."""
+    zeros = {name: np.zeros(shape) for name, shape in zip(NAMES, SHAPES)}
+    options: dict[str, Any] = {"lr": 1.0, "weight_decay": 0.0, "backend": "eager"}
+    if rule == "adamaxw":
+        optimizer = AdamaxW(named(zeros), **options)
+        oracle = optax.scale_by_adamax(*BETAS)
+    else:
+        optimizer = AdaBelief(named(zeros), nesterov=rule == "nesterov", **options)
+        oracle = optax.scale_by_belief(*BETAS, nesterov=rule == "nesterov")
+    with jax.enable_x64(True):
+        state = oracle.init({k: jnp.asarray(v) for k, v in zeros.items()})
+        for grad in random_gradients(15, np.float64, steps=100):
+            set_gradients(optimizer.param_groups[0], grad)
+            for p in optimizer.param_groups[0]["params"]:
+                p.data.zero_()
+            optimizer.step()
+            directions, state = oracle.update({k: jnp.asarray(v) for k, v in grad.items()}, state)
+            got, want = ours(optimizer, 0), to_torch(directions)
+            for name in NAMES:
+                assert want[name].dtype == torch.float64
+                torch.testing.assert_close(-got["params"][name], want[name], rtol=1e-12, atol=0)
+            moments = [got[key] for key in got if key != "params"]
+            assert_same_bits(moments, [to_torch(state.mu), to_torch(state.nu)], "moments")
+
+
+@pytest.mark.parametrize("rule", ["adabelief", "nesterov", "adamaxw"])
+def test_float64_parameters_agree(rule: str) -> None:
+    grads, start = random_gradients(16, np.float64, steps=30), first_parameters(17, np.float64)
+    options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "backend": "eager"}
+    with jax.enable_x64(True):
+        if rule == "adamaxw":
+            optimizer = AdamaxW(named(start), **options)
+            oracle = optax.adamaxw(0.01, *BETAS, weight_decay=0.1)
+        else:
+            optimizer = AdaBelief(named(start), nesterov=rule == "nesterov", **options)
+            oracle = belief_chain(nesterov=rule == "nesterov")
+        run_ours(optimizer, grads)
+        params, _ = run_optax(oracle, start, grads)
+        for name, want in to_torch(params).items():
+            # p is of order 1 and each of the 30 steps of order 0.01, its u good to 1e-12.
+            torch.testing.assert_close(ours(optimizer, 0)["params"][name], want, rtol=1e-12, atol=1e-12)
+
+
+def decoupled_step(
+    rule: str, p: np.ndarray, g: np.ndarray, m: np.ndarray, n: np.ndarray, t: int, lr: float, initial_lr: float
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """One step with ``decoupled_lr`` and weight decay 0.1, written out in NumPy float32."""
+    f = np.float32
+    b1, b2 = f(0.9), f(0.999)
+    c1, c2 = f(1 - 0.9), f(1 - 0.999)
+
+    def bc(b: np.float32, count: int) -> np.float32:
+        return f(1) - f(np.float64(b) ** count)
+
+    m = c1 * g + b1 * m
+    if rule == "adamaxw":
+        n = np.maximum(np.abs(g) + f(1e-8), b2 * n)
+        u = (m / bc(b1, t)) / n
+    else:
+        e = g - m
+        n = (c2 * (e * e) + b2 * n) + f(1e-16)
+        m_hat = m / bc(b1, t)
+        if rule == "nesterov":
+            m_hat = b1 * (m / bc(b1, t + 1)) + c1 * (g / bc(b1, t))
+        u = m_hat / (np.sqrt(n / bc(b2, t)) + f(1e-16))
+    d = f(0.1 * (lr / initial_lr))
+    return (p + f(-lr) * u) - d * p, m, n
+
+
+@pytest.mark.parametrize("rule", ["adabelief", "nesterov", "adamaxw"])
+def test_decoupled_lr_is_the_formula(rule: str) -> None:
+    """There is no Optax oracle: Optax multiplies weight decay by the learning rate."""
+    start, grads = first_parameters(18), random_gradients(19, steps=50)
+    options: dict[str, Any] = {"lr": 0.03, "weight_decay": 0.1, "decoupled_lr": True, "backend": "eager"}
+    if rule == "adamaxw":
+        optimizer = AdamaxW(named(start), weight_decay_mask=MASK, **options)
+    else:
+        optimizer = AdaBelief(named(start), nesterov=rule == "nesterov", weight_decay_mask=MASK, **options)
+    want = {name: (start[name], np.zeros_like(start[name]), np.zeros_like(start[name])) for name in "ac"}
+    for t, grad in enumerate(grads, 1):
+        lr = 0.03 * 0.97 ** (t - 1)
+        optimizer.param_groups[0]["lr"] = lr
+        set_gradients(optimizer.param_groups[0], grad)
+        optimizer.step()
+        got = ours(optimizer, 0)
+        for name, (p, m, n) in want.items():
+            want[name] = decoupled_step(rule, p, grad[name], m, n, t, lr, 0.03)
+            rows = [torch.tensor(np.asarray(x)) for x in want[name]]
+            assert_same_bits([tree[name] for tree in got.values()], rows, f"step {t}, {name}")
+
+
+def test_decay_is_selected_by_weight_decay() -> None:
+    """An infinite parameter with weight decay becomes NaN even where the factor of the decay
+    is 0, and one without weight decay stays."""
+    for decay, want in ((0.1, torch.nan), (0.0, torch.inf)):
+        p = torch.nn.Parameter(torch.full((2,), torch.inf))
+        optimizer = AdaBelief([p], lr=0.1, weight_decay=decay, decoupled_lr=True, backend="eager")
+        optimizer.param_groups[0]["lr"] = 0.0
+        p.grad = torch.ones(2)
+        optimizer.step()
+        assert_same_bits(p.detach(), torch.full((2,), want), f"weight_decay {decay}")
+
+
+def test_the_count_saturates() -> None:
+    """At 2**31 - 1, as Optax's int32 count does."""
+    start, grads = first_parameters(20), random_gradients(21, steps=2)
+    optimizer = AdaBelief(named(start), nesterov=True, backend="eager")
+    run_ours(optimizer, grads[:1])
+    for p in optimizer.param_groups[0]["params"]:
+        optimizer.state[p]["step"].fill_(MAX_COUNT)
+    run_ours(optimizer, grads[1:])
+    for p in optimizer.param_groups[0]["params"]:
+        assert optimizer.state[p]["step"].item() == MAX_COUNT
+        assert p.isfinite().all()
