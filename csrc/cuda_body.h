@@ -155,11 +155,13 @@ FUSED_OPTIM_HD void step_body(const CudaTask& task, int64_t block, int thread) {
   using P = typename Param::Stored;
   using G = typename Grad::Stored;
   using S = typename State::Stored;
-  if (skips(task)) return;
+  // Asked for first and looked at last: the read hides behind those of the table.
+  const bool skip = skips(task);
   const Chunk chunk = read_only(task.chunks + block);
   const Row row = read_only(task.rows + chunk.row);
   const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
   const Scaling<T> scaling(task.grad_scale, c.maximize);
+  if (skip) return;
   const int64_t begin = (chunk.chunk >= 0 ? chunk.chunk : ~chunk.chunk) * kChunk;
   P* const p = global<P>(row.param) + begin;
   const G* const g = global<const G>(row.grad) + begin;

@@ -1,7 +1,9 @@
 // The CUDA step: a prologue works out the coefficients, then one block steps each chunk.
 #include <cuda_runtime.h>
 
+#include <initializer_list>
 #include <stdexcept>
+#include <string>
 
 #include "cuda_body.h"
 #include "step_cuda.h"
@@ -26,22 +28,25 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   step_body<Rule, Param, Grad, State>(task, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-void check(cudaError_t error, const std::string& what, int device) {
-  if (error != cudaSuccess)
-    throw std::runtime_error(what + " on cuda:" + std::to_string(device) + " failed: " +
-                             cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
-                             "; built for compute capabilities " + cuda_archs() + ")");
+constexpr int64_t kMaxBlocks = 2147483647;
+
+[[noreturn]] void fail(cudaError_t error, const std::string& what, int device) {
+  cudaGetLastError();  // forgets it, so that no later launch is blamed
+  throw std::runtime_error(what + " on cuda:" + std::to_string(device) + " failed: " +
+                           cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
+                           "; built for compute capabilities " + cuda_archs() + ")");
 }
 
 // Makes a device current for as long as it lives.
 class DeviceGuard {
  public:
   explicit DeviceGuard(int device) {
-    check(cudaGetDevice(&previous_), "cudaGetDevice", device);
-    if (previous_ != device) {
-      check(cudaSetDevice(device), "cudaSetDevice", device);
-      changed_ = true;
+    cudaError_t error = cudaGetDevice(&previous_);
+    if (error == cudaSuccess && previous_ != device) {
+      error = cudaSetDevice(device);
+      changed_ = error == cudaSuccess;
     }
+    if (error != cudaSuccess) fail(error, "making the device current", device);
   }
   ~DeviceGuard() {
     if (changed_) cudaSetDevice(previous_);
@@ -60,37 +65,36 @@ struct Launch {
 
   template <class Rule, class Param, class Grad, class State>
   void run() const {
-    using T = typename Param::Working;
-    CudaTask task{};
-    task.rows = reinterpret_cast<const Row*>(step.rows);
-    task.chunks = reinterpret_cast<const Chunk*>(step.chunks);
-    task.counters = reinterpret_cast<const Counter*>(step.counters);
-    task.n_counters = step.n_counters;
-    task.hyper = reinterpret_cast<const Hyperparameters*>(step.hyper);
-    task.coefficients = reinterpret_cast<void*>(step.coefficients);
-    task.grad_scale = reinterpret_cast<const float*>(step.grad_scale);
-    task.found_inf = reinterpret_cast<const float*>(step.found_inf);
-    const auto stream = reinterpret_cast<cudaStream_t>(step.stream);
     const DeviceGuard guard(step.device);
-    if (step.n_counters > 0) {
-      const int64_t blocks = (step.n_counters + kPrologueThreads - 1) / kPrologueThreads;
-      prologue_kernel<T><<<grid(blocks), kPrologueThreads, 0, stream>>>(task);
-      check(cudaGetLastError(), std::string("the launch of prologue_kernel<") + State::name + ">", step.device);
-      ++launched;
-    }
-    if (step.n_chunks > 0) {
-      step_kernel<Rule, Param, Grad, State><<<grid(step.n_chunks), kThreads, 0, stream>>>(task);
-      check(cudaGetLastError(),
-            std::string("the launch of step_kernel<") + Rule::name + ", " + Param::name + ", " + Grad::name +
-                ", " + State::name + ">",
-            step.device);
-      ++launched;
-    }
+    const int64_t counter_blocks = (step.n_counters + kPrologueThreads - 1) / kPrologueThreads;
+    launch(prologue_kernel<typename Param::Working>, counter_blocks, kPrologueThreads,
+           {"prologue_kernel", State::name});
+    launch(step_kernel<Rule, Param, Grad, State>, step.n_chunks, kThreads,
+           {"step_kernel", Rule::name, Param::name, Grad::name, State::name});
   }
 
-  static unsigned grid(int64_t blocks) {
-    if (blocks > 2147483647) throw std::invalid_argument("one launch takes 2^31 - 1 blocks at most");
-    return static_cast<unsigned>(blocks);
+  void launch(void (*kernel)(CudaTask), int64_t blocks, int threads,
+              std::initializer_list<const char*> name) const {
+    if (blocks == 0) return;
+    if (blocks > kMaxBlocks) throw std::invalid_argument("one launch takes 2^31 - 1 blocks at most");
+    CudaTask task{reinterpret_cast<const Row*>(step.rows),
+                  reinterpret_cast<const Chunk*>(step.chunks),
+                  reinterpret_cast<const Counter*>(step.counters),
+                  step.n_counters,
+                  reinterpret_cast<const Hyperparameters*>(step.hyper),
+                  reinterpret_cast<void*>(step.coefficients),
+                  reinterpret_cast<const float*>(step.grad_scale),
+                  reinterpret_cast<const float*>(step.found_inf)};
+    void* arguments[] = {&task};
+    const cudaError_t error = cudaLaunchKernel(
+        reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
+        dim3(static_cast<unsigned>(threads)), arguments, 0, reinterpret_cast<cudaStream_t>(step.stream));
+    if (error != cudaSuccess) {
+      std::string what = "the launch of";
+      for (const char* part : name) what += std::string(" ") + part;
+      fail(error, what, step.device);
+    }
+    ++launched;
   }
 };
 

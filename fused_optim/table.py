@@ -176,7 +176,7 @@ class Operands:
 
     def load_sources(self) -> None:
         if self.param_source is not None:
-            _real(self.param_source, self.param).copy_(self.param_source)
+            _complex_like(self.param_source, self.param).copy_(self.param_source)
         if self.grad_copy is not None:
             source = self.grad_source()
             assert source is not None
@@ -184,10 +184,10 @@ class Operands:
 
     def store_sources(self) -> None:
         if self.param_source is not None:
-            self.param_source.copy_(_real(self.param_source, self.param))
+            self.param_source.copy_(_complex_like(self.param_source, self.param))
 
 
-def _real(like: Tensor, values: Tensor) -> Tensor:
+def _complex_like(like: Tensor, values: Tensor) -> Tensor:
     """``values`` as complex numbers where ``like`` is complex."""
     return torch.view_as_complex(values) if like.is_complex() else values
 

@@ -606,13 +606,13 @@ def test_parameters_in_any_layout(make: Make, layout: str, dtype: torch.dtype, f
     values = torch.randn(2, 3, 4, 5).to(dtype)
     p, twin = torch.nn.Parameter(relaid(values, layout)), torch.nn.Parameter(values.clone())
     other, other_twin = parameters([(5,)])[0], parameters([(5,)])[0]
-    optimizer = make([p, other], flatten=flatten)
-    want = make([twin, other_twin])
     whole = p.detach().as_strided((p.untyped_storage().nbytes() // p.element_size(),), (1,), 0)
     outside = torch.ones(whole.shape, dtype=torch.bool)
     outside.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(False)
     before = bits(whole[outside])
     strides = p.stride()
+    optimizer = make([p, other], flatten=flatten)
+    want = make([twin, other_twin])
     train(optimizer, [p, other], 3)
     train(want, [twin, other_twin], 3)
     assert_same_bits(snapshot(optimizer), snapshot(want))
@@ -673,6 +673,42 @@ def test_replaced_data(make: Make, layout: str) -> None:
     train(want, twins, 2, first=2)
     assert_same_bits(snapshot(optimizer), snapshot(want))
     assert torch.equal(old, before), "a write to the old memory"
+
+
+@pytest.mark.parametrize("what", ["params", "grads", "states"])
+def test_transposed_where_they_lie(make: Make, what: str) -> None:
+    """Another order of the elements at the same address, in the same tensor object."""
+    params, twins = parameters([(5,), (4, 4)]), parameters([(5,), (4, 4)])
+    optimizer, want = make(params), make(twins)
+    for opt, group in ((optimizer, params), (want, twins)):
+        train(opt, group, 2)
+    for _ in range(2):
+        if what == "params":
+            params[1].data = params[1].data.mT
+            twins[1].data.copy_(twins[1].data.mT.clone())
+        elif what == "grads":
+            params[1].grad.t_()
+            twins[1].grad.copy_(twins[1].grad.mT.clone())
+        else:
+            optimizer.state[params[1]]["exp_avg"].t_()
+            moment = want.state[twins[1]]["exp_avg"]
+            moment.copy_(moment.mT.clone())
+        optimizer.step()
+        want.step()
+        assert_same_bits(snapshot(optimizer), snapshot(want))
+
+
+@pytest.mark.parametrize("what", ["params", "grads", "states"])
+@pytest.mark.parametrize("warm", [1, 2])
+def test_shrunk_where_they_lie(make: Make, what: str, warm: int) -> None:
+    params = parameters([(4,), (8,)])
+    optimizer = make(params)
+    train(optimizer, params, warm)
+    optimizer.step()
+    shrunk = {"params": params[1], "grads": params[1].grad, "states": optimizer.state[params[1]]["exp_avg"]}[what]
+    shrunk.data = shrunk.data[:4]
+    with raises_unchanged(optimizer, (RuntimeError, ValueError), "parameter 1 of group 0", "(4,)", "(8,)"):
+        optimizer.step()
 
 
 @pytest.mark.parametrize("flatten", [False, True])

@@ -1,6 +1,87 @@
+"""Triton on a GPU: a prologue and one kernel for everything that a batch holds.
+
+With ``TRITON_INTERPRET=1`` Triton's interpreter runs the same kernels on the CPU, which
+is how they are tested where there is no GPU.
+"""
+
 from __future__ import annotations
 
-from .base import Backend
-from .eager import step
+import importlib
+from functools import cache
+from types import ModuleType
+from typing import Any
 
-TRITON = Backend("triton", lambda device: "not built", step)
+import torch
+
+from ..table import Batch
+from .base import Backend, Inputs, table_on
+
+
+@cache
+def _kernels() -> tuple[ModuleType | None, str]:
+    """The kernels, or None and the reason why they cannot be had."""
+    try:
+        return importlib.import_module("fused_optim.kernels.step"), ""
+    except ImportError as error:
+        return None, f"triton does not load: {error}"
+
+
+@cache
+def _interpreted() -> bool:
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+def _why_not(device: torch.device) -> str | None:
+    if device.type not in ("cuda", "cpu"):
+        return "it steps parameters on NVIDIA and AMD GPUs only"
+    kernels, reason = _kernels()
+    if kernels is None:
+        return reason
+    if device.type == "cpu" and not _interpreted():
+        return "it steps parameters on a GPU only (or on the CPU under TRITON_INTERPRET=1)"
+    return None
+
+
+@cache
+def _options(device: torch.device) -> dict[str, Any]:
+    kernels = _kernels()[0]
+    assert kernels is not None
+    if _interpreted():
+        return {}
+    rocm = torch.version.hip is not None
+    warp_size = torch.cuda.get_device_properties(device).warp_size if rocm else 32
+    return dict(kernels.launch_options("hip" if rocm else "cuda", warp_size))
+
+
+@cache
+def _neutral(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """A grad_scale of 1 and a found_inf of 0, for steps that have none."""
+    return torch.ones((), device=device), torch.zeros((), device=device)
+
+
+def _step(batch: Batch, inputs: Inputs) -> None:
+    kernels = _kernels()[0]
+    assert kernels is not None
+    key, device = batch.key, batch.key.device
+    one, zero = _neutral(device)
+    grad_scale = one if inputs.grad_scale is None else inputs.grad_scale
+    found_inf = zero if inputs.found_inf is None else inputs.found_inf
+    chunk = kernels.chunk_size(key.param.dtype.itemsize, key.grad.dtype.itemsize)
+    table = table_on(batch, chunk)
+    n = len(table.counters)
+    coefficients = torch.empty(
+        n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.state.working, device=device
+    )
+    options = _options(device)
+    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
+        kernels.launch_prologue(table.counters, n, inputs.hyper, grad_scale, found_inf, coefficients, options)
+        if len(table.chunks):
+            constants = kernels.step_constants(
+                key.rule.name, key.param.name, key.grad.name, key.state.name, chunk
+            )
+            kernels.launch_step(table.rows, table.chunks, coefficients, constants, options)
+
+
+TRITON = Backend("triton", _why_not, _step)

@@ -1,0 +1,205 @@
+"""The one kernel that makes a step, the small one that goes before it, and the launcher.
+
+The prologue works out every counter's coefficients in float64, rounds them once, and
+advances the counter. The step kernel gets the rule and the codecs as functions: a program
+takes one chunk of one row of the table (see ``fused_optim.table``). A full chunk whose
+addresses are multiples of 16 bytes takes an unmasked body; what is left takes the same
+rule and codecs one element a thread, in a loop, which keeps registers low (two bodies of
+whole blocks take 94 to 168).
+"""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from typing import Any
+
+import triton
+import triton.language as tl
+
+from . import codecs, rules
+
+MAX_COUNT = tl.constexpr(2**31 - 1)
+HYPER_COLUMNS = tl.constexpr(8)
+ROW_COLUMNS = tl.constexpr(6)
+COEFFICIENT_COLUMNS = tl.constexpr(16)
+NUM_COEFFICIENTS = tl.constexpr(13)
+"""Columns of ``fused_optim.reference.Coefficients``; then comes found_inf."""
+
+PROLOGUE_LANES = 128
+THREADS = 256
+
+Coefficients = namedtuple(
+    "Coefficients",
+    "beta1 one_minus_beta1 beta2 one_minus_beta2 eps eps_root bias_correction1 bias_correction1_next "
+    "bias_correction2 neg_lr weight_decay decoupled_decay grad_divisor",
+)
+
+
+def chunk_size(*element_bytes: int) -> int:
+    """Elements of one program: as many to a thread as make 16 bytes of the smallest operand."""
+    return THREADS * 16 // min(element_bytes)
+
+
+def step_constants(rule: str, param: str, grad: str, state: str, chunk: int) -> dict[str, Any]:
+    """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name."""
+    return {
+        "RULE": getattr(rules, rule),
+        "LOAD_PARAM": getattr(codecs, f"load_{param}"),
+        "STORE_PARAM": getattr(codecs, f"store_{param}"),
+        "LOAD_GRAD": getattr(codecs, f"load_{grad}"),
+        "LOAD_STATE": getattr(codecs, f"load_{state}"),
+        "STORE_STATE": getattr(codecs, f"store_{state}"),
+        "CHUNK": chunk,
+        "TAIL": THREADS,
+    }
+
+
+def launch_options(target: str, warp_size: int) -> dict[str, Any]:
+    """Compiler options of every launch: nothing contracted, nothing flushed to zero."""
+    options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    if target == "cuda":
+        options["enable_reflect_ftz"] = False
+    return options
+
+
+@triton.jit
+def _bias_correction(beta, count, DTYPE: tl.constexpr):
+    base = beta.to(DTYPE).to(tl.float64)
+    power = base * 0 + 1
+    for bit in range(31):
+        power = tl.where((count >> bit) & 1 == 1, power * base, power)
+        base = base * base
+    return 1 - power.to(DTYPE)
+
+
+@triton.jit(do_not_specialize=["n"])
+def prologue_kernel(
+    counters, n, hyper, grad_scale, found_inf, coefficients, DTYPE: tl.constexpr, LANES: tl.constexpr
+):
+    lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
+    live = lane < n
+    step = tl.load(counters + 2 * lane, live, other=0).to(tl.pointer_type(tl.int64))
+    h = hyper + tl.load(counters + 2 * lane + 1, live, other=0) * HYPER_COLUMNS
+    lr = tl.load(h + 0, live, other=0)
+    weight_decay = tl.load(h + 1, live, other=0)
+    beta1 = tl.load(h + 2, live, other=0)
+    beta2 = tl.load(h + 3, live, other=0)
+    initial_lr = tl.load(h + 6, live, other=0)
+
+    count = tl.minimum(tl.load(step, live, other=0) + 1, MAX_COUNT)
+    count_next = tl.minimum(count + 1, MAX_COUNT)
+    decoupled = initial_lr != 0
+    skip = tl.load(found_inf + 0 * lane)
+
+    c = coefficients + lane * COEFFICIENT_COLUMNS
+    tl.store(c + 0, beta1.to(DTYPE), live)
+    tl.store(c + 1, (1 - beta1).to(DTYPE), live)
+    tl.store(c + 2, beta2.to(DTYPE), live)
+    tl.store(c + 3, (1 - beta2).to(DTYPE), live)
+    tl.store(c + 4, tl.load(h + 4, live, other=0).to(DTYPE), live)
+    tl.store(c + 5, tl.load(h + 5, live, other=0).to(DTYPE), live)
+    tl.store(c + 6, _bias_correction(beta1, count, DTYPE), live)
+    tl.store(c + 7, _bias_correction(beta1, count_next, DTYPE), live)
+    tl.store(c + 8, _bias_correction(beta2, count, DTYPE), live)
+    tl.store(c + 9, (-lr).to(DTYPE), live)
+    tl.store(c + 10, tl.where(decoupled, 0.0, weight_decay).to(DTYPE), live)
+    decay = weight_decay * (lr / tl.where(decoupled, initial_lr, 1.0))
+    tl.store(c + 11, tl.where(decoupled, decay, 0.0).to(DTYPE), live)
+    divisor = tl.load(grad_scale).to(DTYPE)
+    tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -divisor, divisor), live)
+    tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
+    tl.store(step, count, live & (skip == 0))
+
+
+@triton.jit
+def _update(
+    row,
+    offset,
+    mask,
+    c,
+    RULE: tl.constexpr,
+    LOAD_PARAM: tl.constexpr,
+    STORE_PARAM: tl.constexpr,
+    LOAD_GRAD: tl.constexpr,
+    LOAD_STATE: tl.constexpr,
+    STORE_STATE: tl.constexpr,
+):
+    p = LOAD_PARAM(row + 2, offset, mask)
+    g = LOAD_GRAD(row + 3, offset, mask)
+    mu = LOAD_STATE(row + 4, offset, mask)
+    nu = LOAD_STATE(row + 5, offset, mask)
+    if c.grad_divisor != 1:
+        g = rules.divide(g, c.grad_divisor)
+    p, mu, nu = RULE(p, g, mu, nu, c)
+    STORE_STATE(row + 4, offset, mask, mu)
+    STORE_STATE(row + 5, offset, mask, nu)
+    STORE_PARAM(row + 2, offset, mask, p)
+
+
+@triton.jit
+def step_kernel(
+    rows,
+    chunks,
+    coefficients,
+    RULE: tl.constexpr,
+    LOAD_PARAM: tl.constexpr,
+    STORE_PARAM: tl.constexpr,
+    LOAD_GRAD: tl.constexpr,
+    LOAD_STATE: tl.constexpr,
+    STORE_STATE: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TAIL: tl.constexpr,
+):
+    program = tl.program_id(0).to(tl.int64)
+    row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW_COLUMNS
+    chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
+    k = coefficients + tl.load(row + 1) * COEFFICIENT_COLUMNS
+    c = Coefficients(
+        tl.load(k),
+        tl.load(k + 1),
+        tl.load(k + 2),
+        tl.load(k + 3),
+        tl.load(k + 4),
+        tl.load(k + 5),
+        tl.load(k + 6),
+        tl.load(k + 7),
+        tl.load(k + 8),
+        tl.load(k + 9),
+        tl.load(k + 10),
+        tl.load(k + 11),
+        tl.load(k + 12),
+    )
+    if tl.load(k + NUM_COEFFICIENTS) == 0:
+        if chunk >= 0:
+            at = chunk * CHUNK + tl.arange(0, CHUNK)
+            _update(row, at, None, c, RULE, LOAD_PARAM, STORE_PARAM, LOAD_GRAD, LOAD_STATE, STORE_STATE)
+        else:
+            start = (-1 - chunk) * CHUNK
+            end = tl.minimum(start + CHUNK, tl.load(row))
+            while start < end:
+                at = start + tl.arange(0, TAIL)
+                _update(row, at, at < end, c, RULE, LOAD_PARAM, STORE_PARAM, LOAD_GRAD, LOAD_STATE, STORE_STATE)
+                start += TAIL
+
+
+def launch_prologue(
+    counters: Any, n: int, hyper: Any, grad_scale: Any, found_inf: Any, coefficients: Any, options: dict[str, Any]
+) -> None:
+    """Work out ``coefficients`` for ``n`` counters, and advance these."""
+    dtype = getattr(tl, str(coefficients.dtype).removeprefix("torch."))
+    prologue_kernel[(triton.cdiv(n, PROLOGUE_LANES),)](
+        counters,
+        n,
+        hyper,
+        grad_scale,
+        found_inf,
+        coefficients,
+        DTYPE=dtype,
+        LANES=PROLOGUE_LANES,
+        **{**options, "num_warps": PROLOGUE_LANES // 32} if options else {},
+    )
+
+
+def launch_step(rows: Any, chunks: Any, coefficients: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+    """Step every chunk."""
+    step_kernel[(len(chunks),)](rows, chunks, coefficients, **constants, **options)

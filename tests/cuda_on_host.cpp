@@ -1,0 +1,111 @@
+// The CUDA step on the CPU: csrc/step_cuda.cu as it is, over a runtime that runs a launched
+// kernel at once, thread after thread. Compiled and driven by test_cuda_compiled.py, which
+// puts an empty cuda_runtime.h on the include path. The last block and thread go first: no
+// result may depend on their order.
+#include <cstdint>
+#include <exception>
+#include <string>
+
+struct dim3 {
+  unsigned x, y, z;
+  explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
+};
+using cudaStream_t = struct Stream*;
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice };
+
+#define __global__
+#define __launch_bounds__(...)
+#define __CUDA_ARCH_LIST__ 800, 900
+#define __CUDACC_VER_MAJOR__ 0
+#define __CUDACC_VER_MINOR__ 0
+#define __CUDACC_VER_BUILD__ 0
+#define CUDART_VERSION 0
+
+namespace {
+constexpr int kDevices = 2;
+dim3 blockIdx, threadIdx;
+int current_device = 0;
+bool refuse = false;
+struct Launched {
+  int64_t blocks, threads, stream, device;
+};
+int n_launched = 0;
+Launched launched[2];
+}  // namespace
+
+cudaError_t cudaGetDevice(int* device) {
+  *device = current_device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaSetDevice(int device) {
+  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
+  current_device = device;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetDeviceCount(int* count) {
+  *count = kDevices;
+  return cudaSuccess;
+}
+
+cudaError_t cudaGetLastError() { return cudaSuccess; }
+const char* cudaGetErrorString(cudaError_t) { return "the error's text"; }
+const char* cudaGetErrorName(cudaError_t) { return "the error's name"; }
+cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
+
+#include "step_cuda.cu"
+
+cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t,
+                             cudaStream_t stream) {
+  if (refuse) return cudaErrorLaunchFailure;
+  if (n_launched < 2) launched[n_launched] = {grid.x, block.x, reinterpret_cast<int64_t>(stream), current_device};
+  ++n_launched;
+  const auto run = reinterpret_cast<void (*)(fused_optim::CudaTask)>(const_cast<void*>(kernel));
+  for (blockIdx.x = grid.x; blockIdx.x-- > 0;)
+    for (threadIdx.x = block.x; threadIdx.x-- > 0;)
+      run(*static_cast<fused_optim::CudaTask*>(arguments[0]));
+  return cudaSuccess;
+}
+
+namespace {
+
+// What `use` throws goes to `error`, cut to `size` bytes.
+template <class Use>
+int64_t guarded(char* error, int64_t size, const Use& use) {
+  try {
+    return use();
+  } catch (const std::exception& caught) {
+    error[std::string(caught.what()).copy(error, size - 1)] = '\0';
+    return -1;
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// `numbers`: the integers of CudaStep in their order, the device last.
+int64_t step_on_host(const char* rule, const char* param, const char* grad, const char* state,
+                     const int64_t* numbers, char* error, int64_t size) {
+  n_launched = 0;
+  const int64_t* n = numbers;
+  const fused_optim::CudaStep step{rule, param, grad, state, n[0], n[1], n[2], n[3], n[4],
+                                   n[5], n[6],  n[7], n[8],  n[9], static_cast<int>(n[10])};
+  return guarded(error, size, [&] { return fused_optim::step_cuda(step); });
+}
+
+int64_t chunk_size(const char* param, const char* grad, char* error, int64_t size) {
+  return guarded(error, size, [&] { return fused_optim::cuda_chunk_size(param, grad); });
+}
+
+int64_t coefficients_bytes(const char* state, char* error, int64_t size) {
+  return guarded(error, size, [&] { return fused_optim::cuda_coefficients_bytes(state); });
+}
+
+// Blocks, threads, stream and device of a launch of the last step.
+const int64_t* launch_of_last_step(int i) { return &launched[i].blocks; }
+
+void refuse_launches(bool yes) { refuse = yes; }
+int current() { return current_device; }
+}

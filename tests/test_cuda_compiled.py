@@ -1,0 +1,568 @@
+"""The CUDA backend without a GPU: the same source run on the host, and the machine code read.
+
+``cuda_on_host.cpp`` compiles ``csrc/step_cuda.cu`` with the host's compiler over a runtime that
+runs each kernel at once; its results must be the eager backend's, bit for bit. What nvcc makes of
+the same file is then searched for what a host cannot show: contracted or approximate arithmetic,
+spilled registers, narrow accesses.
+"""
+
+from __future__ import annotations
+
+import ast
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import Tensor
+
+from fused_optim.backends.base import Inputs
+from fused_optim.backends.eager import EAGER
+from fused_optim.reference import MAX_COUNT, Hyperparameters
+from fused_optim.rules import RULES
+from fused_optim.storage import FORMATS, Format
+from fused_optim.table import Batch, BatchKey, operands
+
+ROOT = Path(__file__).resolve().parent.parent
+CSRC = ROOT / "csrc"
+BY_NAME = {f.name: f for f in FORMATS.values()}
+STATE = {torch.float32: BY_NAME["fp32"], torch.float64: BY_NAME["fp64"]}
+COMBINATIONS = [(p, g) for p in BY_NAME.values() for g in BY_NAME.values() if p.working == g.working]
+combinations = pytest.mark.parametrize("param, grad", COMBINATIONS, ids=[f"{p.name}-{g.name}" for p, g in COMBINATIONS])
+rules = pytest.mark.parametrize("rule", RULES)
+
+
+def setup_flags(name: str) -> list[str]:
+    """A list of compiler flags in setup.py, which cannot be imported."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+            return ast.literal_eval(node.value)
+    raise LookupError(f"setup.py has no {name}")
+
+
+# The step on the host
+
+
+class Host:
+    """The shared library of cuda_on_host.cpp."""
+
+    def __init__(self, path: Path) -> None:
+        self.library = ctypes.CDLL(str(path))
+        for name in ("step_on_host", "chunk_size", "coefficients_bytes"):
+            getattr(self.library, name).restype = ctypes.c_int64
+        self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
+        self.library.refuse_launches.argtypes = [ctypes.c_bool]
+
+    def call(self, name: str, *arguments: Any) -> int:
+        error = ctypes.create_string_buffer(1000)
+        encoded = [a.encode() if isinstance(a, str) else a for a in arguments]
+        result = getattr(self.library, name)(*encoded, error, ctypes.c_int64(len(error)))
+        if result < 0:
+            raise RuntimeError(error.value.decode())
+        return result
+
+    def step(self, *names_and_numbers: Any) -> int:
+        numbers = (ctypes.c_int64 * 11)(*names_and_numbers[4:])
+        return self.call("step_on_host", *names_and_numbers[:4], numbers)
+
+    def launches(self, n: int) -> list[tuple[int, ...]]:
+        """(blocks, threads, stream, device) of the last step's launches."""
+        return [tuple(self.library.launch_of_last_step(i)[:4]) for i in range(n)]
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder that ``build`` filled, shared by the workers of one pytest-xdist run."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder = base / name
+    with open(base / f"{name}.lock", "w") as lock:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            folder.mkdir()
+            build(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    compiler = shutil.which("g++")
+    if compiler is None:
+        pytest.skip("needs g++")
+
+    def build(folder: Path) -> None:
+        (folder / "cuda_runtime.h").touch()
+        command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+        command += [*setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}"]
+        subprocess.run([*command, ROOT / "tests" / "cuda_on_host.cpp", "-o", folder / "library.so"], check=True)
+
+    return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
+
+
+class Row(NamedTuple):
+    """One parameter of a test: its size, and how many elements past a 16-byte boundary each
+    of parameter, gradient and states lies."""
+
+    numel: int
+    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    hyper_row: int = 0
+    count: int = 0
+
+
+HYPER = [
+    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0),
+    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0),
+    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0),
+    Hyperparameters(0.0, 0.0, 0.99, 0.0, 1.0, 1e-3, 0.0, 1.0),
+]
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-41, 6e-8, -6e4, 3e38]
+GUARD = 64
+
+
+class World:
+    """Parameters, gradients and states with NaN around each, and the table of them."""
+
+    def __init__(self, rule: str, param: Format, grad: Format, rows: Iterable[Row], seed: int = 0) -> None:
+        self.rng = torch.Generator().manual_seed(seed)
+        state = STATE[param.working]
+        self.buffers: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        items = []
+        for row in rows:
+            p, g, mu, nu = (
+                self._inside_nan(row.numel, offset, dtype)
+                for offset, dtype in zip(row.offsets, (param.dtype, grad.dtype, state.dtype, state.dtype))
+            )
+            p.copy_(self._normal(row.numel))
+            mu.copy_(self._normal(row.numel))
+            nu.copy_(self._normal(row.numel).square())
+            step = torch.tensor(row.count)
+            item = operands(p, g, p, mu, nu, step)
+            item.hyper_row = row.hyper_row
+            items.append(item)
+            self.grads.append(g)
+            self.steps.append(step)
+        self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], param, grad, state), items)
+        self.hyper = torch.tensor(HYPER, dtype=torch.float64)
+
+    def _inside_nan(self, numel: int, offset: int, dtype: torch.dtype) -> Tensor:
+        buffer = torch.full((numel + offset + 2 * GUARD,), torch.nan, dtype=dtype)
+        assert buffer.data_ptr() % 16 == 0
+        self.buffers.append(buffer)
+        return buffer[GUARD + offset : GUARD + offset + numel]
+
+    def _normal(self, numel: int) -> Tensor:
+        return torch.randn(numel, generator=self.rng, dtype=torch.float64)
+
+    def new_gradients(self, special: bool = False) -> None:
+        for g in self.grads:
+            g.copy_(self._normal(len(g)) * 10 ** (4 * torch.rand(len(g), generator=self.rng) - 3))
+            if special and len(g) >= len(SPECIAL):
+                g[torch.randperm(len(g), generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).to(g.dtype)
+
+    def inputs(self, grad_scale: float | None, found_inf: float | None) -> Inputs:
+        return Inputs(self.hyper, *(None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)))
+
+    def contents(self) -> list[list[Tensor]]:
+        """All memory, guards included, and the step numbers."""
+        return [[b.clone() for b in self.buffers], [s.clone() for s in self.steps]]
+
+    def step(self, host: Host, inputs: Inputs, stream: int = 0, device: int = 0) -> int:
+        key = self.batch.key
+        chunks = self.batch.chunks(host.call("chunk_size", key.param.name, key.grad.name))
+        size = host.call("coefficients_bytes", key.state.name)
+        coefficients = torch.full((len(self.steps) * size + GUARD,), 255, dtype=torch.uint8)
+        launched = host.step(
+            key.rule.name,
+            key.param.name,
+            key.grad.name,
+            key.state.name,
+            self.batch.rows.data_ptr(),
+            chunks.data_ptr(),
+            len(chunks),
+            self.batch.counters.data_ptr(),
+            len(self.batch.counters),
+            inputs.hyper.data_ptr(),
+            coefficients.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (inputs.grad_scale, inputs.found_inf)),
+            stream,
+            device,
+        )
+        assert bool((coefficients[len(self.steps) * size :] == 255).all()), "written past the coefficients"
+        return launched
+
+
+def rows_of_sizes(chunk: int) -> Iterator[Row]:
+    """Each size aligned, unaligned, and with one operand unaligned."""
+    sizes = (0, 1, 7, 1023, 1024, 1025, chunk - 1, chunk, chunk + 1, 2 * chunk, 12289)
+    for i, numel in enumerate(sizes):
+        yield Row(numel, hyper_row=i % len(HYPER), count=i)
+        yield Row(numel, (1, 1, 1, 1), hyper_row=(i + 1) % len(HYPER), count=i)
+    for k in range(4):
+        yield Row(chunk + 1, tuple(3 * (k == j) for j in range(4)), hyper_row=k, count=100)
+
+
+@rules
+@combinations
+def test_sizes_and_alignments(host: Host, rule: str, param: Format, grad: Format) -> None:
+    chunk = host.call("chunk_size", param.name, grad.name)
+    worlds = [World(rule, param, grad, rows_of_sizes(chunk)) for _ in range(2)]
+    numbers = worlds[0].batch.chunks(chunk)[:, 1]
+    assert 0 < int((numbers >= 0).sum()) < len(numbers)
+    for grad_scale, found_inf, special in ((None, None, False), (3.0, 0.0, True)):
+        for world in worlds:
+            world.new_gradients(special)
+        EAGER.step(worlds[0].batch, worlds[0].inputs(grad_scale, found_inf))
+        assert worlds[1].step(host, worlds[1].inputs(grad_scale, found_inf)) == 2
+        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+
+
+@rules
+@pytest.mark.parametrize("name", ["fp32", "fp64"])
+def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
+    counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT]
+    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))] * 8
+    worlds = [World(rule, BY_NAME[name], BY_NAME[name], rows) for _ in range(2)]
+    for _ in range(64):
+        for world in worlds:
+            world.new_gradients()
+        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+        worlds[1].step(host, worlds[1].inputs(None, None))
+        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+    assert [int(s) for s in worlds[1].steps] == [min(row.count + 64, MAX_COUNT) for row in rows]
+
+
+@rules
+@pytest.mark.parametrize("found_inf", [1.0, -1.0, torch.inf, torch.nan])
+def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float) -> None:
+    param, grad = BY_NAME["bf16"], BY_NAME["fp32"]
+    world = World(rule, param, grad, rows_of_sizes(host.call("chunk_size", "bf16", "fp32")))
+    world.new_gradients(special=True)
+    before = world.contents()
+    assert world.step(host, world.inputs(65536.0, found_inf)) == 2
+    assert_same_bits(world.contents(), before)
+
+
+def test_launches(host: Host) -> None:
+    fp32 = BY_NAME["fp32"]
+    chunk = host.call("chunk_size", "fp32", "fp32")
+    world = World("adamaxw", fp32, fp32, [Row(2 * chunk + 1), Row(0), Row(5)] + [Row(0)] * 200)
+    world.new_gradients()
+    assert world.step(host, world.inputs(None, None), stream=1234, device=1) == 2
+    (prologue, step) = host.launches(2)
+    assert prologue[0] * prologue[1] >= 203 > (prologue[0] - 1) * prologue[1]
+    assert step[0] == 4 and chunk % step[1] == 0
+    assert prologue[2:] == step[2:] == (1234, 1)
+    assert host.library.current() == 0, "the device that was current is not restored"
+
+    empty = World("adamaxw", fp32, fp32, [Row(0), Row(0)])
+    assert empty.step(host, empty.inputs(None, None)) == 1
+    assert [int(s) for s in empty.steps] == [1, 1]
+    assert host.step("adamaxw", "fp32", "fp32", "fp32", *[0] * 11) == 0
+
+
+def test_refused_launches_are_errors(host: Host) -> None:
+    world = World("adabelief", BY_NAME["bf16"], BY_NAME["fp32"], [Row(5)])
+    before = world.contents()
+    host.library.refuse_launches(True)
+    try:
+        with pytest.raises(RuntimeError, match=r"prologue_kernel fp32 on cuda:1 failed: the error's text.*80,90"):
+            world.step(host, world.inputs(None, None), device=1)
+    finally:
+        host.library.refuse_launches(False)
+    assert host.library.current() == 0
+    with pytest.raises(RuntimeError, match="current on cuda:7 failed: the error's text"):
+        world.step(host, world.inputs(None, None), device=7)
+    assert_same_bits(world.contents(), before)
+
+
+UNKNOWN = [("adam", "fp32", "fp32", "fp32"), ("adamaxw", "int8", "fp32", "fp32"), ("adamaxw", "fp32", "fp64", "fp32"),
+           ("adamaxw", "fp32", "fp32", "bf16"), ("adamaxw", "fp64", "fp64", "fp32")]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", UNKNOWN)
+def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
+    with pytest.raises(RuntimeError, match=".*".join(names)):
+        host.step(*names, *[0] * 11)
+
+
+def test_the_extension() -> None:
+    cuda = pytest.importorskip("fused_optim._cuda", reason="fused_optim._cuda is not built")
+    assert {cuda.chunk_size(p.name, g.name) % 2048 for p, g in COMBINATIONS} == {0}
+    assert cuda.coefficients_bytes("fp64") == 2 * cuda.coefficients_bytes("fp32") > 0
+    assert cuda.device_count() >= 0
+    assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ") and cuda.runtime_version
+    for names in UNKNOWN:
+        with pytest.raises(ValueError, match=".*".join(names)):
+            cuda.step(*names, *[0] * 11)
+    with pytest.raises(ValueError, match="fp64.*fp32"):
+        cuda.chunk_size("fp64", "fp32")
+    with pytest.raises(ValueError, match="bf16"):
+        cuda.coefficients_bytes("bf16")
+    if cuda.device_count() == 0:
+        with pytest.raises(RuntimeError, match="cuda:0 failed"):
+            cuda.step("adamaxw", "fp32", "fp32", "fp32", *[0] * 11)
+
+
+# The machine code
+
+ARCHS = ("80", "90")
+BYTES = {"Fp32": 4, "Fp64": 8, "Bf16": 2, "Fp16": 2}
+EXACT_IN_PTX = re.compile(
+    r"(add|sub|mul|div|sqrt)\.rn\.f(32|64)|(neg|abs|mov|selp|setp\.\w+|max\.NaN|ld(\.\w+)+|st(\.\w+)+)\.f(32|64)"
+    r"|cvt\.rn\.f32\.f64|cvt\.f64\.f32|cvt\.rn\.f16\.f32|cvt\.f32\.f16"
+)
+"""Each a single correctly rounded operation, or none at all."""
+
+
+class Kernel(NamedTuple):
+    """A kernel's name and the template's arguments."""
+
+    name: str
+    arguments: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.name}<{', '.join(self.arguments)}>"
+
+
+@dataclass
+class Resources:
+    registers: int
+    stack: int
+    spills: int
+
+
+@dataclass
+class Code:
+    """What nvcc made of step_cuda.cu, by architecture and kernel."""
+
+    resources: dict[str, dict[Kernel, Resources]]
+    sass: dict[str, dict[Kernel, list[str]]]
+    ptx: dict[str, dict[Kernel, str]]
+
+
+def nvcc() -> str:
+    """The command, or a skip with the reason."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
+    if found is None:
+        pytest.skip("needs nvcc on the PATH or under CUDA_HOME")
+    if shutil.which("c++filt") is None:
+        pytest.skip("needs c++filt")
+    return found
+
+
+def cuobjdump(nvcc: str) -> str:
+    """The toolkit's, or the one that Triton's wheel carries."""
+    triton = importlib.util.find_spec("triton")
+    folders = [Path(nvcc).resolve().parent, Path("/usr/local/cuda/bin")]
+    folders += [Path(p, "backends/nvidia/bin") for p in (triton.submodule_search_locations or [] if triton else [])]
+    found = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
+    if found is None:
+        pytest.skip("needs cuobjdump, from the CUDA toolkit or from Triton's wheel")
+    return found
+
+
+def output_of(*command: object) -> str:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def demangled(text: str) -> str:
+    return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
+
+
+def kernel_of(demangled_name: str) -> Kernel:
+    name, arguments = re.search(r"(\w+)<(.*)>\(", demangled_name).groups()
+    return Kernel(name, tuple(a.split("::")[-1].strip() for a in arguments.split(",")))
+
+
+def read_resources(log: str) -> dict[str, dict[Kernel, Resources]]:
+    """From what ``ptxas -v`` says."""
+    found: dict[str, dict[Kernel, Resources]] = {}
+    for part in re.split(r"Compiling entry function ", demangled(log))[1:]:
+        name, arch = re.match(r"'(.*)' for 'sm_(\w+)'", part).groups()
+        stack, stores, loads = map(
+            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+        )
+        registers = int(re.search(r"Used (\d+) registers", part).group(1))
+        found.setdefault(arch, {})[kernel_of(name)] = Resources(registers, stack, stores + loads)
+    return found
+
+
+def read_sass(text: str) -> dict[str, dict[Kernel, list[str]]]:
+    """Each kernel's operations in the order of their addresses."""
+    found: dict[str, dict[Kernel, list[str]]] = {}
+    for part in re.split(r"Fatbin elf code:", demangled(text))[1:]:
+        arch = re.search(r"arch = sm_(\w+)", part).group(1)
+        for function in re.split(r"Function : ", part)[1:]:
+            operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", function, re.M)
+            found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = operations
+    return found
+
+
+def read_ptx(text: str) -> dict[str, dict[Kernel, str]]:
+    found: dict[str, dict[Kernel, str]] = {}
+    for part in re.split(r"^\.version", demangled(text), flags=re.M)[1:]:
+        arch = re.search(r"^\.target sm_(\w+)", part, re.M).group(1)
+        for function in re.split(r"\.entry ", part)[1:]:
+            found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = function
+    return found
+
+
+def compile_and_read(folder: Path, archs: Iterable[str], flags: Iterable[str], csrc: Path = CSRC) -> Code:
+    compiler = nvcc()
+    reader = cuobjdump(compiler)
+    target = folder / "step_cuda.o"
+    targets = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
+    log = output_of(compiler, "-c", "-O3", "-std=c++17", *flags, *targets, "-Xptxas=-v", "-Xcompiler=-fPIC",
+                    csrc / "step_cuda.cu", "-o", target)  # fmt: skip
+    return Code(read_resources(log), read_sass(output_of(reader, "-sass", target)), read_ptx(output_of(reader, "-ptx", target)))
+
+
+@pytest.fixture(scope="session")
+def code(tmp_path_factory: pytest.TempPathFactory) -> Code:
+    cache: list[Code] = []
+    nvcc(), cuobjdump(nvcc())
+    folder = built_once(tmp_path_factory, "cuda_code", lambda folder: cache.append(
+        compile_and_read(folder, ARCHS, setup_flags("NVCC_EXACT"))))
+    return cache[0]
+
+
+def resource_problems(resources: dict[Kernel, Resources]) -> list[str]:
+    """More registers than leave room for the blocks that hide the memory's latency, or spills."""
+    problems = []
+    for kernel, used in resources.items():
+        narrow = {"Bf16", "Fp16"} & set(kernel.arguments)
+        limit = 80 if "Fp64" in kernel.arguments else 72 if narrow else 64
+        if used.registers > limit or used.stack or used.spills:
+            problems.append(f"{kernel}: {used}, at most {limit} registers")
+    return problems
+
+
+def access_problems(sass: dict[Kernel, list[str]]) -> list[str]:
+    """A step kernel reads the table with LDG.CONSTANT, tensors with other LDG. In a full chunk
+    every operand is read and written in 128-bit accesses alone, all reads before all
+    arithmetic; in a tail, one element an operand."""
+    problems = []
+    for kernel, operations in sass.items():
+        if kernel.name != "step_kernel":
+            continue
+        p, g, s = (BYTES[x] for x in kernel.arguments[1:])
+        n = 16 // min(p, g)
+        full = "r" * (n * (p + g + 2 * s) // 16) + "x" + "w" * (n * (p + 2 * s) // 16)
+        tail = "RRRRxWWW"
+        seen, widths = "", Counter()
+        for operation in operations:
+            name, *suffixes = operation.split(".")
+            if name in ("LD", "ST", "LDL", "STL", "LDS", "STS"):
+                problems.append(f"{kernel}: {operation}")
+            if name in ("FADD", "FMUL", "FFMA", "MUFU", "FCHK", "DADD", "DMUL", "DFMA"):
+                seen += "x"
+            if name in ("LDG", "STG") and "CONSTANT" not in suffixes:
+                wide = "128" in suffixes
+                seen += {"LDG": "Rr", "STG": "Ww"}[name][wide]
+                if not wide:
+                    widths[name, 8 if "64" in suffixes else 2 if "U16" in suffixes else 4] += 1
+        seen = re.sub("x+", "x", seen).strip("x")
+        if not re.fullmatch(f"{tail}x?{full}|{full}x?{tail}", seen):
+            problems.append(f"{kernel}: accesses {seen}, expected {full} and {tail}")
+        if widths != Counter([("LDG", b) for b in (p, g, s, s)] + [("STG", b) for b in (p, s, s)]):
+            problems.append(f"{kernel}: a tail's accesses have the widths {dict(widths)}")
+    return problems
+
+
+def arithmetic_problems(ptx: dict[Kernel, str]) -> list[str]:
+    """Floating-point operations that are not one IEEE operation, rounded to nearest; or none
+    of those that the rule is made of. ptxas may contract only what has no explicit rounding."""
+    problems = []
+    for kernel, text in ptx.items():
+        operations = Counter(o for o in re.findall(r"\b[a-z]\w*(?:\.\w+)+", text) if re.search(r"\.(b?f16|f32|f64)", o))
+        problems += [f"{kernel}: {n} {o}" for o, n in operations.items() if not EXACT_IN_PTX.fullmatch(o)]
+        if kernel.name == "step_kernel":
+            t = "f64" if "Fp64" in kernel.arguments else "f32"
+            needed = ["add.rn", "mul.rn", "div.rn", *(["sqrt.rn"] if "AdaBelief" in kernel.arguments[0] else [])]
+            problems += [f"{kernel}: no {o}.{t}" for o in needed if operations[f"{o}.{t}"] == 0]
+    return problems
+
+
+def expected_kernels() -> set[Kernel]:
+    classes = {name: "".join(word.capitalize() for word in name.split("_")) for name in BY_NAME}
+    source = "".join(path.read_text() for path in (CSRC / "rules").glob("*.h"))
+    rule_classes = dict(re.findall(r'struct (\w+) \{\s+static constexpr const char\* name = "(\w+)"', source))
+    assert sorted(rule_classes.values()) == sorted(RULES)
+    steps = {
+        Kernel("step_kernel", (rule, classes[p.name], classes[g.name], classes[STATE[p.working].name]))
+        for rule in rule_classes
+        for p, g in COMBINATIONS
+    }
+    return steps | {Kernel("prologue_kernel", ("float",)), Kernel("prologue_kernel", ("double",))}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_kernel_is_there(code: Code, arch: str) -> None:
+    for kernels in (code.resources, code.sass, code.ptx):
+        assert set(kernels[arch]) == expected_kernels()
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_registers(code: Code, arch: str) -> None:
+    assert resource_problems(code.resources[arch]) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_accesses(code: Code, arch: str) -> None:
+    assert access_problems(code.sass[arch]) == []
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_arithmetic(code: Code, arch: str) -> None:
+    assert arithmetic_problems(code.ptx[arch]) == []
+
+
+@pytest.mark.parametrize(
+    "flags, found",
+    [
+        (["-fmad=true"], ["fma.rn.f32", "fma.rn.f64"]),
+        (["-use_fast_math"], ["div.approx.ftz.f32", "sqrt.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
+    ],
+    ids=["fmad", "fast-math"],
+)
+def test_lost_exactness_is_seen(tmp_path: Path, flags: list[str], found: list[str]) -> None:
+    output_of(nvcc(), "-ptx", "-O3", "-std=c++17", *flags, "-arch=compute_90", CSRC / "step_cuda.cu", "-o", tmp_path / "ptx")
+    problems = arithmetic_problems(read_ptx((tmp_path / "ptx").read_text())["90"])
+    steps = [str(k) for k in expected_kernels() if k.name == "step_kernel"]
+    assert all(any(problem.startswith(f"{kernel}:") for problem in problems) for kernel in steps)
+    for operation in found:
+        assert any(problem.endswith(f" {operation}") for problem in problems), operation
+
+
+def test_lost_vectors_and_registers_are_seen(tmp_path: Path) -> None:
+    shutil.copytree(CSRC, tmp_path / "csrc")
+
+    def replace(file: str, old: str, new: str) -> None:
+        path = tmp_path / "csrc" / file
+        assert path.read_text().count(old) == 1, f"{old!r} is not in {file}"
+        path.write_text(path.read_text().replace(old, new))
+
+    replace("cuda_body.h", "struct alignas(16) Vector {\n  uint32_t x, y, z, w;", "struct Vector {\n  uint32_t x, y, z, w;")
+    replace("step_cuda.cu", "sizeof(T) == 8 ? 3 : 4", "8")
+    lost = compile_and_read(tmp_path, ["90"], setup_flags("NVCC_EXACT"), tmp_path / "csrc")
+    steps = [str(k) for k in expected_kernels() if k.name == "step_kernel"]
+    problems = access_problems(lost.sass["90"])
+    assert all(any(problem.startswith(f"{kernel}:") for problem in problems) for kernel in steps)
+    assert any("spills" in problem for problem in resource_problems(lost.resources["90"]))

@@ -1,0 +1,1069 @@
+"""The ``torch.optim`` contract, with and without ``flatten``: groups, hooks, schedulers,
+checkpoints, and what user code does to parameters, gradients and states between steps."""
+
+from __future__ import annotations
+
+import copy
+import io
+import pickle
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BACKENDS,
+    RULES,
+    assert_same_bits,
+    copies,
+    flat_like_plain,
+    gradient,
+    parameters,
+    raises_with,
+    results,
+    set_gradients,
+    snapshot,
+    train,
+)
+from torch import Tensor
+from torch.optim import lr_scheduler
+
+from fused_optim import AdaBelief, AdamaxW
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+Make = Callable[..., torch.optim.Optimizer]
+Parameters = list[torch.nn.Parameter]
+
+
+@pytest.fixture(params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=RULES, ids=lambda cls: cls.__name__)
+def make(request: pytest.FixtureRequest, backend: str) -> Make:
+    """The constructor of each optimizer, on each backend."""
+
+    def construct(params: Any, **options: Any) -> torch.optim.Optimizer:
+        return request.param(params, **{"backend": backend, **options})
+
+    return construct
+
+
+flat = pytest.mark.parametrize("flatten", [False, True], ids=["plain", "flat"])
+
+
+def named(params: Parameters) -> list[tuple[str, torch.nn.Parameter]]:
+    return list(zip("abcdefg", params))
+
+
+def saved_and_loaded(value: Any) -> Any:
+    """Through ``torch.save`` and ``torch.load(weights_only=True)``."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+# Groups and masks
+
+
+def test_groups_have_their_own_options(make: Make) -> None:
+    """Each group steps as it would in an optimizer of its own."""
+    options: list[dict[str, Any]] = [
+        {},
+        {"lr": 0.1, "betas": (0.8, 0.95)},
+        {"lr": torch.tensor(0.05), "eps": 1e-3, "weight_decay": 0.2},
+        {"maximize": True},
+        {"lr": 0},
+    ]
+
+    def run(flatten: bool) -> Any:
+        groups = [{"params": parameters(seed=i), **o} for i, o in enumerate(options)]
+        optimizer = make(groups, lr=0.02, flatten=flatten)
+        train(optimizer, [p for group in groups for p in group["params"]], 4)
+        return snapshot(optimizer)
+
+    got = flat_like_plain(run)
+    want: list[Any] = []
+    states: list[Any] = []
+    for i, o in enumerate(options):
+        params = parameters(seed=i)
+        optimizer = make(params, **{"lr": 0.02, **o})
+        for seed in range(4):
+            for j, p in enumerate(params):
+                p.grad = gradient(p, 1000 * seed + len(params) * i + j)
+            optimizer.step()
+        alone = snapshot(optimizer)
+        want += alone["params"]
+        states += alone["states"]
+    assert_same_bits(got, {"params": want, "states": states, "count": 4})
+
+
+def test_groups_of_nesterov_and_plain(backend: str) -> None:
+    def run(flatten: bool) -> Any:
+        groups = [{"params": parameters(), "nesterov": True}, {"params": parameters()}]
+        optimizer = AdaBelief(groups, backend=backend, flatten=flatten)
+        for seed in range(3):
+            for group in groups:
+                set_gradients(group["params"], seed)
+            optimizer.step()
+        return snapshot(optimizer)
+
+    got = flat_like_plain(run)["params"]
+    for nesterov, part in ((True, got[:3]), (False, got[3:])):
+        params = parameters()
+        optimizer = AdaBelief(params, nesterov=nesterov, backend=backend)
+        train(optimizer, params, 3)
+        assert_same_bits(part, [p.detach() for p in params])
+    assert not torch.equal(got[2], got[5])
+
+
+def test_named_parameters(make: Make) -> None:
+    params, twins = parameters(), parameters()
+    optimizer, want = make(named(params)), make(twins)
+    assert optimizer.param_groups[0]["param_names"] == ["a", "b", "c"]
+    train(optimizer, params, 2)
+    train(want, twins, 2)
+    assert_same_bits(snapshot(optimizer), snapshot(want))
+    assert saved_and_loaded(optimizer.state_dict())["param_groups"][0]["param_names"] == ["a", "b", "c"]
+    params[1].grad.data = torch.ones(3)
+    with raises_with(RuntimeError, "parameter 'b'"):
+        optimizer.step()
+
+
+MASKS: list[Any] = [
+    lambda name, p: p.dim() > 1 or name == "a",
+    {"a": True, "b": False, "c": True},
+    [True, False, True],
+    (True, False, True),
+]
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=["callable", "mapping", "list", "tuple"])
+@flat
+def test_weight_decay_mask(make: Make, mask: Any, flatten: bool) -> None:
+    params, twins = parameters(), parameters()
+    optimizer = make(named(params), weight_decay=0.3, weight_decay_mask=mask, flatten=flatten)
+    groups = [{"params": [twins[0], twins[2]]}, {"params": [twins[1]], "weight_decay": 0.0}]
+    want = make(groups, weight_decay=0.3)
+    train(optimizer, params, 3)
+    train(want, twins, 3)
+    assert_same_bits([p.detach() for p in params], [p.detach() for p in twins])
+    group = saved_and_loaded(optimizer.state_dict())["param_groups"][0]
+    assert group["weight_decay_mask"] == [True, False, True]
+
+
+def test_weight_decay_mask_over_groups(make: Make) -> None:
+    """A list runs on through the groups; a group may have its own; unnamed parameters are
+    numbered within their group."""
+    seen = []
+
+    def by_name(name: str, p: Tensor) -> bool:
+        seen.append(name)
+        return True
+
+    make([{"params": parameters()}, {"params": parameters()}], weight_decay_mask=by_name)
+    assert seen == ["0", "1", "2"] * 2
+    optimizer = make(
+        [{"params": parameters()}, {"params": parameters([(2,)])}], weight_decay_mask=[True, False, False, True]
+    )
+    assert [g["weight_decay_mask"] for g in optimizer.param_groups] == [[True, False, False], [True]]
+    optimizer = make([{"params": parameters()}, {"params": parameters([(2,)]), "weight_decay_mask": [False]}])
+    assert [g["weight_decay_mask"] for g in optimizer.param_groups] == [None, [False]]
+
+
+def test_a_mask_changed_between_steps(make: Make) -> None:
+    params, twins = parameters(), parameters()
+    optimizer = make(params, weight_decay=0.3, weight_decay_mask=[True, True, True])
+    want = make(twins, weight_decay=0.3, weight_decay_mask=[True, True, True])
+    train(optimizer, params, 2)
+    train(want, twins, 2)
+    optimizer.param_groups[0]["weight_decay_mask"][1] = False
+    want.param_groups[0]["weight_decay_mask"] = [True, False, True]
+    train(optimizer, params, 2, first=2)
+    train(want, twins, 2, first=2)
+    assert_same_bits(snapshot(optimizer), snapshot(want))
+
+
+@pytest.mark.parametrize("new", [{"params": parameters([(6,)], seed=9), "lr": 0.5}])
+def test_groups_added_later(make: Make, new: dict[str, Any]) -> None:
+    def run(flatten: bool) -> Any:
+        params, late = parameters(), parameters([(6,), (2, 2)], seed=9)
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 2)
+        optimizer.add_param_group({"params": late, "lr": 0.5})
+        train(optimizer, [*params, *late], 2, first=2)
+        assert [int(optimizer.state[p]["step"]) for p in [*params, *late]] == [4, 4, 4, 2, 2]
+        return results(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_parameters_that_start_after_a_group_was_added(make: Make) -> None:
+    """They are younger than their neighbours in the flat buffer."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        set_gradients(params, 0, skip=[1])
+        optimizer.step()
+        late = parameters([(6,)], seed=9)
+        optimizer.add_param_group({"params": late})
+        train(optimizer, [*params, *late], 3, first=2)
+        assert [int(optimizer.state[p]["step"]) for p in [*params, *late]] == [4, 3, 4, 3]
+        if flatten:
+            assert_rows(optimizer, 4)
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+# Closures and hooks
+
+
+def test_closures(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        target = [p.detach() + 1 for p in params]
+
+        def closure() -> Tensor:
+            assert torch.is_grad_enabled()
+            optimizer.zero_grad()
+            loss = sum(((p - t) ** 2).sum() for p, t in zip(params, target))
+            loss.backward()
+            return loss
+
+        losses = [optimizer.step(closure).item() for _ in range(5)]
+        assert losses == sorted(losses, reverse=True)
+        assert optimizer.step(lambda: "any value") == "any value"
+        assert optimizer.step() is None
+        with torch.no_grad():
+            optimizer.step(closure)
+        assert torch.is_grad_enabled()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_step_hooks(make: Make) -> None:
+    params = parameters()
+    optimizer = make(params)
+    calls: list[str] = []
+
+    def double_gradients(opt: Any, args: Any, kwargs: Any) -> None:
+        assert opt is optimizer
+        calls.append("pre")
+        for p in params:
+            p.grad *= 2
+
+    handles = [
+        optimizer.register_step_pre_hook(double_gradients),
+        optimizer.register_step_post_hook(lambda opt, args, kwargs: calls.append("post")),
+    ]
+    train(optimizer, params, 2)
+    assert calls == ["pre", "post"] * 2
+    for handle in handles:
+        handle.remove()
+    twins = parameters()
+    want = make(twins)
+    for seed in range(2):
+        set_gradients(twins, seed)
+        for p in twins:
+            p.grad *= 2
+        want.step()
+    train(optimizer, params, 1, first=2)
+    train(want, twins, 1, first=2)
+    assert_same_bits(snapshot(optimizer), snapshot(want))
+
+
+def test_state_dict_hooks(make: Make) -> None:
+    params, twins = parameters(), parameters()
+    optimizer, loaded = make(params), make(twins)
+    train(optimizer, params, 2)
+    calls: list[str] = []
+
+    def keep_extra(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append("post save")
+        return {**state_dict, "extra": 5}
+
+    def scale_moments(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append("pre load")
+        assert state_dict["extra"] == 5
+        state = {i: {**s, "exp_avg": s["exp_avg"] * 2} for i, s in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    def see_state(opt: Any) -> None:
+        calls.append("post load")
+        assert_same_bits(opt.state[twins[2]]["exp_avg"], optimizer.state[params[2]]["exp_avg"] * 2)
+
+    optimizer.register_state_dict_pre_hook(lambda opt: calls.append("pre save"))
+    optimizer.register_state_dict_post_hook(keep_extra)
+    loaded.register_load_state_dict_pre_hook(scale_moments)
+    loaded.register_load_state_dict_post_hook(see_state)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre save", "post save", "pre load", "post load"]
+
+
+def test_autograd_sees_the_write(make: Make) -> None:
+    """Backward through a graph that saved the parameter's old value must be refused."""
+    params = parameters([(4,)])
+    optimizer = make(params)
+    loss = (params[0] ** 3).sum()
+    train(optimizer, params, 1)
+    with raises_with(RuntimeError, "modified by an inplace operation"):
+        loss.backward()
+
+
+# Learning rates
+
+
+SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
+    "LambdaLR": lambda o: lr_scheduler.LambdaLR(o, lambda e: 0.9**e),
+    "MultiplicativeLR": lambda o: lr_scheduler.MultiplicativeLR(o, lambda e: 0.9),
+    "StepLR": lambda o: lr_scheduler.StepLR(o, 2),
+    "MultiStepLR": lambda o: lr_scheduler.MultiStepLR(o, [1, 3]),
+    "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=2),
+    "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
+    "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
+        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
+    ),
+    "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
+        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+    ),
+    "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
+    "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=2, cycle_momentum=True),
+    "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
+    "OneCycleLR": lambda o: lr_scheduler.OneCycleLR(o, 0.1, total_steps=8, cycle_momentum=True),
+    "PolynomialLR": lambda o: lr_scheduler.PolynomialLR(o, 4),
+    "SWALR": lambda o: torch.optim.swa_utils.SWALR(o, 0.05, anneal_epochs=3),
+}
+
+
+def test_no_scheduler_is_forgotten() -> None:
+    assert set(lr_scheduler.__all__) - {"LRScheduler"} <= set(SCHEDULERS)
+
+
+@pytest.mark.parametrize("name", SCHEDULERS)
+@pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
+def test_every_scheduler(make: Make, name: str, tensor_lr: bool) -> None:
+    """The scheduler changes what it changes for ``torch.optim.Adam``, and the steps are those
+    of the same values set by hand."""
+
+    def run(flatten: bool) -> Any:
+        params, twins, adam_params = parameters(), parameters(), parameters()
+        lr = torch.tensor(0.02, dtype=torch.float64) if tensor_lr else 0.02
+        optimizer = make(params, lr=lr, flatten=flatten)
+        adam, by_hand = torch.optim.Adam(adam_params, lr=0.02), make(twins)
+        scheduler, twin_scheduler = SCHEDULERS[name](optimizer), SCHEDULERS[name](adam)
+        rates = []
+        for seed in range(6):
+            for key in ("lr", "betas"):
+                value = optimizer.param_groups[0][key]
+                by_hand.param_groups[0][key] = float(value) if key == "lr" else tuple(value)
+                expected = adam.param_groups[0][key]
+                assert by_hand.param_groups[0][key] == pytest.approx(expected, rel=1e-12)
+            train(optimizer, params, 1, first=seed)
+            train(adam, adam_params, 1, first=seed)
+            train(by_hand, twins, 1, first=seed)
+            rates.append(float(optimizer.param_groups[0]["lr"]))
+            for s in (scheduler, twin_scheduler):
+                s.step(*([1.0] if name == "ReduceLROnPlateau" else []))
+        assert len(set(rates)) > 1, "the scheduler changed nothing"
+        assert_same_bits(snapshot(optimizer), snapshot(by_hand))
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_decoupled_lr_with_a_scheduler_and_a_checkpoint(make: Make) -> None:
+    """The ratio is to the first lr, also after a resume at another one."""
+    params, twins = parameters(), parameters()
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "decoupled_lr": True}
+    optimizer, resumed = make(params, **options), make(twins, **{**options, "lr": 0.7})
+    scheduler = lr_scheduler.StepLR(optimizer, 1, 0.5)
+    for seed in range(2):
+        train(optimizer, params, 1, first=seed)
+        scheduler.step()
+    assert optimizer.param_groups[0]["initial_lr"] == 0.1
+    for p, twin in zip(params, twins):
+        twin.data.copy_(p.data)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    train(optimizer, params, 2, first=2)
+    train(resumed, twins, 2, first=2)
+    assert_same_bits(results(resumed), results(optimizer))
+
+
+LR_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
+@pytest.mark.parametrize("dtype", LR_DTYPES)
+@pytest.mark.parametrize("of", [torch.float32, torch.float64])
+def test_a_tensor_lr_is_the_float_of_its_value(
+    make: Make, dtype: torch.dtype, of: torch.dtype, shape: tuple[int, ...]
+) -> None:
+    lr = torch.full(shape, 0.0123, dtype=dtype)
+    params, twins = parameters(dtype=of), parameters(dtype=of)
+    optimizer, want = make(params, lr=lr), make(twins, lr=lr.item())
+    train(optimizer, params, 2)
+    train(want, twins, 2)
+    lr.mul_(0.37)
+    want.param_groups[0]["lr"] = lr.item()
+    train(optimizer, params, 2, first=2)
+    train(want, twins, 2, first=2)
+    assert_same_bits(snapshot(optimizer), snapshot(want))
+    assert_same_bits(optimizer.param_groups[0]["lr"], torch.full(shape, 0.0123, dtype=dtype).mul_(0.37))
+
+
+def test_callables_see_the_count(make: Make) -> None:
+    """Of earlier ``step()`` calls, whatever became of them."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        seen: dict[str, list[int]] = {"lr": [], "weight_decay": []}
+
+        def schedule(key: str, scale: float) -> Callable[[int], float]:
+            def value(count: int) -> float:
+                seen[key].append(count)
+                return scale / (1 + count)
+
+            return value
+
+        optimizer = make(
+            params, lr=schedule("lr", 0.1), weight_decay=schedule("weight_decay", 0.5), flatten=flatten
+        )
+        assert optimizer.param_groups[0]["lr"] == 0.1
+        for counts in seen.values():
+            counts.clear()
+        train(optimizer, params, 2)
+        for p in params:
+            p.grad = None
+        optimizer.step()
+        set_gradients(params, 3)
+        optimizer.found_inf = torch.tensor(1.0)
+        optimizer.step()
+        del optimizer.found_inf
+        optimizer.step()
+        assert seen == {"lr": [0, 1, 2, 3, 4], "weight_decay": [0, 1, 2, 3, 4]}
+        assert all(type(c) is int for c in seen["lr"])
+        return results(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_callables_are_the_values_that_they_return(make: Make) -> None:
+    params, twins = parameters(), parameters()
+    optimizer = make(params, lr=lambda c: 0.1 / (1 + c), weight_decay=lambda c: 0.2 * c)
+    want = make(twins)
+    for seed in range(4):
+        want.param_groups[0].update(lr=0.1 / (1 + seed), weight_decay=0.2 * seed)
+        train(optimizer, params, 1, first=seed)
+        train(want, twins, 1, first=seed)
+    assert_same_bits(results(optimizer), results(want))
+
+
+def halving(count: int) -> float:
+    """A schedule that pickle can find."""
+    return 0.1 / 2**count
+
+
+def test_callables_after_loading(make: Make) -> None:
+    """The count comes back, the callable is the loading optimizer's, and a group added later
+    starts at the count."""
+    params, twins = parameters(), parameters()
+    optimizer, resumed = make(params, lr=halving), make(twins, lr=halving)
+    train(optimizer, params, 3)
+    saved = optimizer.state_dict()
+    assert saved["count"] == 3
+    assert not any("count" in group for group in saved["param_groups"])
+    for p, twin in zip(params, twins):
+        twin.data.copy_(p.data)
+    resumed.load_state_dict(saved_and_loaded(saved))
+    train(optimizer, params, 2, first=3)
+    train(resumed, twins, 2, first=3)
+    assert_same_bits(results(resumed), results(optimizer))
+    assert resumed.param_groups[0]["lr"] == halving(4)
+    resumed.add_param_group({"params": parameters()})
+    assert resumed.param_groups[1]["lr"] == halving(5)
+    resumed.add_param_group({"params": parameters(), "lr": lambda count: 7.0 * count})
+    assert resumed.param_groups[2]["lr"] == 35.0
+
+
+# Checkpoints and copies
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+def test_resuming_gives_the_same_bits(make: Make, dtype: torch.dtype) -> None:
+    def run(flatten: bool) -> Any:
+        params, twins = parameters(dtype=dtype), parameters(dtype=dtype)
+        options: dict[str, Any] = {"weight_decay": 0.1, "flatten": flatten}
+        optimizer, resumed = make(params, lr=0.05, **options), make(twins, **options)
+        train(optimizer, params, 2)
+        set_gradients(params, 2, skip=[1])
+        optimizer.step()
+        for p, twin in zip(params, twins):
+            twin.data.copy_(p.data)
+        train(resumed, twins, 1)
+        for p, twin in zip(params, twins):
+            twin.data.copy_(p.data)
+        resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+        assert_same_bits(results(resumed), results(optimizer))
+        for seed in range(3, 6):
+            skip = [0] if seed == 4 else []
+            set_gradients(params, seed, skip)
+            set_gradients(twins, seed, skip)
+            optimizer.step()
+            resumed.step()
+        assert_same_bits(results(resumed), results(optimizer))
+        return results(resumed)
+
+    flat_like_plain(run)
+
+
+def test_checkpoints_go_between_flat_and_plain(make: Make) -> None:
+    for flatten in (False, True):
+        params, twins = parameters(), parameters()
+        optimizer, resumed = make(params, flatten=flatten), make(twins, flatten=not flatten)
+        train(optimizer, params, 2)
+        for p, twin in zip(params, twins):
+            twin.data.copy_(p.data)
+        resumed.load_state_dict(optimizer.state_dict())
+        train(optimizer, params, 2, first=2)
+        train(resumed, twins, 2, first=2)
+        assert_same_bits(snapshot(resumed), snapshot(optimizer))
+
+
+@flat
+def test_saved_tensors_own_their_bytes_only(make: Make, flatten: bool) -> None:
+    params = parameters([(), (5,), (4, 5), (0,), (1,)])
+    optimizer = make(params, flatten=flatten)
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        assert set(state) == set(optimizer.state[params[0]])
+        for value in state.values():
+            assert value.untyped_storage().nbytes() == value.numel() * value.element_size()
+
+
+COPIES: dict[str, Callable[[Any], Any]] = {
+    "deepcopy": copy.deepcopy,
+    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
+}
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_go_their_own_way(make: Make, way: str) -> None:
+    """Copied together with their parameters, before the first step and after."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(named(params), lr=halving, weight_decay_mask=[True, False, True], flatten=flatten)
+        for steps in (0, 2):
+            train(optimizer, params, steps)
+            twins, twin = COPIES[way]((params, optimizer))
+            before = snapshot(optimizer)
+            assert twin.param_groups[0]["params"][0] is twins[0]
+            assert_same_bits(results(twin), results(optimizer))
+            train(twin, twins, 2, first=steps)
+            assert_same_bits(snapshot(optimizer), before, "the original")
+            twin.zero_grad()
+            train(twin, twins, 1, first=steps + 2)
+            other = make(parameters(), lr=halving, weight_decay_mask=[True, False, True], flatten=flatten)
+            train(other, other.param_groups[0]["params"], steps + 3)
+            assert_same_bits(snapshot(twin), snapshot(other))
+            assert repr(twin) == repr(optimizer).replace(str(halving(max(steps - 1, 0))), str(halving(steps + 2)))
+        return snapshot(twin)
+
+    flat_like_plain(run)
+
+
+# Gradients that come and go
+
+
+def test_missing_gradients_skip_their_parameter(make: Make) -> None:
+    """Nothing of it changes, and its ``t`` does not advance."""
+    skips = [[], [1], [0, 1], [0, 1, 2], [2], [], [1], []]
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        for seed, skip in enumerate(skips):
+            before = snapshot(optimizer)
+            set_gradients(params, seed, skip)
+            optimizer.step()
+            after = snapshot(optimizer)
+            for i in skip:
+                assert_same_bits(
+                    [after["params"][i], after["states"][i]], [before["params"][i], before["states"][i]]
+                )
+        return snapshot(optimizer)
+
+    got = flat_like_plain(run)
+    for i in range(3):
+        p = parameters()[i]
+        alone = make([p])
+        for seed, skip in enumerate(skips):
+            if i not in skip:
+                p.grad = gradient(p, 1000 * seed + i)
+                alone.step()
+        assert_same_bits([p.detach(), dict(alone.state[p])], [got["params"][i], got["states"][i]])
+
+
+def test_gradients_freed_and_made_anew(make: Make) -> None:
+    """The allocator gives a new gradient the address of an old one that is gone."""
+    params, twins = parameters([(500,)] * 3), parameters([(500,)] * 3)
+    optimizer, want = make(params), make(twins)
+    addresses = []
+    for seed in range(12):
+        for p in params:
+            p.grad = None
+        for i, p in enumerate(params):
+            p.grad = torch.empty(500, 2)[:, 0] if i == 2 else torch.empty(500)
+            p.grad.copy_(gradient(p, 1000 * seed + i))
+        addresses += [p.grad.data_ptr() for p in params]
+        optimizer.step()
+        train(want, twins, 1, first=seed)
+        assert_same_bits(snapshot(optimizer), snapshot(want), f"step {seed}")
+    assert len(set(addresses)) < len(addresses)
+
+
+def test_training_loops(make: Make) -> None:
+    """zero_grad in both ways, and gradients that accumulate."""
+
+    def run(flatten: bool, set_to_none: bool) -> Any:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+        optimizer = make(model.named_parameters(), lr=0.05, flatten=flatten)
+        x = torch.randn(16, 4)
+        losses = []
+        for _ in range(8):
+            optimizer.zero_grad(set_to_none=set_to_none)
+            for part in x.split(8):
+                loss = (model(part) - part.sum(1, keepdim=True)).square().mean()
+                loss.backward()
+            optimizer.step()
+            losses.append(loss.item())
+        assert losses[-1] < losses[0]
+        return snapshot(optimizer)
+
+    first = flat_like_plain(lambda flatten: run(flatten, True))
+    assert_same_bits(flat_like_plain(lambda flatten: run(flatten, False)), first)
+
+
+# What users do to parameters and states
+
+
+def test_a_parameter_replaced_with_its_state(make: Make) -> None:
+    """As 3D Gaussian splatting does when it adds and removes points."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        groups = [{"params": [p], "name": str(i)} for i, p in enumerate(params)]
+        optimizer = make(groups, lr=0.1, flatten=flatten)
+        train(optimizer, params, 2)
+        for seed, keep in ((2, [0, 2]), (3, [1, 1, 0, 1, 0])):
+            group = optimizer.param_groups[2]
+            old = group["params"][0]
+            state = optimizer.state.pop(old)
+            new = torch.nn.Parameter(old.detach()[keep])
+            for key, value in state.items():
+                if key != "step":
+                    state[key] = value[keep]
+            group["params"][0] = new
+            optimizer.state[new] = state
+            params[2] = new
+            train(optimizer, params, 2, first=2 * seed)
+        assert set(optimizer.state) == set(params)
+        assert [p.shape for p in params] == [(), (5,), (5, 5)]
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_a_parameter_replaced_without_state(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 2)
+        old, params[1] = params[1], torch.nn.Parameter(torch.ones(7))
+        optimizer.param_groups[0]["params"][1] = params[1]
+        train(optimizer, params, 2, first=2)
+        # As in torch, a state that belongs to no parameter is in the way of state_dict().
+        del optimizer.state[old]
+        assert [int(optimizer.state[p]["step"]) for p in params] == [4, 2, 4]
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_a_parameter_removed_and_one_appended(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 2)
+        del optimizer.state[params[0]]
+        del optimizer.param_groups[0]["params"][0]
+        added = torch.nn.Parameter(torch.ones(3))
+        optimizer.param_groups[0]["params"].append(added)
+        frozen = params[0].detach().clone()
+        train(optimizer, [*params, added], 2, first=2)
+        assert torch.equal(params[0], frozen)
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_cleared_state_starts_anew(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 3)
+        optimizer.state.clear()
+        train(optimizer, params, 2)
+        fresh_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
+        assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2]
+        del optimizer.state[params[1]]
+        train(optimizer, params, 2, first=2)
+        assert [int(optimizer.state[p]["step"]) for p in params] == [4, 2, 4]
+        assert len(fresh_params) == 3
+        return snapshot(optimizer)
+
+    got = flat_like_plain(run)
+    # Parameter 2's last four steps are a fresh optimizer's, from where the first three led.
+    params = parameters()
+    train(make(params), params, 3)
+    train(make(params), params, 4)
+    assert_same_bits(params[2].detach(), got["params"][2])
+
+
+def clone_values(state: dict[str, Tensor]) -> None:
+    for key, value in state.items():
+        state[key] = value.clone()
+
+
+def clone_data(state: dict[str, Tensor]) -> None:
+    for value in state.values():
+        value.data = value.data.clone()
+
+
+def to_and_from(state: dict[str, Tensor]) -> None:
+    for key, value in state.items():
+        state[key] = value.to(torch.float64).to(value.dtype)
+
+
+def transpose(state: dict[str, Tensor]) -> None:
+    for key, value in state.items():
+        if value.dim() == 2:
+            state[key] = value.mT.contiguous().mT
+
+
+def plain_step(state: dict[str, Any]) -> None:
+    state["step"] = int(state["step"])
+
+
+def float_step(state: dict[str, Any]) -> None:
+    state["step"] = state["step"].float()
+
+
+def nothing(state: dict[str, Any]) -> None:
+    pass
+
+
+@pytest.mark.parametrize(
+    "change", [clone_values, clone_data, to_and_from, transpose, plain_step, float_step, nothing]
+)
+def test_states_that_users_rewrite(make: Make, change: Callable[[Any], None]) -> None:
+    """Values stay, so the steps are those of an optimizer that was left alone."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        for seed in range(4):
+            train(optimizer, params, 1, first=seed)
+            for state in optimizer.state.values():
+                change(state)
+        train(optimizer, params, 2, first=4)
+        return snapshot(optimizer)
+
+    params = parameters()
+    want = make(params)
+    train(want, params, 6)
+    assert_same_bits(flat_like_plain(run), snapshot(want))
+
+
+def test_states_that_users_change_in_place(make: Make) -> None:
+    """A moment set to 0, and step numbers set back, for one parameter only."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 2)
+        optimizer.state[params[1]]["exp_avg"].zero_()
+        optimizer.state[params[1]]["step"].zero_()
+        train(optimizer, params, 1, first=2)
+        optimizer.zero_grad(set_to_none=True)
+        set_gradients(params, 3, skip=[0])
+        optimizer.step()
+        train(optimizer, params, 1, first=4)
+        assert [int(optimizer.state[p]["step"]) for p in params] == [4, 3, 5]
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_extra_values_in_the_state(make: Make) -> None:
+    """They are the user's, and stay."""
+    params, twins = parameters(), parameters()
+    optimizer, want = make(params), make(twins)
+    train(want, twins, 3)
+    optimizer.state[params[0]]["note"] = "mine"
+    train(optimizer, params, 2)
+    optimizer.state[params[1]]["other"] = torch.ones(3)
+    train(optimizer, params, 1, first=2)
+    assert optimizer.state[params[0]].pop("note") == "mine"
+    assert torch.equal(optimizer.state[params[1]].pop("other"), torch.ones(3))
+    assert_same_bits(snapshot(optimizer), snapshot(want))
+
+
+# Flat buffers
+
+
+def rows_of(optimizer: Any) -> Tensor:
+    return optimizer._plan.batches[0][1].rows
+
+
+def assert_rows(optimizer: Any, count: int) -> None:
+    rows = rows_of(optimizer)
+    assert len(rows) == count, f"{len(rows)} rows"
+
+
+def storages(tensors: list[Tensor]) -> set[int]:
+    return {t.untyped_storage().data_ptr() for t in tensors}
+
+
+def test_flat_parameters_share_one_storage(make: Make) -> None:
+    params = [*parameters(), *parameters([(2, 3), (7,)], torch.bfloat16)]
+    values = copies([p.data for p in params])
+    objects = list(params)
+    optimizer = make(params, flatten=True)
+    assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], objects))
+    assert_same_bits([p.detach() for p in params], values)
+    assert len(storages(params[:3])) == 1
+    assert len(storages(params[3:])) == 1
+    assert storages(params[:3]) != storages(params[3:])
+    train(optimizer, params, 1)
+    assert len(storages([p.grad for p in params[:3]])) == 1
+    for key in ("exp_avg", "exp_avg_var" if isinstance(optimizer, AdaBelief) else "exp_inf"):
+        assert len(storages([optimizer.state[p][key] for p in params[:3]])) == 1
+
+
+@pytest.mark.parametrize("set_to_none", [False, True])
+def test_zero_grad_keeps_the_flat_gradients(make: Make, set_to_none: bool) -> None:
+    params = parameters()
+    optimizer = make(params, flatten=True)
+    set_gradients(params, 0, skip=[1])
+    optimizer.step()
+    grads = [p.grad for p in params]
+    optimizer.zero_grad(set_to_none=set_to_none)
+    for p, g in zip(params, grads):
+        assert p.grad is g
+        assert g is None or not g.any()
+    sum((p * p).sum() for p in params).backward()
+    assert params[0].grad is grads[0]
+    assert params[1].grad is not None
+    for p in params:
+        assert torch.equal(p.grad, 2 * p)
+
+
+def test_equal_parameters_share_a_row(make: Make) -> None:
+    shapes = [(3,), (4, 5), (), (2, 2)]
+    params = parameters(shapes)
+    optimizer = make(params, flatten=True)
+    train(optimizer, params, 1)
+    assert_rows(optimizer, 1)
+    # One falls a step behind: it parts its neighbours.
+    set_gradients(params, 1, skip=[1])
+    optimizer.step()
+    train(optimizer, params, 1, first=2)
+    assert_rows(optimizer, 3)
+    # The others lose a step too, and all are equal again.
+    set_gradients(params, 3, skip=[0, 2, 3])
+    optimizer.step()
+    train(optimizer, params, 1, first=4)
+    assert_rows(optimizer, 1)
+    # A group with another weight decay has a row of its own.
+    params = parameters(shapes)
+    optimizer = make([{"params": params[:2]}, {"params": params[2:], "weight_decay": 0.5}], flatten=True)
+    train(optimizer, params, 2)
+    assert_rows(optimizer, 2)
+    params = parameters(shapes)
+    optimizer = make(params, weight_decay=0.5, weight_decay_mask=[False, True, True, True], flatten=True)
+    train(optimizer, params, 2)
+    assert_rows(optimizer, 2)
+
+
+def test_skipped_steps_keep_the_rows_right(make: Make) -> None:
+    """``found_inf`` skips all parameters that have a gradient, and no others: which have
+    equal step numbers is then not known without reading them."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        # (parameters without a gradient, whether the step is skipped)
+        for seed, (skip, inf) in enumerate(
+            [([1, 2], True), ([0, 2], False), ([0, 1], True), ([], False), ([0], True), ([1, 2], False), ([], True),
+             ([], False)]
+        ):
+            set_gradients(params, seed, skip)
+            optimizer.found_inf = torch.tensor(float(inf))
+            optimizer.grad_scale = torch.tensor(1.0)
+            optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+@pytest.mark.parametrize("way", COPIES)
+def test_copies_of_a_flat_optimizer_are_flat(make: Make, way: str) -> None:
+    params = parameters()
+    optimizer = make(params, flatten=True)
+    train(optimizer, params, 2)
+    twins, twin = COPIES[way]((params, optimizer))
+    train(twin, twins, 1, first=2)
+    assert len(storages(twins)) == 1
+    assert not storages(twins) & storages(params)
+
+
+def test_flat_with_parameters_of_many_kinds(make: Make) -> None:
+    """Parameters with gaps stay where they are; empty ones have no address."""
+
+    def run(flatten: bool) -> Any:
+        params = [
+            *parameters([(3,), (0,), (4, 5)]),
+            torch.nn.Parameter(torch.arange(20.0).view(4, 5)[:, 1:3]),
+            *parameters([(3, 2), (0,)], torch.float64),
+            *parameters([(3,), (2,)], torch.complex64),
+            torch.nn.Parameter(torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)),
+        ]
+        optimizer = make(params, flatten=flatten)
+        for seed in range(4):
+            optimizer.zero_grad()
+            set_gradients(params, seed, skip=[seed])
+            optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def model_and_optimizer(make: Make, flatten: bool = True) -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(1)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    optimizer = make(model.parameters(), lr=0.1, flatten=flatten)
+    model_steps(model, optimizer, 2)
+    return model, optimizer
+
+
+def model_steps(model: torch.nn.Module, optimizer: torch.optim.Optimizer, steps: int, first: int = 0) -> None:
+    for seed in range(first, first + steps):
+        optimizer.zero_grad()
+        for i, p in enumerate(model.parameters()):
+            (p * gradient(p, 1000 * seed + i)).sum().backward()
+        optimizer.step()
+
+
+def test_module_zero_grad(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        model, optimizer = model_and_optimizer(make, flatten)
+        for seed in range(2, 5):
+            model.zero_grad(set_to_none=True)
+            for i, p in enumerate(model.parameters()):
+                if i != 1:
+                    (p * gradient(p, 1000 * seed + i)).sum().backward()
+            optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+CHANGES: dict[str, Callable[[torch.nn.Module], Any]] = {
+    "double": lambda model: model.double(),
+    "bfloat16": lambda model: model.to(torch.bfloat16),
+    "data": lambda model: setattr(model[0].weight, "data", torch.full((4, 3), 0.5)),
+    "transposed data": lambda model: setattr(model[0].weight, "data", torch.full((3, 4), 0.5).mT),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_parameters_that_leave_the_flat_buffers(make: Make, change: str) -> None:
+    """The step is right, there is one warning, and they are in the buffers again."""
+
+    def run(flatten: bool) -> Any:
+        model, optimizer = model_and_optimizer(make, flatten)
+        CHANGES[change](model)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            model_steps(model, optimizer, 2, first=2)
+        texts = [str(w.message) for w in caught if "gradient layout contract" not in str(w.message)]
+        assert len(texts) == (flatten or change == "double"), texts
+        if flatten:
+            params = list(model.parameters())
+            assert len(storages(params)) == 1
+            assert len(storages([p.grad for p in params])) == 1
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_parameters_replaced_by_assignment(make: Make) -> None:
+    """``load_state_dict(assign=True)`` gives the model new parameters, which the optimizer does
+    not have. It says so once."""
+    model, optimizer = model_and_optimizer(make)
+    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
+    before = copies(list(model.parameters()))
+    with pytest.warns(UserWarning, match="assign=True") as caught:
+        model_steps(model, optimizer, 3, first=2)
+    assert len(caught) == 1
+    assert_same_bits([p.detach() for p in model.parameters()], before)
+
+
+def test_nothing_else_warns(make: Make) -> None:
+    """Flat optimizers in ordinary use, among them a step whose gradients are all None and
+    parameters of another dtype that come into use late."""
+    late = parameters([(3,)], torch.bfloat16)
+    params = [*parameters(), *late]
+    optimizer = make(params, flatten=True)
+    for seed in range(6):
+        optimizer.zero_grad()
+        set_gradients(params, seed, skip=[3] if seed < 3 else [])
+        optimizer.step()
+    for p in params:
+        p.grad = None
+    optimizer.zero_grad()
+    before = snapshot(optimizer)
+    optimizer.step()
+    assert_same_bits(snapshot(optimizer), {**before, "count": before["count"] + 1})
+
+
+def test_state_keys_and_dtypes(backend: str) -> None:
+    for cls, nu in ((AdaBelief, "exp_avg_var"), (AdamaxW, "exp_inf")):
+        for dtype, state in (
+            (torch.float32, torch.float32),
+            (torch.bfloat16, torch.float32),
+            (torch.float16, torch.float32),
+            (torch.float64, torch.float64),
+            (torch.complex64, torch.complex64),
+            (torch.complex128, torch.complex128),
+        ):
+            p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+            optimizer = cls([p], backend=backend)
+            assert not optimizer.state
+            train(optimizer, [p], 1)
+            kinds = {key: value.dtype for key, value in optimizer.state[p].items()}
+            assert kinds == {"step": torch.int64, "exp_avg": state, nu: state}
+            assert optimizer.state[p]["step"].shape == ()
