@@ -14,9 +14,21 @@ namespace {
 int step(std::string rule, std::string param_format, std::string grad_format, std::string state_format,
          int64_t rows, int64_t chunks, int64_t n_chunks, int64_t counters, int64_t n_counters, int64_t hyper,
          int64_t coefficients, int64_t grad_scale, int64_t found_inf, int64_t stream, int device) {
-  const CudaStep arguments{std::move(rule), std::move(param_format), std::move(grad_format),
-                           std::move(state_format), rows, chunks, n_chunks, counters, n_counters, hyper,
-                           coefficients, grad_scale, found_inf, stream, device};
+  const CudaStep arguments{std::move(rule),
+                           std::move(param_format),
+                           std::move(grad_format),
+                           std::move(state_format),
+                           rows,
+                           chunks,
+                           n_chunks,
+                           counters,
+                           n_counters,
+                           hyper,
+                           coefficients,
+                           grad_scale,
+                           found_inf,
+                           stream,
+                           device};
   py::gil_scoped_release release;
   return step_cuda(arguments);
 }
@@ -26,7 +38,8 @@ int step(std::string rule, std::string param_format, std::string grad_format, st
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA step of fused_optim.";
-  m.def("step", &fused_optim::step, "Launches one step of every row of a table; returns the number of kernels.",
+  m.def("step", &fused_optim::step,
+        "Launches one step of every row of a table; returns the number of kernels.",
         py::arg("rule"), py::arg("param_format"), py::arg("grad_format"), py::arg("state_format"),
         py::arg("rows"), py::arg("chunks"), py::arg("n_chunks"), py::arg("counters"), py::arg("n_counters"),
         py::arg("hyper"), py::arg("coefficients"), py::arg("grad_scale"), py::arg("found_inf"),

@@ -1,7 +1,8 @@
 // The CUDA step on the CPU: csrc/step_cuda.cu as it is, over a runtime that runs a launched
 // kernel at once, thread after thread. Compiled and driven by test_cuda_compiled.py, which
-// puts an empty cuda_runtime.h on the include path. The last block and thread go first: no
-// result may depend on their order.
+// puts an empty cuda_runtime.h on the include path. The last block and thread go first, since
+// no result may depend on their order, and what waits for the device is missing, since the
+// step may not call it.
 #include <cstdint>
 #include <exception>
 #include <string>
@@ -59,8 +60,8 @@ cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t stream) {
   if (refuse) return cudaErrorLaunchFailure;
-  if (n_launched < 2) launched[n_launched] = {grid.x, block.x, reinterpret_cast<int64_t>(stream), current_device};
-  ++n_launched;
+  if (n_launched == 2) return cudaErrorLaunchFailure;
+  launched[n_launched++] = {grid.x, block.x, reinterpret_cast<int64_t>(stream), current_device};
   const auto run = reinterpret_cast<void (*)(fused_optim::CudaTask)>(const_cast<void*>(kernel));
   for (blockIdx.x = grid.x; blockIdx.x-- > 0;)
     for (threadIdx.x = block.x; threadIdx.x-- > 0;)

@@ -45,7 +45,7 @@ def assert_same_bits(got: Any, want: Any, what: str = "value") -> None:
         for i, (a, b) in enumerate(zip(got, want)):
             assert_same_bits(a, b, f"{what}[{i}]")
     else:
-        assert got == want or (got != got and want != want), f"{what}: {got!r} is not {want!r}"
+        assert got == want, f"{what}: {got!r} is not {want!r}"
 
 
 def parameters(
@@ -53,11 +53,8 @@ def parameters(
 ) -> list[torch.nn.Parameter]:
     """Contiguous parameters of normal values."""
     rng = torch.Generator().manual_seed(seed)
-    return [
-        torch.nn.Parameter(torch.randn(shape, generator=rng, dtype=torch.complex64 if dtype.is_complex else
-                                       torch.float32).to(dtype))
-        for shape in shapes
-    ]
+    drawn = torch.complex64 if dtype.is_complex else torch.float32
+    return [torch.nn.Parameter(torch.randn(shape, generator=rng, dtype=drawn).to(dtype)) for shape in shapes]
 
 
 def gradient(p: Tensor, seed: int) -> Tensor:

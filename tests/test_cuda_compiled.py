@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ast
 import ctypes
+import fcntl
 import importlib.util
 import os
 import re
@@ -38,14 +39,20 @@ CSRC = ROOT / "csrc"
 BY_NAME = {f.name: f for f in FORMATS.values()}
 STATE = {torch.float32: BY_NAME["fp32"], torch.float64: BY_NAME["fp64"]}
 COMBINATIONS = [(p, g) for p in BY_NAME.values() for g in BY_NAME.values() if p.working == g.working]
-combinations = pytest.mark.parametrize("param, grad", COMBINATIONS, ids=[f"{p.name}-{g.name}" for p, g in COMBINATIONS])
+combinations = pytest.mark.parametrize(
+    "param, grad", COMBINATIONS, ids=[f"{p.name}-{g.name}" for p, g in COMBINATIONS]
+)
 rules = pytest.mark.parametrize("rule", RULES)
 
 
 def setup_flags(name: str) -> list[str]:
     """A list of compiler flags in setup.py, which cannot be imported."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name) and node.targets[0].id == name:
+        if (
+            isinstance(node, ast.Assign)
+            and isinstance(node.targets[0], ast.Name)
+            and node.targets[0].id == name
+        ):
             return ast.literal_eval(node.value)
     raise LookupError(f"setup.py has no {name}")
 
@@ -87,8 +94,6 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
         base = base.parent
     folder = base / name
     with open(base / f"{name}.lock", "w") as lock:
-        import fcntl
-
         fcntl.flock(lock, fcntl.LOCK_EX)
         if not folder.exists():
             folder.mkdir()
@@ -104,9 +109,19 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 
     def build(folder: Path) -> None:
         (folder / "cuda_runtime.h").touch()
-        command = [compiler, "-std=c++17", "-O2", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+        command = [
+            compiler,
+            "-std=c++17",
+            "-O2",
+            "-fPIC",
+            "-shared",
+            "-Wno-unknown-pragmas",
+            "-fno-strict-aliasing",
+        ]
         command += [*setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}"]
-        subprocess.run([*command, ROOT / "tests" / "cuda_on_host.cpp", "-o", folder / "library.so"], check=True)
+        subprocess.run(
+            [*command, ROOT / "tests" / "cuda_on_host.cpp", "-o", folder / "library.so"], check=True
+        )
 
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
@@ -171,7 +186,9 @@ class World:
         for g in self.grads:
             g.copy_(self._normal(len(g)) * 10 ** (4 * torch.rand(len(g), generator=self.rng) - 3))
             if special and len(g) >= len(SPECIAL):
-                g[torch.randperm(len(g), generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).to(g.dtype)
+                g[torch.randperm(len(g), generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).to(
+                    g.dtype
+                )
 
     def inputs(self, grad_scale: float | None, found_inf: float | None) -> Inputs:
         return Inputs(self.hyper, *(None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)))
@@ -180,9 +197,17 @@ class World:
         """All memory, guards included, and the step numbers."""
         return [[b.clone() for b in self.buffers], [s.clone() for s in self.steps]]
 
-    def step(self, host: Host, inputs: Inputs, stream: int = 0, device: int = 0) -> int:
+    def step(self, host: Host, inputs: Inputs, stream: int = 0, device: int = 0, skipped: int = 0) -> int:
+        """One step by the library, of tensors as if ``skipped`` chunks lay before each."""
         key = self.batch.key
-        chunks = self.batch.chunks(host.call("chunk_size", key.param.name, key.grad.name))
+        chunk = host.call("chunk_size", key.param.name, key.grad.name)
+        number = self.batch.chunks(chunk)[:, 1]
+        chunks = self.batch.chunks(chunk).clone()
+        chunks[:, 1] = torch.where(number < 0, number - skipped, number + skipped)
+        rows = self.batch.rows.clone()
+        rows[:, 0] += skipped * chunk
+        for column, stored in enumerate((key.param, key.grad, key.state, key.state), rows.shape[1] - 4):
+            rows[:, column] -= skipped * chunk * stored.dtype.itemsize
         size = host.call("coefficients_bytes", key.state.name)
         coefficients = torch.full((len(self.steps) * size + GUARD,), 255, dtype=torch.uint8)
         launched = host.step(
@@ -190,7 +215,7 @@ class World:
             key.param.name,
             key.grad.name,
             key.state.name,
-            self.batch.rows.data_ptr(),
+            rows.data_ptr(),
             chunks.data_ptr(),
             len(chunks),
             self.batch.counters.data_ptr(),
@@ -234,7 +259,7 @@ def test_sizes_and_alignments(host: Host, rule: str, param: Format, grad: Format
 @pytest.mark.parametrize("name", ["fp32", "fp64"])
 def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
     counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT]
-    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))] * 8
+    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
     worlds = [World(rule, BY_NAME[name], BY_NAME[name], rows) for _ in range(2)]
     for _ in range(64):
         for world in worlds:
@@ -243,6 +268,17 @@ def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
         worlds[1].step(host, worlds[1].inputs(None, None))
         assert_same_bits(worlds[1].contents(), worlds[0].contents())
     assert [int(s) for s in worlds[1].steps] == [min(row.count + 64, MAX_COUNT) for row in rows]
+
+
+@combinations
+def test_64_bit_offsets(host: Host, param: Format, grad: Format) -> None:
+    chunk = host.call("chunk_size", param.name, grad.name)
+    worlds = [World("adamaxw", param, grad, [Row(chunk + 5), Row(chunk + 5, (1, 1, 1, 1))]) for _ in range(2)]
+    for world in worlds:
+        world.new_gradients()
+    EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+    worlds[1].step(host, worlds[1].inputs(None, None), skipped=2**33 // chunk)
+    assert_same_bits(worlds[1].contents(), worlds[0].contents())
 
 
 @rules
@@ -267,6 +303,7 @@ def test_launches(host: Host) -> None:
     assert step[0] == 4 and chunk % step[1] == 0
     assert prologue[2:] == step[2:] == (1234, 1)
     assert host.library.current() == 0, "the device that was current is not restored"
+    assert [int(s) for s in world.steps] == [1] * 203
 
     empty = World("adamaxw", fp32, fp32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 1
@@ -279,7 +316,9 @@ def test_refused_launches_are_errors(host: Host) -> None:
     before = world.contents()
     host.library.refuse_launches(True)
     try:
-        with pytest.raises(RuntimeError, match=r"prologue_kernel fp32 on cuda:1 failed: the error's text.*80,90"):
+        with pytest.raises(
+            RuntimeError, match=r"prologue_kernel fp32 on cuda:1 failed: the error's text.*80,90"
+        ):
             world.step(host, world.inputs(None, None), device=1)
     finally:
         host.library.refuse_launches(False)
@@ -289,8 +328,13 @@ def test_refused_launches_are_errors(host: Host) -> None:
     assert_same_bits(world.contents(), before)
 
 
-UNKNOWN = [("adam", "fp32", "fp32", "fp32"), ("adamaxw", "int8", "fp32", "fp32"), ("adamaxw", "fp32", "fp64", "fp32"),
-           ("adamaxw", "fp32", "fp32", "bf16"), ("adamaxw", "fp64", "fp64", "fp32")]  # fmt: skip
+UNKNOWN = [
+    ("adam", "fp32", "fp32", "fp32"),
+    ("adamaxw", "int8", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp64", "fp32"),
+    ("adamaxw", "fp32", "fp32", "bf16"),
+    ("adamaxw", "fp64", "fp64", "fp32"),
+]
 
 
 @pytest.mark.parametrize("names", UNKNOWN)
@@ -304,7 +348,9 @@ def test_the_extension() -> None:
     assert {cuda.chunk_size(p.name, g.name) % 2048 for p, g in COMBINATIONS} == {0}
     assert cuda.coefficients_bytes("fp64") == 2 * cuda.coefficients_bytes("fp32") > 0
     assert cuda.device_count() >= 0
-    assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ") and cuda.runtime_version
+    assert (
+        re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ") and cuda.runtime_version
+    )
     for names in UNKNOWN:
         with pytest.raises(ValueError, match=".*".join(names)):
             cuda.step(*names, *[0] * 11)
@@ -322,7 +368,8 @@ def test_the_extension() -> None:
 ARCHS = ("80", "90")
 BYTES = {"Fp32": 4, "Fp64": 8, "Bf16": 2, "Fp16": 2}
 EXACT_IN_PTX = re.compile(
-    r"(add|sub|mul|div|sqrt)\.rn\.f(32|64)|(neg|abs|mov|selp|setp\.\w+|max\.NaN|ld(\.\w+)+|st(\.\w+)+)\.f(32|64)"
+    r"(add|sub|mul|div|sqrt)\.rn\.f(32|64)"
+    r"|(neg|abs|mov|selp|setp\.\w+|max\.NaN|ld(\.\w+)+|st(\.\w+)+)\.f(32|64)"
     r"|cvt\.rn\.f32\.f64|cvt\.f64\.f32|cvt\.rn\.f16\.f32|cvt\.f32\.f16"
 )
 """Each a single correctly rounded operation, or none at all."""
@@ -369,7 +416,9 @@ def cuobjdump(nvcc: str) -> str:
     """The toolkit's, or the one that Triton's wheel carries."""
     triton = importlib.util.find_spec("triton")
     folders = [Path(nvcc).resolve().parent, Path("/usr/local/cuda/bin")]
-    folders += [Path(p, "backends/nvidia/bin") for p in (triton.submodule_search_locations or [] if triton else [])]
+    folders += [
+        Path(p, "backends/nvidia/bin") for p in (triton.submodule_search_locations or [] if triton else [])
+    ]
     found = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
     if found is None:
         pytest.skip("needs cuobjdump, from the CUDA toolkit or from Triton's wheel")
@@ -377,7 +426,7 @@ def cuobjdump(nvcc: str) -> str:
 
 
 def output_of(*command: object) -> str:
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    done = subprocess.run([str(c) for c in command], check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout + done.stderr
 
@@ -397,7 +446,10 @@ def read_resources(log: str) -> dict[str, dict[Kernel, Resources]]:
     for part in re.split(r"Compiling entry function ", demangled(log))[1:]:
         name, arch = re.match(r"'(.*)' for 'sm_(\w+)'", part).groups()
         stack, stores, loads = map(
-            int, re.search(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part).groups()
+            int,
+            re.search(
+                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
+            ).groups(),
         )
         registers = int(re.search(r"Used (\d+) registers", part).group(1))
         found.setdefault(arch, {})[kernel_of(name)] = Resources(registers, stack, stores + loads)
@@ -410,37 +462,43 @@ def read_sass(text: str) -> dict[str, dict[Kernel, list[str]]]:
     for part in re.split(r"Fatbin elf code:", demangled(text))[1:]:
         arch = re.search(r"arch = sm_(\w+)", part).group(1)
         for function in re.split(r"Function : ", part)[1:]:
-            operations = re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", function, re.M)
+            operations = re.findall(
+                r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", function, re.MULTILINE
+            )
             found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = operations
     return found
 
 
 def read_ptx(text: str) -> dict[str, dict[Kernel, str]]:
     found: dict[str, dict[Kernel, str]] = {}
-    for part in re.split(r"^\.version", demangled(text), flags=re.M)[1:]:
-        arch = re.search(r"^\.target sm_(\w+)", part, re.M).group(1)
+    for part in re.split(r"^\.version", demangled(text), flags=re.MULTILINE)[1:]:
+        arch = re.search(r"^\.target sm_(\w+)", part, re.MULTILINE).group(1)
         for function in re.split(r"\.entry ", part)[1:]:
             found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = function
     return found
 
 
-def compile_and_read(folder: Path, archs: Iterable[str], flags: Iterable[str], csrc: Path = CSRC) -> Code:
-    compiler = nvcc()
-    reader = cuobjdump(compiler)
-    target = folder / "step_cuda.o"
+def compile_code(folder: Path, archs: Iterable[str], csrc: Path = CSRC) -> None:
+    """What setup.py's command makes of step_cuda.cu, and the log of it, into ``folder``."""
     targets = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
-    log = output_of(compiler, "-c", "-O3", "-std=c++17", *flags, *targets, "-Xptxas=-v", "-Xcompiler=-fPIC",
-                    csrc / "step_cuda.cu", "-o", target)  # fmt: skip
-    return Code(read_resources(log), read_sass(output_of(reader, "-sass", target)), read_ptx(output_of(reader, "-ptx", target)))
+    command = [nvcc(), "-c", "-O3", "-std=c++17", *setup_flags("NVCC_EXACT"), *targets, "-Xcompiler=-fPIC"]
+    log = output_of(*command, "-Xptxas=-v", csrc / "step_cuda.cu", "-o", folder / "step_cuda.o")
+    (folder / "log").write_text(log)
+
+
+def read_code(folder: Path) -> Code:
+    reader, target = cuobjdump(nvcc()), folder / "step_cuda.o"
+    return Code(
+        read_resources((folder / "log").read_text()),
+        read_sass(output_of(reader, "-sass", target)),
+        read_ptx(output_of(reader, "-ptx", target)),
+    )
 
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Code:
-    cache: list[Code] = []
-    nvcc(), cuobjdump(nvcc())
-    folder = built_once(tmp_path_factory, "cuda_code", lambda folder: cache.append(
-        compile_and_read(folder, ARCHS, setup_flags("NVCC_EXACT"))))
-    return cache[0]
+    cuobjdump(nvcc())  # skips before anything is compiled
+    return read_code(built_once(tmp_path_factory, "cuda_code", lambda folder: compile_code(folder, ARCHS)))
 
 
 def resource_problems(resources: dict[Kernel, Resources]) -> list[str]:
@@ -491,11 +549,18 @@ def arithmetic_problems(ptx: dict[Kernel, str]) -> list[str]:
     of those that the rule is made of. ptxas may contract only what has no explicit rounding."""
     problems = []
     for kernel, text in ptx.items():
-        operations = Counter(o for o in re.findall(r"\b[a-z]\w*(?:\.\w+)+", text) if re.search(r"\.(b?f16|f32|f64)", o))
+        operations = Counter(
+            o for o in re.findall(r"\b[a-z]\w*(?:\.\w+)+", text) if re.search(r"\.(b?f16|f32|f64)", o)
+        )
         problems += [f"{kernel}: {n} {o}" for o, n in operations.items() if not EXACT_IN_PTX.fullmatch(o)]
         if kernel.name == "step_kernel":
             t = "f64" if "Fp64" in kernel.arguments else "f32"
-            needed = ["add.rn", "mul.rn", "div.rn", *(["sqrt.rn"] if "AdaBelief" in kernel.arguments[0] else [])]
+            needed = [
+                "add.rn",
+                "mul.rn",
+                "div.rn",
+                *(["sqrt.rn"] if "AdaBelief" in kernel.arguments[0] else []),
+            ]
             problems += [f"{kernel}: no {o}.{t}" for o in needed if operations[f"{o}.{t}"] == 0]
     return problems
 
@@ -538,12 +603,22 @@ def test_arithmetic(code: Code, arch: str) -> None:
     "flags, found",
     [
         (["-fmad=true"], ["fma.rn.f32", "fma.rn.f64"]),
-        (["-use_fast_math"], ["div.approx.ftz.f32", "sqrt.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
+        (["-use_fast_math"], ["div.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
     ],
     ids=["fmad", "fast-math"],
 )
 def test_lost_exactness_is_seen(tmp_path: Path, flags: list[str], found: list[str]) -> None:
-    output_of(nvcc(), "-ptx", "-O3", "-std=c++17", *flags, "-arch=compute_90", CSRC / "step_cuda.cu", "-o", tmp_path / "ptx")
+    output_of(
+        nvcc(),
+        "-ptx",
+        "-O3",
+        "-std=c++17",
+        *flags,
+        "-arch=compute_90",
+        CSRC / "step_cuda.cu",
+        "-o",
+        tmp_path / "ptx",
+    )
     problems = arithmetic_problems(read_ptx((tmp_path / "ptx").read_text())["90"])
     steps = [str(k) for k in expected_kernels() if k.name == "step_kernel"]
     assert all(any(problem.startswith(f"{kernel}:") for problem in problems) for kernel in steps)
@@ -552,6 +627,7 @@ def test_lost_exactness_is_seen(tmp_path: Path, flags: list[str], found: list[st
 
 
 def test_lost_vectors_and_registers_are_seen(tmp_path: Path) -> None:
+    cuobjdump(nvcc())
     shutil.copytree(CSRC, tmp_path / "csrc")
 
     def replace(file: str, old: str, new: str) -> None:
@@ -559,9 +635,14 @@ def test_lost_vectors_and_registers_are_seen(tmp_path: Path) -> None:
         assert path.read_text().count(old) == 1, f"{old!r} is not in {file}"
         path.write_text(path.read_text().replace(old, new))
 
-    replace("cuda_body.h", "struct alignas(16) Vector {\n  uint32_t x, y, z, w;", "struct Vector {\n  uint32_t x, y, z, w;")
+    replace(
+        "cuda_body.h",
+        "struct alignas(16) Vector {\n  uint32_t x, y, z, w;",
+        "struct Vector {\n  uint32_t x, y, z, w;",
+    )
     replace("step_cuda.cu", "sizeof(T) == 8 ? 3 : 4", "8")
-    lost = compile_and_read(tmp_path, ["90"], setup_flags("NVCC_EXACT"), tmp_path / "csrc")
+    compile_code(tmp_path, ["90"], tmp_path / "csrc")
+    lost = read_code(tmp_path)
     steps = [str(k) for k in expected_kernels() if k.name == "step_kernel"]
     problems = access_problems(lost.sass["90"])
     assert all(any(problem.startswith(f"{kernel}:") for problem in problems) for kernel in steps)

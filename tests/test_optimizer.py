@@ -168,7 +168,8 @@ def test_weight_decay_mask_over_groups(make: Make) -> None:
     make([{"params": parameters()}, {"params": parameters()}], weight_decay_mask=by_name)
     assert seen == ["0", "1", "2"] * 2
     optimizer = make(
-        [{"params": parameters()}, {"params": parameters([(2,)])}], weight_decay_mask=[True, False, False, True]
+        [{"params": parameters()}, {"params": parameters([(2,)])}],
+        weight_decay_mask=[True, False, False, True],
     )
     assert [g["weight_decay_mask"] for g in optimizer.param_groups] == [[True, False, False], [True]]
     optimizer = make([{"params": parameters()}, {"params": parameters([(2,)]), "weight_decay_mask": [False]}])
@@ -188,8 +189,7 @@ def test_a_mask_changed_between_steps(make: Make) -> None:
     assert_same_bits(snapshot(optimizer), snapshot(want))
 
 
-@pytest.mark.parametrize("new", [{"params": parameters([(6,)], seed=9), "lr": 0.5}])
-def test_groups_added_later(make: Make, new: dict[str, Any]) -> None:
+def test_groups_added_later(make: Make) -> None:
     def run(flatten: bool) -> Any:
         params, late = parameters(), parameters([(6,), (2, 2)], seed=9)
         optimizer = make(params, flatten=flatten)
@@ -498,7 +498,9 @@ def test_callables_after_loading(make: Make) -> None:
 # Checkpoints and copies
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64])
+@pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.complex64]
+)
 def test_resuming_gives_the_same_bits(make: Make, dtype: torch.dtype) -> None:
     def run(flatten: bool) -> Any:
         params, twins = parameters(dtype=dtype), parameters(dtype=dtype)
@@ -577,7 +579,9 @@ def test_copies_go_their_own_way(make: Make, way: str) -> None:
             other = make(parameters(), lr=halving, weight_decay_mask=[True, False, True], flatten=flatten)
             train(other, other.param_groups[0]["params"], steps + 3)
             assert_same_bits(snapshot(twin), snapshot(other))
-            assert repr(twin) == repr(optimizer).replace(str(halving(max(steps - 1, 0))), str(halving(steps + 2)))
+            assert repr(twin) == repr(optimizer).replace(
+                str(halving(max(steps - 1, 0))), str(halving(steps + 2))
+            )
         return snapshot(twin)
 
     flat_like_plain(run)
@@ -616,21 +620,18 @@ def test_missing_gradients_skip_their_parameter(make: Make) -> None:
 
 
 def test_gradients_freed_and_made_anew(make: Make) -> None:
-    """The allocator gives a new gradient the address of an old one that is gone."""
+    """A new gradient mostly gets the address of an old one that is gone; here always."""
     params, twins = parameters([(500,)] * 3), parameters([(500,)] * 3)
     optimizer, want = make(params), make(twins)
-    addresses = []
-    for seed in range(12):
-        for p in params:
-            p.grad = None
+    memory = [torch.empty(500), torch.empty(500), torch.empty(500, 2)[:, 0]]
+    for seed in range(4):
         for i, p in enumerate(params):
-            p.grad = torch.empty(500, 2)[:, 0] if i == 2 else torch.empty(500)
-            p.grad.copy_(gradient(p, 1000 * seed + i))
-        addresses += [p.grad.data_ptr() for p in params]
+            p.grad = None
+            memory[i].copy_(gradient(p, 1000 * seed + i))
+            p.grad = memory[i][:]
         optimizer.step()
         train(want, twins, 1, first=seed)
         assert_same_bits(snapshot(optimizer), snapshot(want), f"step {seed}")
-    assert len(set(addresses)) < len(addresses)
 
 
 def test_training_loops(make: Make) -> None:
@@ -726,12 +727,10 @@ def test_cleared_state_starts_anew(make: Make) -> None:
         train(optimizer, params, 3)
         optimizer.state.clear()
         train(optimizer, params, 2)
-        fresh_params = [torch.nn.Parameter(p.detach().clone()) for p in params]
         assert [int(optimizer.state[p]["step"]) for p in params] == [2, 2, 2]
         del optimizer.state[params[1]]
         train(optimizer, params, 2, first=2)
         assert [int(optimizer.state[p]["step"]) for p in params] == [4, 2, 4]
-        assert len(fresh_params) == 3
         return snapshot(optimizer)
 
     got = flat_like_plain(run)
@@ -917,8 +916,16 @@ def test_skipped_steps_keep_the_rows_right(make: Make) -> None:
         optimizer = make(params, flatten=flatten)
         # (parameters without a gradient, whether the step is skipped)
         for seed, (skip, inf) in enumerate(
-            [([1, 2], True), ([0, 2], False), ([0, 1], True), ([], False), ([0], True), ([1, 2], False), ([], True),
-             ([], False)]
+            [
+                ([1, 2], True),
+                ([0, 2], False),
+                ([0, 1], True),
+                ([], False),
+                ([0], True),
+                ([1, 2], False),
+                ([], True),
+                ([], False),
+            ]
         ):
             set_gradients(params, seed, skip)
             optimizer.found_inf = torch.tensor(float(inf))

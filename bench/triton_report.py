@@ -1,0 +1,167 @@
+"""What the Triton kernels compile to, for GPUs that need not be there.
+
+    python -m bench.triton_report --target cuda:90 --target hip:gfx942
+
+prints one JSON object for each kernel: registers, spills, how wide its accesses are,
+contracted or approximate operations. It imports Triton and the kernels alone, not torch,
+so that any Triton release on ``PYTHONPATH`` can be asked.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import types
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
+FORMATS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp64", "fp64"))
+"""(parameter, gradient)."""
+BYTES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
+DEFAULT_KERNELS = Path(__file__).parents[1] / "kernels"
+
+
+def load_kernels(folder: Path) -> types.ModuleType:
+    """``kernels/step.py`` of a folder, without the package that it is installed in."""
+    package = types.ModuleType("reported_kernels")
+    package.__path__ = [str(folder)]
+    sys.modules["reported_kernels"] = package
+    return importlib.import_module("reported_kernels.step")
+
+
+def parse_target(text: str) -> GPUTarget:
+    backend, arch = text.split(":")
+    return GPUTarget("cuda", int(arch), 32) if backend == "cuda" else GPUTarget("hip", arch, 64)
+
+
+def compile_kernel(
+    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], scalars: dict[str, str], target: GPUTarget, options: Any
+) -> Any:
+    names = kernel.arg_names
+    signature = {n: pointers.get(n) or scalars.get(n) or "constexpr" for n in names}
+    constexprs = {(names.index(n),): value for n, value in constants.items()}
+    attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
+    return triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
+
+
+def step_kernel(step: Any, rule: str, param: str, grad: str, target: GPUTarget, fp_fusion: bool) -> Any:
+    state = "fp64" if param == "fp64" else "fp32"
+    constants = step.step_constants(rule, param, grad, state, step.chunk_size(BYTES[param], BYTES[grad]))
+    options = {**step.launch_options(target.backend, target.warp_size), "enable_fp_fusion": fp_fusion}
+    pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{state}"}
+    return compile_kernel(step.step_kernel, pointers, constants, {}, target, options)
+
+
+def prologue_kernel(step: Any, working: str, target: GPUTarget, fp_fusion: bool) -> Any:
+    import triton.language as tl
+
+    constants = {"DTYPE": {"fp32": tl.float32, "fp64": tl.float64}[working], "LANES": step.PROLOGUE_LANES}
+    options = {**step.launch_options(target.backend, target.warp_size), "enable_fp_fusion": fp_fusion}
+    options["num_warps"] = step.PROLOGUE_LANES // target.warp_size
+    pointers = {
+        "counters": "*i64",
+        "hyper": "*fp64",
+        "grad_scale": "*fp32",
+        "found_inf": "*fp32",
+        "coefficients": f"*{working}",
+    }
+    return compile_kernel(step.prologue_kernel, pointers, constants, {"n": "i32"}, target, options)
+
+
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
+
+
+def nvidia_report(compiled: Any) -> dict[str, Any]:
+    ptx = compiled.asm["ptx"]
+    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.NamedTemporaryFile(suffix=".cubin", delete=False) as file:
+        file.write(compiled.asm["cubin"])
+    try:
+        usage = subprocess.run(
+            [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
+        ).stdout
+    finally:
+        os.unlink(file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert found is not None, usage
+    return {
+        "registers": int(found[1]),
+        "spill_bytes": int(found[2]) + int(found[3]) + count(r"\b(?:ld|st)\.local", ptx),
+        "wide_loads": count(r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx),
+        "wide_stores": count(r"st\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx),
+        "contracted": count(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)", ptx),
+        "approximate": count(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)", ptx),
+        "flushed": count(r"\.ftz\b", ptx),
+        "nan_keeping_max": count(r"\bmax\.NaN\.f32", ptx),
+        "nan_dropping_max": max(0, count(r"\bmax\.f(?:32|64)", ptx) - count(r"\bsetp\.nan\.f(?:32|64)", ptx)),
+    }
+
+
+def amd_report(compiled: Any) -> dict[str, Any]:
+    llir, assembly = compiled.asm["llir"], compiled.asm["amdgcn"]
+
+    def field(name: str) -> int:
+        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
+        assert found is not None, name
+        return int(found[1])
+
+    fused = count(r"\bv_(?:fma|fmac|mac|mad)_f(?:32|64)", assembly) + 2 * count(r"\bv_pk_fma_f32", assembly)
+    # A correctly rounded division and square root are sequences with fused steps of their own.
+    expanded = (
+        5 * count(r"\bv_div_fixup_f", assembly)
+        + 2 * count(r"\bv_sqrt_f32", assembly)
+        + 5 * count(r"\bv_rsq_f32", assembly)
+        + 7 * count(r"\bv_rsq_f64", assembly)
+    )
+    guards = count(r"fcmp (?:uno|ord) (?:float|double)", llir) + 2 * count(r"fcmp (?:uno|ord) <2 x", llir)
+    vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
+    return {
+        "registers": field("vgpr_count"),
+        "spill_bytes": field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size"),
+        "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
+        "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
+        "wide_store_instructions": count(r"\bglobal_store_dwordx4\b", assembly),
+        "contracted": fused - expanded,
+        "approximate": count(r"\bf(?:div|sqrt) (?:\w+ )*(?:afn|arcp|fast)\b|llvm\.amdgcn\.rcp\b", llir),
+        "flushed": count(r'"denormal-fp-math-f32"="(?!ieee)', llir),
+        "nan_keeping_max": count(r"call [^\n]*@llvm\.maximum\.", llir),
+        "nan_dropping_max": max(0, count(r"call [^\n]*@llvm\.maxnum", llir) - guards),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--target", action="append", help="cuda:80, cuda:90, cuda:100, hip:gfx942, ...; may be repeated")
+    parser.add_argument("--kernels", type=Path, default=DEFAULT_KERNELS, help="folder with step.py")
+    parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
+    parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
+    arguments = parser.parse_args()
+    step = load_kernels(arguments.kernels)
+    for text in arguments.target or ["cuda:90"]:
+        target = parse_target(text)
+        report = nvidia_report if target.backend == "cuda" else amd_report
+        for rule in arguments.rule or RULES:
+            for param, grad in FORMATS:
+                compiled = step_kernel(step, rule, param, grad, target, arguments.fp_fusion)
+                head = {"kernel": "step", "rule": rule, "param": param, "grad": grad}
+                print(json.dumps({"triton": triton.__version__, "target": text, **head, **report(compiled)}))
+        for working in ("fp32", "fp64"):
+            compiled = prologue_kernel(step, working, target, arguments.fp_fusion)
+            head = {"kernel": "prologue", "rule": "", "param": working, "grad": ""}
+            print(json.dumps({"triton": triton.__version__, "target": text, **head, **report(compiled)}))
+
+
+if __name__ == "__main__":
+    main()
