@@ -25,13 +25,13 @@ class Watch {
       lists_.push_back(list.ptr());
       sizes_.push_back(PyList_GET_SIZE(list.ptr()));
       for (py::handle p : py::reinterpret_borrow<py::list>(list)) {
-        Parameter entry;
-        entry.param = p.ptr();
-        entry.address = address(p.ptr());
+        Parameter entry{p.ptr(), address(p.ptr()), py::object(), 0};
+        layouts_.push_back(layout_of(p.ptr()));
         py::object grad = p.attr("grad");
         if (!grad.is_none()) {
           entry.grad = py::weakref(grad);
           entry.grad_address = address(grad.ptr());
+          layouts_.push_back(layout_of(grad.ptr()));
         }
         params_.push_back(std::move(entry));
       }
@@ -42,32 +42,34 @@ class Watch {
       if (!PyDict_Check(value)) continue;
       PyObject *name, *item;
       for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item);) {
-        const bool is_tensor = PyObject_IsInstance(item, tensor.ptr()) == 1;
-        values_.push_back({item, is_tensor ? address(item) : 0, is_tensor});
+        values_.push_back(item);
+        if (PyObject_IsInstance(item, tensor.ptr()) == 1) layouts_.push_back(layout_of(item));
       }
     }
   }
 
   bool unchanged(py::list param_lists, py::dict state) {
-    return params_unchanged(param_lists.ptr()) && states_unchanged(state.ptr());
+    return params_unchanged(param_lists.ptr()) && states_unchanged(state.ptr()) && layouts_unchanged();
   }
 
  private:
   struct Parameter {
-    PyObject* param = nullptr;
-    int64_t address = 0;
-    py::object grad;  // a weak reference: a dropped gradient's memory must not be kept
-    int64_t grad_address = 0;
-  };
-  struct Value {
-    PyObject* object;
+    PyObject* param;
     int64_t address;
-    bool is_tensor;
+    py::object grad;  // a weak reference: a dropped gradient's memory must not be kept
+    int64_t grad_address;
+  };
+  struct Layout {
+    PyObject* tensor;
+    int64_t address;
+    py::object numel, stride, dtype;
   };
 
-  // A state's memory moves under its tensor only where somebody assigns to `.data`, mostly of
-  // all states at once. So of very many states a window that moves on each step is asked.
-  static constexpr size_t kWindow = 4096;
+  // A tensor that is the same object at the same address has another layout, and a state that
+  // is the same object another address, only where somebody assigned to `.data` or worked on
+  // the tensor itself in place. That takes long to ask: up to this many are asked at each step,
+  // which is all of them but in very long lists, where the turn comes within a few steps.
+  static constexpr size_t kWindow = 1024;
 
   bool params_unchanged(PyObject* param_lists) {
     if (PyList_GET_SIZE(param_lists) != static_cast<Py_ssize_t>(lists_.size())) return false;
@@ -84,9 +86,9 @@ class Watch {
 
   bool param_unchanged(const Parameter& entry) {
     if (address(entry.param) != entry.address) return false;
-    py::object grad = py::reinterpret_steal<py::object>(grad_->get(entry.param, grad_->closure));
+    const py::object grad = py::reinterpret_steal<py::object>(grad_->get(entry.param, grad_->closure));
     if (!grad) throw py::error_already_set();
-    if (!entry.grad) return grad.is_none();
+    if (grad.is_none() || !entry.grad) return grad.is_none() && !entry.grad;
     return refers_to(entry.grad.ptr(), grad.ptr()) && address(grad.ptr()) == entry.grad_address;
   }
 
@@ -110,14 +112,27 @@ class Watch {
       if (!PyDict_Check(value)) continue;
       PyObject *name, *item;
       for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item); ++j)
-        if (j >= values_.size() || item != values_[j].object) return false;
+        if (j >= values_.size() || item != values_[j]) return false;
     }
-    if (j != values_.size()) return false;
-    const size_t n = values_.size() < kWindow ? values_.size() : kWindow;
-    for (size_t k = 0; k < n; ++k, ++next_)
-      if (const Value& v = values_[next_ % values_.size()]; v.is_tensor && address(v.object) != v.address)
+    return j == values_.size();
+  }
+
+  // Called last: every tensor in `layouts_` is then known to be alive.
+  bool layouts_unchanged() {
+    const size_t n = layouts_.size() < kWindow ? layouts_.size() : kWindow;
+    for (size_t k = 0; k < n; ++k, ++next_) {
+      const Layout& was = layouts_[next_ % layouts_.size()];
+      const Layout is = layout_of(was.tensor);
+      if (is.address != was.address || !is.numel.equal(was.numel) || !is.stride.equal(was.stride) ||
+          !is.dtype.is(was.dtype))
         return false;
+    }
     return true;
+  }
+
+  Layout layout_of(PyObject* tensor) {
+    const py::handle t(tensor);
+    return {tensor, address(tensor), t.attr("numel")(), t.attr("stride")(), t.attr("dtype")};
   }
 
   int64_t address(PyObject* tensor) {
@@ -134,7 +149,8 @@ class Watch {
   std::vector<Py_ssize_t> sizes_;
   std::vector<Parameter> params_;
   std::vector<PyObject*> inner_;
-  std::vector<Value> values_;
+  std::vector<PyObject*> values_;
+  std::vector<Layout> layouts_;
   size_t next_ = 0;
 };
 

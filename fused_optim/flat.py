@@ -84,13 +84,16 @@ class FlatSet:
         return "grad" not in self._buffers or self._buffers["grad"]._version != self._grad_version
 
 
-def flat_sets(params: Iterable[Tensor]) -> list[FlatSet]:
-    """Move parameters into flat buffers, one set for each device and dtype.
+def can_be_flat(p: Tensor) -> bool:
+    """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
+    return p.device.type != "meta" and dense_like(p) is p
 
-    Parameters that are not dense stay where they are.
-    """
+
+def flat_sets(params: Iterable[Tensor]) -> list[FlatSet]:
+    """Move parameters into flat buffers, one set for each device and dtype; those that
+    cannot be flat stay where they are."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
-        if p.device.type != "meta" and dense_like(p) is p:
+        if can_be_flat(p):
             by_kind.setdefault((p.device, p.dtype), []).append(p)
     return [FlatSet(members) for members in by_kind.values()]

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, Inputs, check_name, select, to_device
-from .flat import FlatSet, flat_sets
+from .flat import FlatSet, can_be_flat, flat_sets
 from .reference import MAX_COUNT, Hyperparameters
 from .rules import Rule
 from .storage import FORMATS, parameter_format, state_dtype
@@ -35,7 +35,7 @@ from .table import (
     same_layout,
 )
 
-_HYPER_KEYS = ("betas", "eps", "eps_root", "weight_decay", "maximize", "nesterov", "initial_lr")
+_HYPER_KEYS = ("eps", "eps_root", "weight_decay", "maximize", "nesterov", "differentiable")
 
 Schedule = Callable[[int], float]
 """A value as a function of the number of earlier ``step()`` calls, as in Optax."""
@@ -52,6 +52,11 @@ def _number(name: str, value: Any, below: float = math.inf) -> float:
     return float(value)
 
 
+def _plain(value: Any) -> Any:
+    """A tensor of one element as a number: schedulers keep ``initial_lr`` as they find ``lr``."""
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
 def _flag(name: str, value: Any) -> bool:
     if not isinstance(value, bool):
         raise TypeError(f"{name} must be True or False, got {value!r}")
@@ -66,6 +71,12 @@ class _Live(NamedTuple):
     grad: Tensor
     group: int
     decay: bool
+
+
+def _unknown(step: Tensor) -> tuple[int, Any]:
+    """The token of a step number that somebody else has set. Reading it would make the host
+    wait for a GPU, where such a parameter gets a row of its own instead."""
+    return (int(step), None) if step.device.type == "cpu" else (0, object())
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -92,7 +103,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not (
             weight_decay_mask is None
             or callable(weight_decay_mask)
-            or isinstance(weight_decay_mask, (Mapping, Sequence))
+            or isinstance(weight_decay_mask, (Mapping, list, tuple))
         ):
             raise TypeError(
                 "weight_decay_mask must be a callable of (name, parameter), a mapping from name to "
@@ -105,7 +116,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._reset()
         defaults = {**defaults, "differentiable": False}
         super().__init__(params, defaults)
-        if isinstance(weight_decay_mask, Sequence) and self._mask_used != len(weight_decay_mask):
+        if isinstance(weight_decay_mask, (list, tuple)) and self._mask_used != len(weight_decay_mask):
             raise ValueError(
                 f"weight_decay_mask has {len(weight_decay_mask)} entries for {self._mask_used} parameters"
             )
@@ -164,7 +175,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             key: group[key] for key in ("lr", "weight_decay") if callable(group.get(key))
         }
         for key, schedule in schedules.items():
-            group[key] = float(schedule(self._count))
+            group[key] = self._scheduled(key, schedule)
         self._check_group(group, f" of group {index}" if index else "")
         if isinstance(group["params"], Tensor):
             group["params"] = [group["params"]]
@@ -190,13 +201,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._mask_used = mask_used
             raise
         self._schedules.append(schedules)
-        self._plan = None
+        self._drop_plan()
 
     def _check_twice(self, params: list[Any], index: int) -> None:
         seen = {id(p): self._name(i, j) for i, g in enumerate(self.param_groups) for j, p in enumerate(g["params"])}
         for j, p in enumerate(params):
-            p = p[1] if isinstance(p, tuple) else p
             name = f"{j} of group {index}"
+            if isinstance(p, tuple):
+                name, p = repr(p[0]), p[1]
             if id(p) in seen:
                 raise ValueError(f"parameters {seen[id(p)]} and {name} are the same tensor; give it once")
             seen[id(p)] = name
@@ -216,7 +228,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         mask = group.get("weight_decay_mask")
         if mask is None:
             mask = self._mask
-            if isinstance(mask, Sequence):
+            if isinstance(mask, (list, tuple)):
                 mask = mask[self._mask_used : self._mask_used + n]
                 self._mask_used += n
         if mask is None:
@@ -257,14 +269,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise kind(f"betas{where} must be two numbers, got {betas!r}")
         for i, beta in enumerate(betas):
             _number(f"betas[{i}]{where}", beta, below=1)
-        for key in ("eps", "eps_root", "weight_decay", "initial_lr"):
+        for key in ("eps", "eps_root", "weight_decay"):
             if key in group:
                 _number(f"{key}{where}", group[key])
+        if self._decoupled_lr and "initial_lr" in group and not _number(f"initial_lr{where}", _plain(group["initial_lr"])):
+            raise ValueError(f"initial_lr{where} must not be 0 with decoupled_lr=True: weight decay is divided by it")
         for key in ("maximize", "nesterov"):
             if key in group:
                 _flag(f"{key}{where}", group[key])
         if group.get("differentiable"):
             raise ValueError("differentiable=True is not supported")
+
+    def _scheduled(self, key: str, schedule: Schedule) -> float:
+        value = schedule(self._count)
+        if isinstance(value, Tensor):
+            value = _plain(value)
+        return _number(f"{key} at count {self._count}", value)
 
     # The step
 
@@ -298,6 +318,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                         o.store_sources()
             if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
                 self._captured += [plan, inputs, *[dict(b.on_device) for _, b in plan.batches]]
+        # Compiled backends write behind autograd's back; a backward pass through an older graph
+        # must still notice.
+        torch.autograd.graph.increment_version(plan.params)
+        if self._flatten:
+            plan.step_versions = [t._version for t in plan.steps]
         if getattr(self, "found_inf", None) is None:
             plan.steps_certain += 1
         else:
@@ -310,20 +335,23 @@ class FusedOptimizer(torch.optim.Optimizer):
         without weight decay. Returns the learning rates that live on a GPU, with their row."""
         for group, schedules in zip(self.param_groups, self._schedules):
             for key, schedule in schedules.items():
-                group[key] = float(schedule(self._count))
+                group[key] = self._scheduled(key, schedule)
         keys: list[Any] = []
         device_lrs = []
         for i, group in enumerate(self.param_groups):
             lr = group["lr"]
             if isinstance(lr, Tensor):
-                if lr.numel() != 1:
+                if lr.numel() != 1 or not lr.is_floating_point():
                     self._check_group(group, f" of group {i}" if i else "")
                 if lr.device.type == "cpu":
                     lr = lr.item()
                 else:
                     device_lrs += [(2 * i, lr), (2 * i + 1, lr)]
                     lr = 0.0
-            keys.append((lr, *map(group.get, _HYPER_KEYS)))
+            betas = group["betas"]
+            betas = tuple(betas) if isinstance(betas, list) else betas
+            initial_lr = _plain(group.get("initial_lr")) if self._decoupled_lr else None
+            keys.append((lr, betas, initial_lr, *map(group.get, _HYPER_KEYS)))
         if keys != self._hyper_keys:
             values = self._checked_values(keys)
             if values != self._hyper_values:
@@ -344,7 +372,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         beta2=group["betas"][1],
                         eps=group["eps"],
                         eps_root=group.get("eps_root", 0.0),
-                        initial_lr=group["initial_lr"] if self._decoupled_lr else 0.0,
+                        initial_lr=float(group["initial_lr"]) if self._decoupled_lr else 0.0,
                         maximize=group["maximize"],
                     )
                 )
@@ -387,9 +415,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _current_plan(self) -> Plan:
         if self._flatten:
             self._check_gradients_arrive()
+            self._check_steps()
         if self._plan is None or not self._plan.still_right(self.param_groups, self.state):
+            self._drop_plan()
             self._plan = self._make_plan()
         return self._plan
+
+    def _check_steps(self) -> None:
+        """Drop a plan whose step numbers somebody else has written to: parameters share a row
+        for as long as these are known to be equal."""
+        plan = self._plan
+        if plan is not None and [t._version for t in plan.steps] != plan.step_versions:
+            self._drop_plan()
+            for step in plan.steps:
+                self._history[step] = _unknown(step)
 
     def _live(self) -> list[_Live]:
         live = []
@@ -414,9 +453,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         dense = [dense_like(x.param) for x in live]
         new_steps = self._new_steps(live)
         states = self._states(live, dense, new_steps)
-        self._settle_history(states, {t for steps in new_steps.values() for t in steps})
+        cast = self._warn_of_casts(live, states)
+        self._begin_history(states, new_steps)
         if self._flatten:
-            live = self._go_home(live, states)
+            live = self._go_home(live, states, warn=not cast)
             dense = [dense_like(x.param) for x in live]
         for x, state in zip(live, states):
             self.state[x.param] = state
@@ -441,7 +481,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             )
             by_key[key].append(o)
         batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
-        return Plan(batches, [state["step"] for state in states], self.param_groups, self.state)
+        return Plan(
+            batches, [x.param for x in live], [state["step"] for state in states], self.param_groups, self.state
+        )
 
     def _new_steps(self, live: list[_Live]) -> dict[torch.device, list[Tensor]]:
         """Step numbers for the parameters that have none, one allocation a device."""
@@ -466,6 +508,22 @@ class FusedOptimizer(torch.optim.Optimizer):
             states.append(state)
         return states
 
+    def _warn_of_casts(self, live: list[_Live], states: list[dict[str, Any]]) -> bool:
+        cast = [
+            f"parameter {x.name} ({old.dtype} to {new[key].dtype})"
+            for x, new in zip(live, states)
+            for key, old in self.state.get(x.param, {}).items()
+            if isinstance(old, Tensor) and key != "step" and old.dtype != new[key].dtype
+        ]
+        if cast:
+            names = ", ".join(dict.fromkeys(cast[:6])) + (", ..." if len(cast) > 6 else "")
+            warnings.warn(
+                f"parameters changed their dtype, and their states are converted once: {names}",
+                UserWarning,
+                stacklevel=6,
+            )
+        return bool(cast)
+
     @staticmethod
     def _step_tensor(step: Any, x: _Live) -> Tensor:
         if isinstance(step, Tensor) and step.dtype == torch.int64 and step.dim() == 0 and step.device == x.param.device:
@@ -485,13 +543,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         fresh = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=dense.device)
         if value is None:
             return fresh.zero_()
-        if value.dtype != dtype:
-            warnings.warn(
-                f"state {key!r} of parameter {x.name} is converted from {value.dtype} to {dtype}, "
-                f"since the parameter is {x.param.dtype} now",
-                UserWarning,
-                stacklevel=2,
-            )
         return fresh.copy_(value)
 
     # Flat buffers
@@ -513,25 +564,25 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _check_gradients_arrive(self) -> None:
         for home in self._flat:
-            if not home.gradient_arrived() and all(
-                p.grad is None or home.at_home("grad", p, p.grad) for p in home.params
-            ):
+            if home.gradient_arrived():
+                continue
+            grads = [(p, p.grad) for p in home.params if p.grad is not None]
+            if grads and all(home.at_home("grad", p, g) for p, g in grads):
                 self._warn_once(
                     "step() without any gradient since zero_grad(): if the model's parameters were replaced "
                     "(load_state_dict(assign=True)), make a new optimizer for the new ones"
                 )
 
-    def _go_home(self, live: list[_Live], states: list[dict[str, Any]]) -> list[_Live]:
+    def _go_home(self, live: list[_Live], states: list[dict[str, Any]], warn: bool) -> list[_Live]:
         """Bring every parameter, gradient and state to its slot in the flat buffers."""
-        params = self._all_params()
-        lost = [p for home in self._flat for p in home.params if not home.at_home("param", p, p)]
-        known = {p for home in self._flat for p in home.params}
-        if lost:
+        params = [p for p in self._all_params() if can_be_flat(p)]
+        lost = any(not home.at_home("param", p, p) for home in self._flat for p in home.params)
+        if lost and warn:
             self._warn_once(
                 "parameters were moved out of the flat buffers of flatten=True (model.to(), p.data = ...); "
                 "they are gathered again, which costs a copy"
             )
-        if lost or any(p not in known for p in params):
+        if lost or {p for home in self._flat for p in home.params} != set(params):
             self._flat = flat_sets(params)
         homes = {p: home for home in self._flat for p in home.params}
         result = []
@@ -550,25 +601,28 @@ class FusedOptimizer(torch.optim.Optimizer):
             result.append(x)
         return result
 
-    def _settle_history(self, states: list[dict[str, Any]], new_steps: set[Tensor]) -> None:
-        """Bring up to date what is known of step numbers without reading them.
+    def _drop_plan(self) -> None:
+        """Forget the plan, and enter in ``_history`` the steps that were made with it.
 
-        ``_history`` maps each step tensor to a token; equal tokens mean equal numbers. A
-        step that ``found_inf`` may have skipped counts for all of its parameters or none.
+        ``_history`` maps a step tensor to a token; equal tokens mean equal numbers, which
+        lets parameters share a row without reading them. A step that ``found_inf`` may have
+        skipped counts for all parameters of its plan or for none.
         """
-        plan = self._plan
-        if plan is not None:
-            for step in plan.steps:
-                certain, maybe = self._history[step]
-                self._history[step] = (
-                    certain + plan.steps_certain,
-                    (maybe, id(plan)) if plan.steps_maybe else maybe,
-                )
-            plan.steps_certain = plan.steps_maybe = 0
-        for state in states:
-            step = state["step"]
-            if step not in self._history:
-                self._history[step] = (0, None if step in new_steps else object())
+        plan, self._plan = self._plan, None
+        if plan is None:
+            return
+        mark = object()
+        for step in plan.steps:
+            certain, maybe = self._history[step]
+            self._history[step] = (certain + plan.steps_certain, (maybe, mark) if plan.steps_maybe else maybe)
+
+    def _begin_history(self, states: list[dict[str, Any]], new_steps: dict[torch.device, list[Tensor]]) -> None:
+        for steps in new_steps.values():
+            self._history.update({step: (0, None) for step in steps})
+        known = (state.get("step") for state in (*self.state.values(), *states))
+        self._history = {
+            step: self._history.get(step) or _unknown(step) for step in known if isinstance(step, Tensor)
+        }
 
     # Checkpoints
 

@@ -14,18 +14,28 @@ import torch
 from torch import Tensor
 
 from .backends import Backend, extension
-from .table import Batch
+from .table import Batch, misaligned
 
 State = dict[Tensor, dict[str, Any]]
 
 
-def _where(tensors: list[Tensor]) -> tuple[list[int], list[Any], list[int], list[torch.dtype]]:
-    return (
-        list(map(Tensor.data_ptr, tensors)),
+def _where(tensors: list[Tensor]) -> tuple[list[int], list[Any]]:
+    """Addresses, and all else that says how to read what is there."""
+    kinds = [
         list(map(Tensor.stride, tensors)),
         list(map(Tensor.numel, tensors)),
         [t.dtype for t in tensors],
-    )
+        list(map(Tensor.is_conj, tensors)),
+        list(map(Tensor.is_neg, tensors)),
+    ]
+    return list(map(Tensor.data_ptr, tensors)), kinds
+
+
+def _options(groups: list[dict[str, Any]]) -> list[Any]:
+    return [
+        (len(g["params"]), g.get("nesterov"), g["weight_decay_mask"] and tuple(g["weight_decay_mask"]))
+        for g in groups
+    ]
 
 
 class _Fingerprint:
@@ -36,14 +46,12 @@ class _Fingerprint:
         grads = [p.grad for p in self.params]
         self.live = [g is not None for g in grads]
         self.grads = [g for g in grads if g is not None]
-        self.options = [
-            (len(group["params"]), group.get("nesterov"), group["weight_decay_mask"]) for group in groups
-        ]
+        self.options = _options(groups)
         # Held so that no address in here can be given to another tensor.
         self.inner = list(state.values())
         self.values = [v for inner in self.inner for v in inner.values() if isinstance(v, Tensor)]
         self.fixed = _where(self.params), _where(self.values)
-        self.grad_addresses, *self.grad_kinds = _where(self.grads)
+        self.grad_addresses, self.grad_kinds = _where(self.grads)
 
     def same_but_for_grad_addresses(self, other: _Fingerprint) -> bool:
         return (
@@ -59,22 +67,27 @@ class Plan:
 
     Args:
         batches: what to launch, each with the backend that does.
-        steps: the step numbers that advance.
+        params: what is stepped.
+        steps: their step numbers.
         groups, state: the optimizer's, as they are now.
     """
 
     def __init__(
         self,
         batches: list[tuple[Backend, Batch]],
+        params: list[Tensor],
         steps: list[Tensor],
         groups: list[dict[str, Any]],
         state: State,
     ) -> None:
         self.batches = batches
+        self.params = params
         self.steps = steps
         self.steps_certain = 0
         """Steps made with this plan that no ``found_inf`` can have skipped."""
         self.steps_maybe = 0
+        self.step_versions: list[int] = []
+        """Of ``steps``, after our own write to them."""
         self._movable = not any(o.slot for _, batch in batches for o in batch.items)
         self._remember(_Fingerprint(groups, state), groups, state)
 
@@ -89,21 +102,19 @@ class Plan:
     def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the plan describes these tensors; gradients that have only moved are
         followed."""
-        if self._watch is not None and state is self._state and self._options_same(groups):
+        if self._watch is not None and state is self._state and self._fingerprint.options == _options(groups):
             if self._watch.unchanged([group["params"] for group in groups], state):
                 return True
+        grads = [p.grad for group in groups for p in group["params"]]
+        if any(g is not None and g.layout is not torch.strided for g in grads):
+            return False
         now = _Fingerprint(groups, state)
         if not now.same_but_for_grad_addresses(self._fingerprint):
             return False
-        if now.grad_addresses != self._fingerprint.grad_addresses:
-            if not self._movable:
-                return False
-            for _, batch in self.batches:
-                batch.move_grads([now.grads[o.position] for o in batch.items])
+        moved = now.grad_addresses != self._fingerprint.grad_addresses
+        if moved and (not self._movable or any(map(misaligned, now.grads))):
+            return False
+        for _, batch in self.batches:
+            batch.take_grads([now.grads[o.position] for o in batch.items], moved)
         self._remember(now, groups, state)
         return True
-
-    def _options_same(self, groups: list[dict[str, Any]]) -> bool:
-        return self._fingerprint.options == [
-            (len(group["params"]), group.get("nesterov"), group["weight_decay_mask"]) for group in groups
-        ]

@@ -61,10 +61,13 @@ class Coefficients(NamedTuple):
     bias_correction2: Tensor
     neg_lr: Tensor
     weight_decay: Tensor
-    """0 with ``decoupled_lr``."""
+    """Times lr: 0 with ``decoupled_lr``."""
+    decoupled: Tensor
+    """Not 0 where there is decay and ``decoupled_lr``: then ``decoupled_decay`` applies."""
     decoupled_decay: Tensor
-    """0 without ``decoupled_lr``."""
-    maximize: Tensor
+    grad_divisor: Tensor
+    """``grad_scale``, 1 for none; negative to ascend: dividing by the negative number gives
+    the negative quotient, bit for bit."""
 
 
 def integer_power(base: Tensor, exponent: Tensor) -> Tensor:
@@ -86,13 +89,16 @@ def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
     return 1 - power.to(dtype)
 
 
-def coefficients(hyper: Tensor, count: Tensor, dtype: torch.dtype) -> Coefficients:
+def coefficients(
+    hyper: Tensor, count: Tensor, dtype: torch.dtype, grad_scale: Tensor | None = None
+) -> Coefficients:
     """The coefficients of a step.
 
     Args:
         hyper: float64 ``[n, len(Hyperparameters)]``.
         count: int64 ``[n]``, the step number, 1 at the first step.
         dtype: the working precision.
+        grad_scale: one float32.
 
     Returns:
         Coefficients of shape ``[n]`` in ``dtype``.
@@ -105,6 +111,7 @@ def coefficients(hyper: Tensor, count: Tensor, dtype: torch.dtype) -> Coefficien
         dtype,
     )
     decoupled = h.initial_lr != 0
+    scale = torch.ones_like(h.lr) if grad_scale is None else grad_scale.to(torch.float64)
     exact = Coefficients(
         beta1=h.beta1,
         one_minus_beta1=1 - h.beta1,
@@ -117,8 +124,9 @@ def coefficients(hyper: Tensor, count: Tensor, dtype: torch.dtype) -> Coefficien
         bias_correction2=corrections[2],
         neg_lr=-h.lr,
         weight_decay=torch.where(decoupled, 0.0, h.weight_decay),
+        decoupled=torch.where(decoupled, h.weight_decay, 0.0),
         decoupled_decay=torch.where(decoupled, h.weight_decay * (h.lr / h.initial_lr), 0.0),
-        maximize=h.maximize,
+        grad_divisor=torch.where(h.maximize != 0, -scale, scale),
     )
     return Coefficients(*(value.to(dtype) for value in exact))
 
@@ -146,7 +154,7 @@ def apply_update(p: Tensor, u: Tensor, c: Coefficients) -> Tensor:
     zero": they differ for infinite and NaN parameters and for signed zeros."""
     u = torch.where(c.weight_decay != 0, u + c.weight_decay * p, u)
     new = p + c.neg_lr * u
-    return torch.where(c.decoupled_decay != 0, new - c.decoupled_decay * p, new)
+    return torch.where(c.decoupled != 0, new - c.decoupled_decay * p, new)
 
 
 def belief(g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:

@@ -94,12 +94,20 @@ def check_grad(name: str, p: Tensor, g: Tensor) -> None:
     _check_address(f"the gradient of parameter {name}", g)
 
 
+def _real_size(t: Tensor) -> int:
+    return t.element_size() // (2 if t.is_complex() else 1)
+
+
+def misaligned(t: Tensor) -> bool:
+    """Whether the address is not a multiple of the element size."""
+    return t.data_ptr() % _real_size(t) != 0
+
+
 def _check_address(what: str, t: Tensor) -> None:
-    size = t.element_size() // (2 if t.is_complex() else 1)
-    if t.data_ptr() % size:
+    if misaligned(t):
         raise ValueError(
             f"{what} lies at address {t.data_ptr():#x}, which is not a multiple of its "
-            f"element size, {size} bytes"
+            f"element size, {_real_size(t)} bytes"
         )
 
 
@@ -111,10 +119,10 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
         if p.numel() == 0 or p.device.type == "meta":
             continue
         last = sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
-        if any(s == 0 and n > 1 for n, s in zip(p.shape, p.stride())):
+        if _strides_collide(p) and _offsets(p).unique().numel() != p.numel():
             raise ValueError(
-                f"parameter {name} overlaps itself: it is expanded (strides {p.stride()}); "
-                "give a tensor of its own memory, p.contiguous()"
+                f"parameter {name} overlaps itself: several of its elements share memory (strides "
+                f"{p.stride()}); give a tensor with memory of its own, p.contiguous()"
             )
         start = p.data_ptr()
         spans.append((str(p.device), start, start + (last + 1) * p.element_size(), name, p))
@@ -130,13 +138,29 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
                 )
 
 
+def _strides_collide(t: Tensor) -> bool:
+    """Whether a stride is so small that elements might share memory."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _offsets(t: Tensor) -> Tensor:
+    """Where each element is, in elements from the first."""
+    offsets = torch.zeros((), dtype=torch.int64)
+    for n, s in zip(t.shape, t.stride()):
+        offsets = offsets[..., None] + torch.arange(n) * s
+    return offsets.reshape(-1)
+
+
 def _share_a_byte(a: Tensor, b: Tensor) -> bool:
     def addresses(t: Tensor) -> Tensor:
-        offsets = torch.zeros((), dtype=torch.int64)
-        for n, s in zip(t.shape, t.stride()):
-            offsets = offsets[..., None] + torch.arange(n) * s
-        element = offsets.reshape(-1, 1) * t.element_size() + torch.arange(t.element_size())
-        return (element + t.data_ptr()).reshape(-1)
+        byte = torch.arange(t.element_size())
+        return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + byte).reshape(-1)
 
     return bool(torch.isin(addresses(a), addresses(b)).any())
 
@@ -255,10 +279,12 @@ class Batch:
         self.on_device: dict[str, Tensor] = {}
         """Where a GPU backend keeps its copies of the table; emptied when rows change."""
 
-    def move_grads(self, grads: list[Tensor]) -> None:
-        """Take gradients of the same dtype and layout at other addresses."""
+    def take_grads(self, grads: list[Tensor], moved: bool) -> None:
+        """Take new gradients of the same dtype and layout, at other addresses if ``moved``."""
         for o, g in zip(self.items, grads):
             o.grad_source = weakref.ref(g)
+        if not moved:
+            return
         self.rows[:, GRAD_COLUMN] = int64_tensor([self.items[i].grad.data_ptr() for i in self.first_item])
         self._chunks.clear()
         self.on_device.clear()

@@ -37,7 +37,7 @@ def first_moment(g, m, c):
 def apply_update(p, u, c):
     u = tl.where(c.weight_decay != 0, u + c.weight_decay * p, u)
     new = p + c.neg_lr * u
-    return tl.where(c.decoupled_decay != 0, new - c.decoupled_decay * p, new)
+    return tl.where(c.decoupled != 0, new - c.decoupled_decay * p, new)
 
 
 @triton.jit

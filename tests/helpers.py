@@ -15,7 +15,7 @@ from torch import Tensor
 from fused_optim import AdaBelief, AdamaxW
 
 RULES = [AdaBelief, AdamaxW]
-BACKENDS = ["eager"]
+BACKENDS = ["eager", "cpu"]
 """The backends that the tests of bad input and of the optimizer's contract run over."""
 SHAPES: list[tuple[int, ...]] = [(), (5,), (4, 5)]
 

@@ -15,7 +15,7 @@ def step(batch: Batch, inputs: Inputs) -> None:
     hyper_row = torch.tensor([o.hyper_row for o in batch.items], device=batch.key.device)
     old_count = torch.stack([o.step for o in batch.items])
     count = (old_count + 1).clamp(max=MAX_COUNT)
-    columns = coefficients(inputs.hyper[hyper_row], count, working)
+    columns = coefficients(inputs.hyper[hyper_row], count, working, inputs.grad_scale)
     skip = None if inputs.found_inf is None else inputs.found_inf != 0
 
     def write(target: torch.Tensor, new: torch.Tensor) -> None:
@@ -23,10 +23,7 @@ def step(batch: Batch, inputs: Inputs) -> None:
 
     for o, t, *row in zip(batch.items, count, *columns):
         c = Coefficients(*row)
-        g = batch.key.grad.decode(o.grad)
-        if inputs.grad_scale is not None:
-            g = g / inputs.grad_scale.to(working)
-        g = torch.where(c.maximize != 0, -g, g)
+        g = batch.key.grad.decode(o.grad) / c.grad_divisor
         p = batch.key.param.decode(o.param)
         p, mu, nu = rule.reference(p, g, batch.key.state.decode(o.mu), batch.key.state.decode(o.nu), c)
         write(o.param, batch.key.param.encode(p))
