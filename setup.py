@@ -65,7 +65,7 @@ class BuildExt(build_ext):
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=[flag])
                 self.compiler.link_executable(objects, "empty", folder, extra_postargs=[flag])
-            except (CompileError, ExecError, SetupError, Exception) as error:
+            except Exception as error:  # each compiler class of setuptools raises its own
                 self.announce(f"{flag} is not available: {error}", 2)
                 return False
         return True
@@ -80,7 +80,7 @@ class BuildExt(build_ext):
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
         targets.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
         command = [nvcc, "-c", "-O3", "-std=c++17", *NVCC_EXACT, *targets]
-        command += ["-Xcompiler=-fPIC", "csrc/step_cuda.cu", "-o", str(target)]
+        command += ["-Xcompiler=-fPIC,-fvisibility=hidden", "csrc/step_cuda.cu", "-o", str(target)]
         try:
             self.spawn(command)
         except ExecError as error:
@@ -95,7 +95,7 @@ def extension(name: str, sources: list[str]) -> Extension:
     return Extension(
         f"fused_optim.{name}",
         sources,
-        depends=HEADERS,
+        depends=[*HEADERS, "csrc/step_cuda.cu"],
         include_dirs=["csrc", pybind11.get_include()],
         language="c++",
         extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", *EXACT],

@@ -50,7 +50,7 @@ std::vector<std::string> supported_isas() {
 // and step number, so a coefficient set is worked out when one of them changes.
 template <class T>
 std::vector<Coefficients<T>> advance(const Counter* counters, int64_t n, const Hyperparameters* hyper,
-                                     std::vector<int32_t>& index) {
+                                     double grad_scale, std::vector<int32_t>& index) {
   std::vector<Coefficients<T>> sets;
   index.resize(n);
   int64_t last_count = -1, last_hyper = -1;
@@ -58,7 +58,7 @@ std::vector<Coefficients<T>> advance(const Counter* counters, int64_t n, const H
     int64_t* step = reinterpret_cast<int64_t*>(counters[i].step);
     const int64_t count = next_count(*step);
     if (count != last_count || counters[i].hyper != last_hyper) {
-      sets.push_back(coefficients<T>(hyper[counters[i].hyper], count));
+      sets.push_back(coefficients<T>(hyper[counters[i].hyper], count, static_cast<T>(grad_scale)));
       last_count = count;
       last_hyper = counters[i].hyper;
     }
@@ -70,9 +70,9 @@ std::vector<Coefficients<T>> advance(const Counter* counters, int64_t n, const H
 
 template <class T>
 void run(StepChunks step_chunks, Task task, const Counter* counters, int64_t n_counters,
-         const Hyperparameters* hyper, int64_t n_chunks, int threads) {
+         const Hyperparameters* hyper, double grad_scale, int64_t n_chunks, int threads) {
   std::vector<int32_t> index;
-  const std::vector<Coefficients<T>> sets = advance<T>(counters, n_counters, hyper, index);
+  const std::vector<Coefficients<T>> sets = advance<T>(counters, n_counters, hyper, grad_scale, index);
   task.coefficients = sets.data();
   task.coefficient_of_counter = index.data();
   // A thread takes several chunks at a time, so that ten thousand tiny tensors do not mean
@@ -103,14 +103,13 @@ void step(const std::string& isa_name, const std::string& rule, const std::strin
   task.chunk_size = chunk_size;
   task.param_format = param_format.c_str();
   task.grad_format = grad_format.c_str();
-  task.grad_scale = grad_scale;
   const auto* c = reinterpret_cast<const Counter*>(counters);
   const auto* h = reinterpret_cast<const Hyperparameters*>(hyper);
   py::gil_scoped_release release;
   if (state_format == Fp64::name)
-    run<double>(step_chunks, task, c, n_counters, h, n_chunks, threads);
+    run<double>(step_chunks, task, c, n_counters, h, grad_scale, n_chunks, threads);
   else
-    run<float>(step_chunks, task, c, n_counters, h, n_chunks, threads);
+    run<float>(step_chunks, task, c, n_counters, h, grad_scale, n_chunks, threads);
 }
 
 }  // namespace

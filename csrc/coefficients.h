@@ -23,7 +23,8 @@ template <class T>
 struct Coefficients {
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, eps_root;
   T bias_correction1, bias_correction1_next, bias_correction2;
-  T neg_lr, weight_decay, decoupled_decay, maximize;
+  T neg_lr, weight_decay, decoupled, decoupled_decay;
+  T grad_divisor;  // negative to ascend: dividing by it negates the quotient, bit for bit
 };
 
 FUSED_OPTIM_HD double integer_power(double base, int64_t exponent) {
@@ -45,9 +46,9 @@ FUSED_OPTIM_HD int64_t next_count(int64_t count) {
   return count < kMaxCount ? count + 1 : kMaxCount;
 }
 
-// The coefficients of step number `count`, 1 at the first step.
+// The coefficients of step number `count`, 1 at the first step. `grad_scale` is 1 for none.
 template <class T>
-FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t count) {
+FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t count, T grad_scale) {
   const bool decoupled = h.initial_lr != 0.0;
   Coefficients<T> c;
   c.beta1 = static_cast<T>(h.beta1);
@@ -61,9 +62,9 @@ FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t co
   c.bias_correction2 = bias_correction<T>(h.beta2, count);
   c.neg_lr = static_cast<T>(-h.lr);
   c.weight_decay = static_cast<T>(decoupled ? 0.0 : h.weight_decay);
-  c.decoupled_decay =
-      static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : 0.0);
-  c.maximize = static_cast<T>(h.maximize);
+  c.decoupled = static_cast<T>(decoupled ? h.weight_decay : 0.0);
+  c.decoupled_decay = static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : 0.0);
+  c.grad_divisor = h.maximize != 0.0 ? -grad_scale : grad_scale;
   return c;
 }
 

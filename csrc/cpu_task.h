@@ -18,7 +18,6 @@ struct Task {
   int64_t chunk_size;
   const char* param_format;
   const char* grad_format;
-  double grad_scale;  // 1 for none: dividing by it changes no bit
   const int32_t* coefficient_of_counter;
   const void* coefficients;
 

@@ -93,7 +93,9 @@ FUSED_OPTIM_HD void prologue_body(const CudaTask& task, int64_t i) {
   const Counter counter = task.counters[i];
   int64_t* const step = global<int64_t>(counter.step);
   const int64_t count = next_count(*step);
-  static_cast<Coefficients<T>*>(task.coefficients)[i] = coefficients<T>(task.hyper[counter.hyper], count);
+  const T grad_scale = task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale));
+  static_cast<Coefficients<T>*>(task.coefficients)[i] =
+      coefficients<T>(task.hyper[counter.hyper], count, grad_scale);
   if (!skip) *step = count;
 }
 
@@ -131,23 +133,6 @@ struct Elements {
   }
 };
 
-// What a gradient goes through before the rule sees it.
-template <class T>
-struct Scaling {
-  bool scaled;
-  T scale, maximize;
-
-  FUSED_OPTIM_HD Scaling(const float* grad_scale, T maximize)
-      : scaled(grad_scale != nullptr),
-        scale(scaled ? static_cast<T>(read_only(grad_scale)) : T(1)),
-        maximize(maximize) {}
-
-  FUSED_OPTIM_HD T operator()(T g) const {
-    if (scaled) g = g / scale;
-    return maximize != T(0) ? -g : g;
-  }
-};
-
 // One thread's share of one chunk.
 template <class Rule, class Param, class Grad, class State>
 FUSED_OPTIM_HD void step_body(const CudaTask& task, int64_t block, int thread) {
@@ -160,7 +145,7 @@ FUSED_OPTIM_HD void step_body(const CudaTask& task, int64_t block, int thread) {
   const Chunk chunk = read_only(task.chunks + block);
   const Row row = read_only(task.rows + chunk.row);
   const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
-  const Scaling<T> scaling(task.grad_scale, c.maximize);
+  const bool scaled = c.grad_divisor != T(1);
   if (skip) return;
   const int64_t begin = (chunk.chunk >= 0 ? chunk.chunk : ~chunk.chunk) * kChunk;
   P* const p = global<P>(row.param) + begin;
@@ -185,7 +170,9 @@ FUSED_OPTIM_HD void step_body(const CudaTask& task, int64_t block, int thread) {
 #pragma unroll
       for (int k = 0; k < n; ++k) {
         T p_value = p_elements.get(k), mu_value = mu_elements.get(k), nu_value = nu_elements.get(k);
-        Rule::update(p_value, scaling(g_elements.get(k)), mu_value, nu_value, c);
+        T g_value = g_elements.get(k);
+        if (scaled) g_value = g_value / c.grad_divisor;
+        Rule::update(p_value, g_value, mu_value, nu_value, c);
         p_elements.set(k, p_value);
         mu_elements.set(k, mu_value);
         nu_elements.set(k, nu_value);
@@ -203,7 +190,9 @@ FUSED_OPTIM_HD void step_body(const CudaTask& task, int64_t block, int thread) {
       const S mu_stored = mu[i], nu_stored = nu[i];
       issue_reads();
       T p_value = Param::load(p_stored), mu_value = State::load(mu_stored), nu_value = State::load(nu_stored);
-      Rule::update(p_value, scaling(Grad::load(g_stored)), mu_value, nu_value, c);
+      T g_value = Grad::load(g_stored);
+      if (scaled) g_value = g_value / c.grad_divisor;
+      Rule::update(p_value, g_value, mu_value, nu_value, c);
       p[i] = Param::store(p_value);
       mu[i] = State::store(mu_value);
       nu[i] = State::store(nu_value);

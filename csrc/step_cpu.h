@@ -56,24 +56,20 @@ void update_block(T* __restrict p, const T* __restrict g, T* __restrict mu, T* _
 }
 
 template <class T>
-void scale_block(T* __restrict g, int64_t n, T grad_scale, T maximize) {
-  for (int64_t i = 0; i < n; ++i) {
-    const T scaled = g[i] / grad_scale;
-    g[i] = maximize != T(0) ? -scaled : scaled;
-  }
+void divide_block(T* __restrict g, int64_t n, T divisor) {
+  for (int64_t i = 0; i < n; ++i) g[i] = g[i] / divisor;
 }
 
 template <class Rule, class T>
 void step_chunks(const Task& task, int64_t first, int64_t last) {
   const Operand<T> param = operand<T>(task.param_format);
   const Operand<T> grad = operand<T>(task.grad_format);
-  const T grad_scale = static_cast<T>(task.grad_scale);
   T param_buffer[kBlock], grad_buffer[kBlock];
   for (int64_t k = first; k < last; ++k) {
     const Chunk chunk = task.chunks[k];
     const Row& row = task.rows[chunk.row];
     const Coefficients<T> c = task.coefficients_of<T>(row.counter);
-    const bool scaled = grad_scale != T(1) || c.maximize != T(0);
+    const bool scaled = c.grad_divisor != T(1);
     const int64_t number = chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk;
     const int64_t end = minimum((number + 1) * task.chunk_size, row.numel);
     void* const p = reinterpret_cast<void*>(row.param);
@@ -95,7 +91,7 @@ void step_chunks(const Task& task, int64_t first, int64_t last) {
       if (scaled) {
         if (g_block != grad_buffer) __builtin_memcpy(grad_buffer, g_block, n * sizeof(T));
         g_block = grad_buffer;
-        scale_block(grad_buffer, n, grad_scale, c.maximize);
+        divide_block(grad_buffer, n, c.grad_divisor);
       }
       update_block<Rule, T>(p_block, g_block, reinterpret_cast<T*>(row.mu) + begin,
                             reinterpret_cast<T*>(row.nu) + begin, n, c);

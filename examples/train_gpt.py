@@ -24,7 +24,8 @@ from tqdm import tqdm
 
 from fused_optim import AdaBelief, AdamaxW
 
-LEARNING_RATES = {"adabelief": 2e-3, "adamaxw": 4e-3, "adamw": 2e-3}
+FUSED: dict[str, type[AdaBelief | AdamaxW]] = {"adabelief": AdaBelief, "adamaxw": AdamaxW}
+LEARNING_RATES = {"adabelief": 2e-3, "adamaxw": 6e-3, "adamw": 2e-3}
 
 
 @dataclass
@@ -79,7 +80,8 @@ class Block(nn.Module):
         q, k, v = qkv.permute(2, 0, 3, 1, 4)
         attention = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         x = x + self.project(attention.transpose(1, 2).flatten(2))
-        return x + self.mlp(self.norm2(x))
+        x = x + self.mlp(self.norm2(x))
+        return x
 
 
 class GPT(nn.Module):
@@ -105,7 +107,8 @@ class GPT(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         places = torch.arange(tokens.shape[1], device=tokens.device)
         x = self.embedding(tokens) + self.position(places)
-        return self.head(self.norm(self.blocks(x)))
+        logits: Tensor = self.head(self.norm(self.blocks(x)))
+        return logits
 
 
 def load_data() -> tuple[Tensor, Tensor]:
@@ -177,34 +180,24 @@ def decays(name: str, parameter: Tensor) -> bool:
 def make_optimizer(model: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, LambdaLR | None]:
     """The optimizer, and the scheduler that ``torch.optim.AdamW`` needs beside it."""
     schedule = make_schedule(config)
-    if config.optimizer == "adabelief":
-        return AdaBelief(
+    if config.optimizer in FUSED:
+        fused = FUSED[config.optimizer](
             model.named_parameters(),
             lr=schedule,
             weight_decay=config.weight_decay,
             weight_decay_mask=decays,
             flatten=config.flatten,
             backend=config.backend,
-        ), None
-    if config.optimizer == "adamaxw":
-        return AdamaxW(
-            model.named_parameters(),
-            lr=schedule,
-            weight_decay=config.weight_decay,
-            weight_decay_mask=decays,
-            flatten=config.flatten,
-            backend=config.backend,
-        ), None
-    if config.optimizer == "adamw":
-        named = list(model.named_parameters())
-        groups = [
-            {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
-            {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
-        ]
-        # LambdaLR multiplies: from 1 it arrives at the schedule's own values.
-        optimizer = torch.optim.AdamW(groups, lr=1.0, fused=True)
-        return optimizer, LambdaLR(optimizer, schedule)
-    raise ValueError(f"optimizer must be one of {sorted(LEARNING_RATES)}, got {config.optimizer!r}")
+        )
+        return fused, None
+    named = list(model.named_parameters())
+    groups = [
+        {"params": [p for n, p in named if decays(n, p)], "weight_decay": config.weight_decay},
+        {"params": [p for n, p in named if not decays(n, p)], "weight_decay": 0.0},
+    ]
+    # LambdaLR multiplies: from 1 it arrives at the schedule's own values.
+    adamw = torch.optim.AdamW(groups, lr=1.0, fused=True)
+    return adamw, LambdaLR(adamw, schedule)
 
 
 def save_checkpoint(path: Path, parts: dict[str, Any], step: int, history: History) -> None:
@@ -246,9 +239,17 @@ def train(config: Config) -> History:
             raise ValueError("resume needs a checkpoint to resume from")
         start, history = load_checkpoint(config.checkpoint, parts, config.device)
     else:
-        start, history = 0, History(val=[(0, evaluate(model, val_data, config))])
+        start, history = 0, History()
 
-    bar = tqdm(range(start, config.steps), initial=start, total=config.steps, desc=config.optimizer, disable=None)
+    def validate(step: int) -> None:
+        loss = evaluate(model, val_data, config)
+        history.val.append((step, loss))
+        tqdm.write(f"{config.optimizer}  step {step:5}  validation loss {loss:.3f}")
+
+    if start == 0:
+        validate(0)
+    steps = range(start, config.steps)
+    bar = tqdm(steps, initial=start, total=config.steps, desc=config.optimizer, disable=None)
     for step in bar:
         loss = get_loss(model, *get_batch(train_data, config, config.seed, step))
         optimizer.zero_grad()
@@ -263,9 +264,7 @@ def train(config: Config) -> History:
             history.train.append((step, loss.item()))
             bar.set_postfix(loss=f"{history.train[-1][1]:.3f}")
         if (step + 1) % config.eval_every == 0 or step + 1 == config.steps:
-            val_loss = evaluate(model, val_data, config)
-            history.val.append((step + 1, val_loss))
-            tqdm.write(f"{config.optimizer}  step {step + 1:5}  validation loss {val_loss:.3f}")
+            validate(step + 1)
             if config.checkpoint is not None:
                 save_checkpoint(config.checkpoint, parts, step + 1, history)
 

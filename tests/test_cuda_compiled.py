@@ -515,14 +515,14 @@ def resource_problems(resources: dict[Kernel, Resources]) -> list[str]:
 def access_problems(sass: dict[Kernel, list[str]]) -> list[str]:
     """A step kernel reads the table with LDG.CONSTANT, tensors with other LDG. In a full chunk
     every operand is read and written in 128-bit accesses alone, all reads before all
-    arithmetic; in a tail, one element an operand."""
+    arithmetic and all writes; in a tail, one element an operand."""
     problems = []
     for kernel, operations in sass.items():
         if kernel.name != "step_kernel":
             continue
         p, g, s = (BYTES[x] for x in kernel.arguments[1:])
         n = 16 // min(p, g)
-        full = "r" * (n * (p + g + 2 * s) // 16) + "x" + "w" * (n * (p + 2 * s) // 16)
+        full = "r" * (n * (p + g + 2 * s) // 16) + "xw" + "x?w" * (n * (p + 2 * s) // 16 - 1)
         tail = "RRRRxWWW"
         seen, widths = "", Counter()
         for operation in operations:

@@ -44,7 +44,7 @@ template <class T>
 FUSED_OPTIM_HD T apply_update(T p, T u, const Coefficients<T>& c) {
   u = c.weight_decay != T(0) ? u + c.weight_decay * p : u;
   const T updated = p + c.neg_lr * u;
-  return c.decoupled_decay != T(0) ? updated - c.decoupled_decay * p : updated;
+  return c.decoupled != T(0) ? updated - c.decoupled_decay * p : updated;
 }
 
 }  // namespace fused_optim

@@ -18,9 +18,9 @@ class Inputs(NamedTuple):
     hyper: Tensor
     """float64 ``[n, len(Hyperparameters)]``."""
     grad_scale: Tensor | None
-    """One float32: gradients are divided by it."""
+    """0-dim float32: gradients are divided by it."""
     found_inf: Tensor | None
-    """One float32: if it is not 0, nothing changes."""
+    """0-dim float32: if it is not 0, nothing changes."""
 
 
 @dataclass(frozen=True)
