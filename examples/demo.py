@@ -137,7 +137,8 @@ def draw(histories: dict[str, History], times: dict[str, float], config: Config,
         label = f"{name}, validation ({history.val[-1][1]:.2f} at the end)"
         left.plot(*zip(*history.val), color=COLORS[name], marker="o", markersize=4, label=label)
     left.plot([], [], color="gray", alpha=0.5, linewidth=1, label="training, single batches")
-    left.set(title="Byte-level GPT on Python's standard library", xlabel="step", ylabel="loss (nats per byte)")
+    left.set(title="Byte-level GPT on Python's standard library", xlabel="step")
+    left.set_ylabel("loss (nats per byte)")
     left.legend(frameon=False)
     left.grid(alpha=0.25)
 
@@ -146,7 +147,8 @@ def draw(histories: dict[str, History], times: dict[str, float], config: Config,
     right.bar_label(bars, fmt="%.2f", padding=4)
     right.invert_yaxis()
     right.margins(x=0.15)
-    right.set(title=f"Time of optimizer.step(), backend {backend_name(config.device)}", xlabel="time (milliseconds)")
+    right.set_title(f"Time of optimizer.step(), backend {backend_name(config.device)}")
+    right.set_xlabel("time (milliseconds)")
 
     for axes in (left, right):
         axes.spines[["top", "right"]].set_visible(False)
@@ -161,11 +163,11 @@ def main() -> None:
         description="Train a small GPT with fused AdaBelief and AdamaxW, then time their steps.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    parser.add_argument("--steps", type=int, default=600, help="training steps of each optimizer")
+    parser.add_argument("--steps", type=int, default=450, help="training steps of each optimizer")
     parser.add_argument("--device", default=Config.device, help="where to train")
     parser.add_argument("--output", type=Path, default=Path("demo_output/demo.png"), help="picture to write")
     args = parser.parse_args()
-    config = Config(layers=2, steps=args.steps, eval_every=60, log_every=5, device=args.device)
+    config = Config(layers=2, steps=args.steps, eval_every=50, log_every=5, device=args.device)
 
     backend = backend_name(config.device)
     print(f"Training on {device_name(config.device)} with backend {backend!r}.")

@@ -145,13 +145,13 @@ def evaluate(model: nn.Module, data: Tensor, config: Config, batches: int = 10) 
 
 
 @torch.no_grad()
-def generate(model: nn.Module, config: Config, prompt: str = "def ", length: int = 300) -> str:
+def generate(model: nn.Module, config: Config, prompt: str = "\ndef ", length: int = 300) -> str:
     """Text that the model writes after ``prompt``, one byte at a time."""
     generator = torch.Generator().manual_seed(config.seed)
     tokens = torch.tensor([list(prompt.encode())], device=config.device)
     for _ in range(length):
         logits = model(tokens[:, -config.context :])[:, -1]
-        probabilities = F.softmax(logits / 0.7, dim=-1).cpu()
+        probabilities = F.softmax(logits / 0.8, dim=-1).cpu()
         next_token = torch.multinomial(probabilities, 1, generator=generator)
         tokens = torch.cat([tokens, next_token.to(tokens.device)], dim=1)
     return bytes(tokens[0].tolist()).decode(errors="replace")

@@ -60,11 +60,11 @@ class Coefficients(NamedTuple):
     """Of the step after this one: Nesterov's look-ahead."""
     bias_correction2: Tensor
     neg_lr: Tensor
-    weight_decay: Tensor
-    """Times lr: 0 with ``decoupled_lr``."""
-    decoupled: Tensor
-    """Not 0 where there is decay and ``decoupled_lr``: then ``decoupled_decay`` applies."""
-    decoupled_decay: Tensor
+    decay: Tensor
+    """Weight decay, times ``lr / initial_lr`` with ``decoupled_lr``."""
+    decay_kind: Tensor
+    """Where ``decay`` times the parameter goes: 0 nowhere, 1 into the update, which is times
+    lr, 2 (``decoupled_lr``) into the parameter."""
     grad_divisor: Tensor
     """``grad_scale``, 1 for none; negative to ascend: dividing by the negative number gives
     the negative quotient, bit for bit."""
@@ -123,9 +123,8 @@ def coefficients(
         bias_correction1_next=corrections[1],
         bias_correction2=corrections[2],
         neg_lr=-h.lr,
-        weight_decay=torch.where(decoupled, 0.0, h.weight_decay),
-        decoupled=torch.where(decoupled, h.weight_decay, 0.0),
-        decoupled_decay=torch.where(decoupled, h.weight_decay * (h.lr / h.initial_lr), 0.0),
+        decay=torch.where(decoupled, h.weight_decay * (h.lr / h.initial_lr), h.weight_decay),
+        decay_kind=torch.where(h.weight_decay != 0, torch.where(decoupled, 2.0, 1.0), 0.0),
         grad_divisor=torch.where(h.maximize != 0, -scale, scale),
     )
     return Coefficients(*(value.to(dtype) for value in exact))
@@ -152,9 +151,10 @@ def first_moment(g: Tensor, m: Tensor, c: Coefficients) -> Tensor:
 def apply_update(p: Tensor, u: Tensor, c: Coefficients) -> Tensor:
     """Weight decay and the step, shared by every rule. Decay is selected, not "add
     zero": they differ for infinite and NaN parameters and for signed zeros."""
-    u = torch.where(c.weight_decay != 0, u + c.weight_decay * p, u)
+    decay = c.decay * p
+    u = torch.where(c.decay_kind == 1, u + decay, u)
     new = p + c.neg_lr * u
-    return torch.where(c.decoupled != 0, new - c.decoupled_decay * p, new)
+    return torch.where(c.decay_kind == 2, new - decay, new)
 
 
 def belief(g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:

@@ -35,9 +35,10 @@ def first_moment(g, m, c):
 
 @triton.jit
 def apply_update(p, u, c):
-    u = tl.where(c.weight_decay != 0, u + c.weight_decay * p, u)
+    decay = c.decay * p
+    u = tl.where(c.decay_kind == 1, u + decay, u)
     new = p + c.neg_lr * u
-    return tl.where(c.decoupled != 0, new - c.decoupled_decay * p, new)
+    return tl.where(c.decay_kind == 2, new - decay, new)
 
 
 @triton.jit

@@ -22,7 +22,7 @@ MAX_COUNT = tl.constexpr(2**31 - 1)
 HYPER_COLUMNS = tl.constexpr(8)
 ROW_COLUMNS = tl.constexpr(6)
 COEFFICIENT_COLUMNS = tl.constexpr(16)
-NUM_COEFFICIENTS = tl.constexpr(14)
+NUM_COEFFICIENTS = tl.constexpr(13)
 """Columns of ``fused_optim.reference.Coefficients``; then comes found_inf."""
 
 PROLOGUE_LANES = 128
@@ -31,7 +31,7 @@ THREADS = 256
 Coefficients = namedtuple(
     "Coefficients",
     "beta1 one_minus_beta1 beta2 one_minus_beta2 eps eps_root bias_correction1 bias_correction1_next "
-    "bias_correction2 neg_lr weight_decay decoupled decoupled_decay grad_divisor",
+    "bias_correction2 neg_lr decay decay_kind grad_divisor",
 )
 
 
@@ -102,12 +102,11 @@ def prologue_kernel(
     tl.store(c + 7, _bias_correction(beta1, count_next, DTYPE), live)
     tl.store(c + 8, _bias_correction(beta2, count, DTYPE), live)
     tl.store(c + 9, (-lr).to(DTYPE), live)
-    tl.store(c + 10, tl.where(decoupled, 0.0, weight_decay).to(DTYPE), live)
-    decay = weight_decay * (lr / tl.where(decoupled, initial_lr, 1.0))
-    tl.store(c + 11, tl.where(decoupled, weight_decay, 0.0).to(DTYPE), live)
-    tl.store(c + 12, decay.to(DTYPE), live)
+    relative_lr = lr / tl.where(decoupled, initial_lr, 1.0)
+    tl.store(c + 10, tl.where(decoupled, weight_decay * relative_lr, weight_decay).to(DTYPE), live)
+    tl.store(c + 11, tl.where(weight_decay != 0, tl.where(decoupled, 2.0, 1.0), 0.0).to(DTYPE), live)
     divisor = tl.load(grad_scale).to(DTYPE)
-    tl.store(c + 13, tl.where(tl.load(h + 7, live, other=0) != 0, -divisor, divisor), live)
+    tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -divisor, divisor), live)
     tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
     tl.store(step, count, live & (skip == 0))
 
@@ -169,7 +168,6 @@ def step_kernel(
         tl.load(k + 10),
         tl.load(k + 11),
         tl.load(k + 12),
-        tl.load(k + 13),
     )
     if tl.load(k + NUM_COEFFICIENTS) == 0:
         if chunk >= 0:

@@ -42,9 +42,10 @@ FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<T>& c) {
 // Weight decay and the step. Decay is selected, not "add zero".
 template <class T>
 FUSED_OPTIM_HD T apply_update(T p, T u, const Coefficients<T>& c) {
-  u = c.weight_decay != T(0) ? u + c.weight_decay * p : u;
+  const T decay = c.decay * p;
+  u = c.decay_kind == T(1) ? u + decay : u;
   const T updated = p + c.neg_lr * u;
-  return c.decoupled != T(0) ? updated - c.decoupled_decay * p : updated;
+  return c.decay_kind == T(2) ? updated - decay : updated;
 }
 
 }  // namespace fused_optim
