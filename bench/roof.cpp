@@ -14,19 +14,3 @@ extern "C" void same_traffic(float* p, const float* g, float* m, float* v, int64
     }
   }
 }
-
-// The same for 16-bit parameters and gradients with float32 states: 24 bytes an element
-// read and written in place of 28... as 32-bit words, two elements each.
-extern "C" void same_traffic_16(uint32_t* p, const uint32_t* g, float* m, float* v, int64_t n, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t start = 0; start < n; start += 16384) {
-    const int64_t end = start + 16384 < n ? start + 16384 : n;
-#pragma omp simd
-    for (int64_t i = start; i < end; ++i) {
-      m[i] = m[i] + 1.0f;
-      v[i] = v[i] + 1.0f;
-    }
-#pragma omp simd
-    for (int64_t i = start / 2; i < end / 2; ++i) p[i] = p[i] + g[i];
-  }
-}

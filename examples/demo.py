@@ -133,9 +133,9 @@ def draw(histories: dict[str, History], times: dict[str, float], config: Config,
     figure = Figure(figsize=(12, 4.5), layout="constrained")
     left, right = figure.subplots(1, 2, width_ratios=[3, 2])
     for name, history in histories.items():
-        left.plot(*zip(*history.train), color=COLORS[name], alpha=0.3, linewidth=1)
+        left.plot(*zip(*history.train), color=COLORS[name], alpha=0.4, linewidth=1)
         label = f"{name}, validation ({history.val[-1][1]:.2f} at the end)"
-        left.plot(*zip(*history.val), color=COLORS[name], marker="o", markersize=4, label=label)
+        left.plot(*zip(*history.val), color=COLORS[name], linestyle="none", marker="o", label=label)
     left.plot([], [], color="gray", alpha=0.5, linewidth=1, label="training, single batches")
     left.set(title="Byte-level GPT on Python's standard library", xlabel="step")
     left.set_ylabel("loss (nats per byte)")

@@ -145,7 +145,7 @@ def evaluate(model: nn.Module, data: Tensor, config: Config, batches: int = 10) 
 
 
 @torch.no_grad()
-def generate(model: nn.Module, config: Config, prompt: str = "\ndef ", length: int = 300) -> str:
+def generate(model: nn.Module, config: Config, prompt: str = "def ", length: int = 300) -> str:
     """Text that the model writes after ``prompt``, one byte at a time."""
     generator = torch.Generator().manual_seed(config.seed)
     tokens = torch.tensor([list(prompt.encode())], device=config.device)

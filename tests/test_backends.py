@@ -282,6 +282,7 @@ def test_gradients_that_come_and_go_when_flat(backend: str) -> None:
 @backends
 @rules
 @pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["fp64"], DTYPES["bf16"], DTYPES["fp16"]], ids=str)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from Triton's interpreter
 def test_special_values(backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
     """NaN, infinities, zeros of both signs, subnormals and the largest values, in a full
     chunk and in a tail; nothing flushed to zero, every NaN where eager has one."""

@@ -1,0 +1,44 @@
+# `make test` and `make demo` need nothing but Python 3.10 or newer on a fresh machine: they
+# make a virtual environment of their own. A C++ compiler and nvcc are used where there are any.
+
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip --disable-pip-version-check
+BIN := $(VENV)/bin
+SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
+# The version of torch on GPU machines is theirs: there `make PYTHON=... VENV_OPTIONS=--system-site-packages`.
+VENV_OPTIONS ?=
+
+.PHONY: demo test lint bench check clean
+
+$(VENV)/bin/python:
+	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
+
+$(VENV)/installed: $(SOURCES) constraints.txt | $(VENV)/bin/python
+	$(PIP) install --quiet -c constraints.txt torch setuptools wheel pybind11
+	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[test,demo,lint]"
+	touch $@
+
+# torch 2.11 brings Triton 3.6: the kernels are compiled with it too, beside the newest.
+$(VENV)/triton-3.6: | $(VENV)/bin/python
+	$(PIP) install --quiet --no-deps --target $@ triton==3.6.0
+
+demo: $(VENV)/installed
+	$(BIN)/python examples/demo.py
+
+# One thread a worker: the tests are many and small, and those of threads set their own number.
+test: $(VENV)/installed $(VENV)/triton-3.6
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+check: $(VENV)/installed
+	$(BIN)/python -m fused_optim
+
+bench: $(VENV)/installed
+	$(BIN)/python -m bench.cpu
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output
