@@ -81,7 +81,7 @@ class BuildExt(build_ext):
         """Why the compiler does not take a flag; Apple's clang, say, knows no -fopenmp."""
         with tempfile.TemporaryDirectory() as folder:
             source = Path(folder, "empty.cpp")
-            source.write_text("#include <string>\nint main() { return 0; }\n")
+            source.write_text("int main() { return 0; }\n")
             try:
                 objects = self.compiler.compile([str(source)], folder, extra_postargs=[flag])
                 self.compiler.link_executable(
@@ -105,7 +105,9 @@ class BuildExt(build_ext):
         try:
             self.spawn(command)
         except ExecError as error:
-            raise CompileError(f"nvcc does not compile for compute capabilities {ARCHS}: {error}") from error
+            raise CompileError(
+                f"nvcc does not compile for compute capabilities {', '.join(ARCHS)}: {error}"
+            ) from error
         home = cuda_home(nvcc)
         libraries = (home / "lib64", home / "lib", home / "targets/x86_64-linux/lib")
         ext.extra_objects.append(str(target))
@@ -119,7 +121,7 @@ def extension(name: str, sources: list[str]) -> Extension:
         sources,
         include_dirs=["csrc", pybind11.get_include()],
         language="c++",
-        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", *EXACT],
+        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fopenmp-simd", *EXACT],
         optional=MODE == "auto",
     )
 

@@ -132,7 +132,12 @@ class Watch {
 
   Layout layout_of(PyObject* tensor) {
     const py::handle t(tensor);
-    return {tensor, address(tensor), t.attr("numel")(), t.attr("stride")(), t.attr("dtype")};
+    const auto ask = [&](const py::str& name) {
+      PyObject* result = PyObject_CallMethodNoArgs(tensor, name.ptr());
+      if (result == nullptr) throw py::error_already_set();
+      return py::reinterpret_steal<py::object>(result);
+    };
+    return {tensor, address(tensor), ask(numel_), ask(stride_), t.attr(dtype_)};
   }
 
   int64_t address(PyObject* tensor) {
@@ -145,6 +150,7 @@ class Watch {
 
   PyCFunction data_ptr_;
   PyGetSetDef* grad_;
+  const py::str numel_{"numel"}, stride_{"stride"}, dtype_{"dtype"};
   std::vector<PyObject*> lists_;
   std::vector<Py_ssize_t> sizes_;
   std::vector<Parameter> params_;
