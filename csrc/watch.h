@@ -1,16 +1,48 @@
 // Tells quickly that no tensor of an optimizer was replaced or moved since the table of
-// addresses was made. Asking ten thousand tensors from Python takes longer than stepping
-// them; asking from here takes a third of that.
+// addresses was made. Asking ten thousand tensors from Python takes longer than stepping them.
 #pragma once
 
+#include <dlfcn.h>
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <cstring>
 #include <vector>
 
 namespace fused_optim {
 
 namespace py = pybind11;
+
+// torch's stable C interface (torch/csrc/inductor/aoti_torch/c/shim.h), reached through the
+// library that is loaded already. A Python method of a tensor takes 90 ns, a function of this
+// interface 5: the guards make the difference.
+class TorchInterface {
+ public:
+  TorchInterface() {
+    void* torch = dlopen("libtorch_cpu.so", RTLD_LAZY | RTLD_NOLOAD);
+    if (torch == nullptr) return;
+    available_ = find(torch, "aoti_torch_get_data_ptr", data_ptr) && find(torch, "aoti_torch_get_dim", dim) &&
+                 find(torch, "aoti_torch_get_sizes", sizes) && find(torch, "aoti_torch_get_strides", strides) &&
+                 find(torch, "aoti_torch_get_dtype", dtype);
+  }
+
+  bool available() const { return available_; }
+
+  int32_t (*data_ptr)(void* tensor, void** result) = nullptr;
+  int32_t (*dim)(void* tensor, int64_t* result) = nullptr;
+  int32_t (*sizes)(void* tensor, int64_t** result) = nullptr;
+  int32_t (*strides)(void* tensor, int64_t** result) = nullptr;
+  int32_t (*dtype)(void* tensor, int32_t* result) = nullptr;
+
+ private:
+  template <class Function>
+  static bool find(void* library, const char* name, Function& function) {
+    function = reinterpret_cast<Function>(dlsym(library, name));
+    return function != nullptr;
+  }
+
+  bool available_ = false;
+};
 
 class Watch {
  public:
@@ -19,21 +51,15 @@ class Watch {
   // as long as the watch: it only borrows them, since Python's garbage collector could not
   // see through it.
   Watch(py::list param_lists, py::dict state, py::object tensor)
-      : data_ptr_(reinterpret_cast<PyMethodDescrObject*>(tensor.attr("data_ptr").ptr())->d_method->ml_meth),
-        grad_(reinterpret_cast<PyGetSetDescrObject*>(tensor.attr("grad").ptr())->d_getset) {
+      : grad_(reinterpret_cast<PyGetSetDescrObject*>(tensor.attr("grad").ptr())->d_getset), works_(torch_.available()) {
     for (py::handle list : param_lists) {
-      lists_.push_back(list.ptr());
-      sizes_.push_back(PyList_GET_SIZE(list.ptr()));
+      lists_.push_back({list.ptr(), PyList_GET_SIZE(list.ptr())});
       for (py::handle p : py::reinterpret_borrow<py::list>(list)) {
-        Parameter entry{p.ptr(), address(p.ptr()), py::object(), 0};
-        layouts_.push_back(layout_of(p.ptr()));
         py::object grad = p.attr("grad");
-        if (!grad.is_none()) {
-          entry.grad = py::weakref(grad);
-          entry.grad_address = address(grad.ptr());
-          layouts_.push_back(layout_of(grad.ptr()));
-        }
-        params_.push_back(std::move(entry));
+        params_.push_back({remember(p), py::object(), {}});
+        if (grad.is_none()) continue;
+        params_.back().weak_grad = py::weakref(grad);
+        params_.back().grad = remember(grad);
       }
     }
     PyObject *key, *value;
@@ -42,54 +68,93 @@ class Watch {
       if (!PyDict_Check(value)) continue;
       PyObject *name, *item;
       for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item);) {
-        values_.push_back(item);
-        if (PyObject_IsInstance(item, tensor.ptr()) == 1) layouts_.push_back(layout_of(item));
+        const bool is_tensor = PyObject_IsInstance(item, tensor.ptr()) == 1;
+        values_.push_back(is_tensor ? remember(item) : Tensor{item});
       }
     }
   }
 
-  bool unchanged(py::list param_lists, py::dict state) {
-    return params_unchanged(param_lists.ptr()) && states_unchanged(state.ptr()) && layouts_unchanged();
+  // False where something is different, and where this watch cannot tell.
+  bool unchanged(py::list param_lists, py::dict state) const {
+    return works_ && params_unchanged(param_lists.ptr()) && states_unchanged(state.ptr());
   }
 
  private:
+  static constexpr int kMaxDim = 8;
+
+  struct Tensor {
+    PyObject* object = nullptr;
+    void* address = nullptr;
+    int32_t dtype = 0;
+    int64_t dim = -1;  // no tensor
+    int64_t sizes[kMaxDim], strides[kMaxDim];
+  };
   struct Parameter {
-    PyObject* param;
-    int64_t address;
-    py::object grad;  // a weak reference: a dropped gradient's memory must not be kept
-    int64_t grad_address;
+    Tensor param;
+    py::object weak_grad;  // weak: a dropped gradient's memory must not be kept
+    Tensor grad;
   };
-  struct Layout {
-    PyObject* tensor;
-    int64_t address;
-    py::object numel, stride, dtype;
+  struct List {
+    PyObject* list;
+    Py_ssize_t size;
   };
 
-  // A tensor that is the same object at the same address has another layout, and a state that
-  // is the same object another address, only where somebody assigned to `.data` or worked on
-  // the tensor itself in place. That takes long to ask: up to this many are asked at each step,
-  // which is all of them but in very long lists, where the turn comes within a few steps.
-  static constexpr size_t kWindow = 1024;
+  // A Python tensor has its C++ tensor, a single pointer, somewhere in its object. Where is found
+  // by comparing its words with the pointer that `_cdata` names. A watch that does not find it, or
+  // reads another address there than the method gives, does not work and says so.
+  Tensor remember(py::handle t) {
+    Tensor was{t.ptr()};
+    const auto cdata = t.attr("_cdata").cast<size_t>();
+    const Py_ssize_t size = Py_TYPE(t.ptr())->tp_basicsize;
+    for (Py_ssize_t at = sizeof(PyObject); offset_ == 0 && at + static_cast<Py_ssize_t>(sizeof(cdata)) <= size;
+         at += sizeof(cdata))
+      if (memcmp(reinterpret_cast<char*>(t.ptr()) + at, &cdata, sizeof(cdata)) == 0) offset_ = at;
+    works_ = works_ && offset_ != 0 && memcmp(body(t.ptr()), &cdata, sizeof(cdata)) == 0;
+    int64_t *sizes, *strides;
+    works_ = works_ && torch_.dim(body(t.ptr()), &was.dim) == 0 && was.dim <= kMaxDim &&
+             torch_.data_ptr(body(t.ptr()), &was.address) == 0 &&
+             reinterpret_cast<size_t>(was.address) == t.attr("data_ptr")().cast<size_t>() &&
+             torch_.dtype(body(t.ptr()), &was.dtype) == 0 && torch_.sizes(body(t.ptr()), &sizes) == 0 &&
+             torch_.strides(body(t.ptr()), &strides) == 0;
+    if (works_) {
+      memcpy(was.sizes, sizes, was.dim * sizeof(int64_t));
+      memcpy(was.strides, strides, was.dim * sizeof(int64_t));
+    }
+    return was;
+  }
 
-  bool params_unchanged(PyObject* param_lists) {
+  bool same(const Tensor& was, PyObject* object) const {
+    if (object != was.object) return false;
+    if (was.dim < 0) return true;
+    void* address;
+    int64_t dim, *sizes, *strides;
+    int32_t dtype;
+    return torch_.dim(body(object), &dim) == 0 && dim == was.dim && torch_.data_ptr(body(object), &address) == 0 &&
+           address == was.address && torch_.dtype(body(object), &dtype) == 0 && dtype == was.dtype &&
+           torch_.sizes(body(object), &sizes) == 0 && memcmp(sizes, was.sizes, dim * sizeof(int64_t)) == 0 &&
+           torch_.strides(body(object), &strides) == 0 && memcmp(strides, was.strides, dim * sizeof(int64_t)) == 0;
+  }
+
+  void* body(PyObject* tensor) const { return reinterpret_cast<char*>(tensor) + offset_; }
+
+  bool params_unchanged(PyObject* param_lists) const {
     if (PyList_GET_SIZE(param_lists) != static_cast<Py_ssize_t>(lists_.size())) return false;
     size_t i = 0;
     for (size_t group = 0; group < lists_.size(); ++group) {
       PyObject* list = PyList_GET_ITEM(param_lists, group);
-      if (list != lists_[group] || PyList_GET_SIZE(list) != sizes_[group]) return false;
-      for (Py_ssize_t j = 0; j < sizes_[group]; ++j, ++i) {
-        if (PyList_GET_ITEM(list, j) != params_[i].param || !param_unchanged(params_[i])) return false;
+      if (list != lists_[group].list || PyList_GET_SIZE(list) != lists_[group].size) return false;
+      for (Py_ssize_t j = 0; j < lists_[group].size; ++j, ++i) {
+        if (!same(params_[i].param, PyList_GET_ITEM(list, j)) || !grad_unchanged(params_[i])) return false;
       }
     }
     return true;
   }
 
-  bool param_unchanged(const Parameter& entry) {
-    if (address(entry.param) != entry.address) return false;
-    const py::object grad = py::reinterpret_steal<py::object>(grad_->get(entry.param, grad_->closure));
+  bool grad_unchanged(const Parameter& was) const {
+    const py::object grad = py::reinterpret_steal<py::object>(grad_->get(was.param.object, grad_->closure));
     if (!grad) throw py::error_already_set();
-    if (grad.is_none() || !entry.grad) return grad.is_none() && !entry.grad;
-    return refers_to(entry.grad.ptr(), grad.ptr()) && address(grad.ptr()) == entry.grad_address;
+    if (grad.is_none() || !was.weak_grad) return grad.is_none() && !was.weak_grad;
+    return refers_to(was.weak_grad.ptr(), grad.ptr()) && same(was.grad, grad.ptr());
   }
 
   static bool refers_to(PyObject* weak, PyObject* object) {
@@ -103,7 +168,7 @@ class Watch {
 #endif
   }
 
-  bool states_unchanged(PyObject* state) {
+  bool states_unchanged(PyObject* state) const {
     if (PyDict_Size(state) != static_cast<Py_ssize_t>(inner_.size())) return false;
     size_t i = 0, j = 0;
     PyObject *key, *value;
@@ -112,52 +177,19 @@ class Watch {
       if (!PyDict_Check(value)) continue;
       PyObject *name, *item;
       for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item); ++j)
-        if (j >= values_.size() || item != values_[j]) return false;
+        if (j >= values_.size() || !same(values_[j], item)) return false;
     }
     return j == values_.size();
   }
 
-  // Called last: every tensor in `layouts_` is then known to be alive.
-  bool layouts_unchanged() {
-    const size_t n = layouts_.size() < kWindow ? layouts_.size() : kWindow;
-    for (size_t k = 0; k < n; ++k, ++next_) {
-      const Layout& was = layouts_[next_ % layouts_.size()];
-      const Layout is = layout_of(was.tensor);
-      if (is.address != was.address || !is.numel.equal(was.numel) || !is.stride.equal(was.stride) ||
-          !is.dtype.is(was.dtype))
-        return false;
-    }
-    return true;
-  }
-
-  Layout layout_of(PyObject* tensor) {
-    const py::handle t(tensor);
-    const auto ask = [&](const py::str& name) {
-      PyObject* result = PyObject_CallMethodNoArgs(tensor, name.ptr());
-      if (result == nullptr) throw py::error_already_set();
-      return py::reinterpret_steal<py::object>(result);
-    };
-    return {tensor, address(tensor), ask(numel_), ask(stride_), t.attr(dtype_)};
-  }
-
-  int64_t address(PyObject* tensor) {
-    PyObject* result = data_ptr_(tensor, nullptr);
-    if (result == nullptr) throw py::error_already_set();
-    const int64_t value = PyLong_AsLongLong(result);
-    Py_DECREF(result);
-    return value;
-  }
-
-  PyCFunction data_ptr_;
+  TorchInterface torch_;
   PyGetSetDef* grad_;
-  const py::str numel_{"numel"}, stride_{"stride"}, dtype_{"dtype"};
-  std::vector<PyObject*> lists_;
-  std::vector<Py_ssize_t> sizes_;
+  bool works_;
+  Py_ssize_t offset_ = 0;
+  std::vector<List> lists_;
   std::vector<Parameter> params_;
   std::vector<PyObject*> inner_;
-  std::vector<PyObject*> values_;
-  std::vector<Layout> layouts_;
-  size_t next_ = 0;
+  std::vector<Tensor> values_;
 };
 
 }  // namespace fused_optim
