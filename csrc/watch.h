@@ -80,14 +80,15 @@ class Watch {
   }
 
  private:
-  static constexpr int kMaxDim = 8;
+  static constexpr size_t kAhead = 6;
 
   struct Tensor {
     PyObject* object = nullptr;
     void* address = nullptr;
+    const char *impl = nullptr, *storage = nullptr;  // prefetched, never read
+    int64_t dim = -1;                                // no tensor
     int32_t dtype = 0;
-    int64_t dim = -1;  // no tensor
-    int64_t sizes[kMaxDim], strides[kMaxDim];
+    uint32_t layout = 0;  // where its sizes and strides begin in `layouts_`
   };
   struct Parameter {
     Tensor param;
@@ -103,22 +104,24 @@ class Watch {
   // by comparing its words with the pointer that `_cdata` names. A watch that does not find it, or
   // reads another address there than the method gives, does not work and says so.
   Tensor remember(py::handle t) {
-    Tensor was{t.ptr()};
     const auto cdata = t.attr("_cdata").cast<size_t>();
+    const auto storage = t.attr("untyped_storage")().attr("_cdata").cast<size_t>();
+    Tensor was{t.ptr(), nullptr, reinterpret_cast<const char*>(cdata), reinterpret_cast<const char*>(storage)};
     const Py_ssize_t size = Py_TYPE(t.ptr())->tp_basicsize;
     for (Py_ssize_t at = sizeof(PyObject); offset_ == 0 && at + static_cast<Py_ssize_t>(sizeof(cdata)) <= size;
          at += sizeof(cdata))
       if (memcmp(reinterpret_cast<char*>(t.ptr()) + at, &cdata, sizeof(cdata)) == 0) offset_ = at;
     works_ = works_ && offset_ != 0 && memcmp(body(t.ptr()), &cdata, sizeof(cdata)) == 0;
     int64_t *sizes, *strides;
-    works_ = works_ && torch_.dim(body(t.ptr()), &was.dim) == 0 && was.dim <= kMaxDim &&
+    works_ = works_ && torch_.dim(body(t.ptr()), &was.dim) == 0 &&
              torch_.data_ptr(body(t.ptr()), &was.address) == 0 &&
              reinterpret_cast<size_t>(was.address) == t.attr("data_ptr")().cast<size_t>() &&
              torch_.dtype(body(t.ptr()), &was.dtype) == 0 && torch_.sizes(body(t.ptr()), &sizes) == 0 &&
              torch_.strides(body(t.ptr()), &strides) == 0;
     if (works_) {
-      memcpy(was.sizes, sizes, was.dim * sizeof(int64_t));
-      memcpy(was.strides, strides, was.dim * sizeof(int64_t));
+      was.layout = static_cast<uint32_t>(layouts_.size());
+      layouts_.insert(layouts_.end(), sizes, sizes + was.dim);
+      layouts_.insert(layouts_.end(), strides, strides + was.dim);
     }
     return was;
   }
@@ -129,10 +132,22 @@ class Watch {
     void* address;
     int64_t dim, *sizes, *strides;
     int32_t dtype;
+    const int64_t* const layout = layouts_.data() + was.layout;
     return torch_.dim(body(object), &dim) == 0 && dim == was.dim && torch_.data_ptr(body(object), &address) == 0 &&
            address == was.address && torch_.dtype(body(object), &dtype) == 0 && dtype == was.dtype &&
-           torch_.sizes(body(object), &sizes) == 0 && memcmp(sizes, was.sizes, dim * sizeof(int64_t)) == 0 &&
-           torch_.strides(body(object), &strides) == 0 && memcmp(strides, was.strides, dim * sizeof(int64_t)) == 0;
+           torch_.sizes(body(object), &sizes) == 0 && memcmp(sizes, layout, dim * sizeof(int64_t)) == 0 &&
+           torch_.strides(body(object), &strides) == 0 && memcmp(strides, layout + dim, dim * sizeof(int64_t)) == 0;
+  }
+
+  // Each tensor has its object, its C++ half and its storage in memory of their own: of ten
+  // thousand none is in a cache when its turn comes.
+  static void prefetch(const Tensor& t) {
+    __builtin_prefetch(t.object);
+    __builtin_prefetch(t.impl);
+    __builtin_prefetch(t.impl + 64);
+    __builtin_prefetch(t.impl + 128);
+    __builtin_prefetch(t.storage);
+    __builtin_prefetch(t.storage + 64);
   }
 
   void* body(PyObject* tensor) const { return reinterpret_cast<char*>(tensor) + offset_; }
@@ -144,6 +159,10 @@ class Watch {
       PyObject* list = PyList_GET_ITEM(param_lists, group);
       if (list != lists_[group].list || PyList_GET_SIZE(list) != lists_[group].size) return false;
       for (Py_ssize_t j = 0; j < lists_[group].size; ++j, ++i) {
+        if (i + kAhead < params_.size()) {
+          prefetch(params_[i + kAhead].param);
+          prefetch(params_[i + kAhead].grad);
+        }
         if (!same(params_[i].param, PyList_GET_ITEM(list, j)) || !grad_unchanged(params_[i])) return false;
       }
     }
@@ -176,8 +195,10 @@ class Watch {
       if (value != inner_[i]) return false;
       if (!PyDict_Check(value)) continue;
       PyObject *name, *item;
-      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item); ++j)
+      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item); ++j) {
+        if (j + 2 * kAhead < values_.size()) prefetch(values_[j + 2 * kAhead]);
         if (j >= values_.size() || !same(values_[j], item)) return false;
+      }
     }
     return j == values_.size();
   }
@@ -190,6 +211,7 @@ class Watch {
   std::vector<Parameter> params_;
   std::vector<PyObject*> inner_;
   std::vector<Tensor> values_;
+  std::vector<int64_t> layouts_;
 };
 
 }  // namespace fused_optim

@@ -27,6 +27,7 @@ from fused_optim.backends import select
 FUSED: dict[str, type[AdaBelief | AdamaxW]] = {"AdaBelief": AdaBelief, "AdamaxW": AdamaxW}
 TORCH = "torch AdamW(fused=True)"
 COLORS = {"AdaBelief": "tab:blue", "AdamaxW": "tab:orange"}
+MARKERS = {"AdaBelief": "o", "AdamaxW": "x"}
 
 
 def backend_name(device: str) -> str:
@@ -38,7 +39,7 @@ def device_name(device: str) -> str:
     """What a reader calls the device."""
     if torch.device(device).type == "cuda":
         return torch.cuda.get_device_name(device)
-    return f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    return f"{platform.machine()} CPU, threads: {torch.get_num_threads()}"
 
 
 def fill_gradients(model: nn.Module, data: Tensor, config: Config, step: int) -> None:
@@ -135,7 +136,7 @@ def draw(histories: dict[str, History], times: dict[str, float], config: Config,
     for name, history in histories.items():
         left.plot(*zip(*history.train), color=COLORS[name], alpha=0.4, linewidth=1)
         label = f"{name}, validation ({history.val[-1][1]:.2f} at the end)"
-        left.plot(*zip(*history.val), color=COLORS[name], linestyle="none", marker="o", label=label)
+        left.plot(*zip(*history.val), color=COLORS[name], linestyle="none", marker=MARKERS[name], label=label)
     left.plot([], [], color="gray", alpha=0.5, linewidth=1, label="training, single batches")
     left.set(title="Byte-level GPT on Python's standard library", xlabel="step")
     left.set_ylabel("loss (nats per byte)")
