@@ -63,7 +63,17 @@ def roof(n: int) -> Step:
     folder = Path(tempfile.mkdtemp())
     source = Path(__file__).with_name("roof.cpp")
     subprocess.run(
-        [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC", str(source), "-o", str(folder / "roof.so")],
+        [
+            compiler,
+            "-O3",
+            "-march=native",
+            "-fopenmp",
+            "-shared",
+            "-fPIC",
+            str(source),
+            "-o",
+            str(folder / "roof.so"),
+        ],
         check=True,
     )
     same_traffic = ctypes.CDLL(str(folder / "roof.so")).same_traffic
@@ -105,8 +115,12 @@ def foreach_adamax(params: list[Tensor]) -> torch.optim.Optimizer:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=11, help="timed runs of each, interleaved (default: 11)")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=11, help="timed runs of each, interleaved (default: 11)"
+    )
     parser.add_argument("--json", type=Path, help="write the medians and ratios here")
     arguments = parser.parse_args()
     torch.manual_seed(0)
@@ -122,7 +136,9 @@ def main() -> None:
     measure("one tensor of 2^26", {"roof": roof(n), **optimizers([(n,)], {"torch AdamW fused": fused_adamw})})
     measure(
         "10,000 tensors of 64",
-        optimizers([(64,)] * 10000, {"torch AdamW fused": fused_adamw, "torch Adamax foreach": foreach_adamax}),
+        optimizers(
+            [(64,)] * 10000, {"torch AdamW fused": fused_adamw, "torch Adamax foreach": foreach_adamax}
+        ),
     )
     total = sum(torch.Size(shape).numel() for shape in GPT2)
     gpt2 = {
@@ -135,14 +151,26 @@ def main() -> None:
 
     flat, tiny, model = results.values()
     ratios = {
-        f"{rule} on 2^26, of the roof's bandwidth": (flat["roof"] / flat[rule], 0.90) for rule in ("AdaBelief", "AdamaxW")
+        f"{rule} on 2^26, of the roof's bandwidth": (flat["roof"] / flat[rule], 0.90)
+        for rule in ("AdaBelief", "AdamaxW")
     }
     for rule in ("AdaBelief", "AdamaxW"):
-        ratios[f"{rule} on 10,000 x 64, times torch AdamW fused"] = (tiny["torch AdamW fused"] / tiny[rule], 25)
-        ratios[f"{rule} on GPT-2's list, of its own speed on one tensor"] = (model[f"{rule}, one tensor"] / model[rule], 0.95)
-    ratios["AdamaxW on GPT-2's list, times torch Adamax foreach"] = (model["torch Adamax foreach"] / model["AdamaxW"], 3)
+        ratios[f"{rule} on 10,000 x 64, times torch AdamW fused"] = (
+            tiny["torch AdamW fused"] / tiny[rule],
+            25,
+        )
+        ratios[f"{rule} on GPT-2's list, of its own speed on one tensor"] = (
+            model[f"{rule}, one tensor"] / model[rule],
+            0.95,
+        )
+    ratios["AdamaxW on GPT-2's list, times torch Adamax foreach"] = (
+        model["torch Adamax foreach"] / model["AdamaxW"],
+        3,
+    )
 
-    print(f"fused_optim {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU: {processor()}")
+    print(
+        f"fused_optim {__version__}, torch {torch.__version__}, {torch.get_num_threads()} threads, CPU: {processor()}"
+    )
     for case, medians in results.items():
         print(f"\n{case}")
         for name, median in medians.items():

@@ -26,7 +26,14 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
-FORMATS = (("fp32", "fp32"), ("bf16", "bf16"), ("fp16", "fp16"), ("fp32", "bf16"), ("bf16", "fp32"), ("fp64", "fp64"))
+FORMATS = (
+    ("fp32", "fp32"),
+    ("bf16", "bf16"),
+    ("fp16", "fp16"),
+    ("fp32", "bf16"),
+    ("bf16", "fp32"),
+    ("fp64", "fp64"),
+)
 """(parameter, gradient)."""
 BYTES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
 DEFAULT_KERNELS = Path(__file__).parents[1] / "kernels"
@@ -46,13 +53,20 @@ def parse_target(text: str) -> GPUTarget:
 
 
 def compile_kernel(
-    kernel: Any, pointers: dict[str, str], constants: dict[str, Any], scalars: dict[str, str], target: GPUTarget, options: Any
+    kernel: Any,
+    pointers: dict[str, str],
+    constants: dict[str, Any],
+    scalars: dict[str, str],
+    target: GPUTarget,
+    options: Any,
 ) -> Any:
     names = kernel.arg_names
     signature = {n: pointers.get(n) or scalars.get(n) or "constexpr" for n in names}
     constexprs = {(names.index(n),): value for n, value in constants.items()}
     attributes = {(names.index(n),): [["tt.divisibility", 16]] for n in pointers}
-    return triton.compile(ASTSource(kernel, signature, constexprs, attributes), target=target, options=options)
+    return triton.compile(
+        ASTSource(kernel, signature, constexprs, attributes), target=target, options=options
+    )
 
 
 def step_kernel(step: Any, rule: str, param: str, grad: str, target: GPUTarget, fp_fusion: bool) -> Any:
@@ -129,7 +143,9 @@ def amd_report(compiled: Any) -> dict[str, Any]:
     vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
     return {
         "registers": field("vgpr_count"),
-        "spill_bytes": field("vgpr_spill_count") + field("sgpr_spill_count") + field("private_segment_fixed_size"),
+        "spill_bytes": field("vgpr_spill_count")
+        + field("sgpr_spill_count")
+        + field("private_segment_fixed_size"),
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
         "wide_store_instructions": count(r"\bglobal_store_dwordx4\b", assembly),
@@ -142,8 +158,12 @@ def amd_report(compiled: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", action="append", help="cuda:80, cuda:90, cuda:100, hip:gfx942, ...; may be repeated")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--target", action="append", help="cuda:80, cuda:90, cuda:100, hip:gfx942, ...; may be repeated"
+    )
     parser.add_argument("--kernels", type=Path, default=DEFAULT_KERNELS, help="folder with step.py")
     parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")

@@ -12,17 +12,17 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Real
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .backends import Backend, Inputs, check_name, select, to_device
+from .backends import Inputs, check_name, select, to_device
 from .flat import FlatSet, can_be_flat, flat_sets
+from .plan import Plan
 from .reference import MAX_COUNT, Hyperparameters
 from .rules import Rule
-from .storage import FORMATS, parameter_format, state_dtype
-from .plan import Plan
+from .storage import FORMATS, state_dtype
 from .table import (
     Batch,
     BatchKey,
@@ -39,17 +39,18 @@ _HYPER_KEYS = ("eps", "eps_root", "weight_decay", "maximize", "nesterov", "diffe
 
 Schedule = Callable[[int], float]
 """A value as a function of the number of earlier ``step()`` calls, as in Optax."""
-WeightDecayMask = Union[Callable[[str, Tensor], bool], Mapping[str, bool], Sequence[bool]]
+WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 
 
 def _number(name: str, value: Any, below: float = math.inf) -> float:
     """``value`` as a float, checked to lie in [0, below)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be a number, got {value!r} of type {type(value).__name__}")
-    if not 0 <= value < below:
+    number = float(value)
+    if not 0 <= number < below:
         limits = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
         raise ValueError(f"{name} must be {limits}, got {value!r}")
-    return float(value)
+    return number
 
 
 def _plain(value: Any) -> Any:
@@ -128,7 +129,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for device in {p.device for p in self._all_params() if p.device.type != "meta"}:
             select(backend, device)
         if flatten:
-            self._flat = flat_sets(self._all_params())
+            self._flat.extend(flat_sets(self._all_params()))
 
     def _reset(self) -> None:
         """Forget all that can be worked out again."""
@@ -171,9 +172,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         index = len(self.param_groups)
         group = {**self.defaults, **param_group}
-        schedules = {
-            key: group[key] for key in ("lr", "weight_decay") if callable(group.get(key))
-        }
+        schedules = {key: group[key] for key in ("lr", "weight_decay") if callable(group.get(key))}
         for key, schedule in schedules.items():
             group[key] = self._scheduled(key, schedule)
         self._check_group(group, f" of group {index}" if index else "")
@@ -204,7 +203,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._drop_plan()
 
     def _check_twice(self, params: list[Any], index: int) -> None:
-        seen = {id(p): self._name(i, j) for i, g in enumerate(self.param_groups) for j, p in enumerate(g["params"])}
+        seen = {
+            id(p): self._name(i, j)
+            for i, g in enumerate(self.param_groups)
+            for j, p in enumerate(g["params"])
+        }
         for j, p in enumerate(params):
             name = f"{j} of group {index}"
             if isinstance(p, tuple):
@@ -272,8 +275,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         for key in ("eps", "eps_root", "weight_decay"):
             if key in group:
                 _number(f"{key}{where}", group[key])
-        if self._decoupled_lr and "initial_lr" in group and not _number(f"initial_lr{where}", _plain(group["initial_lr"])):
-            raise ValueError(f"initial_lr{where} must not be 0 with decoupled_lr=True: weight decay is divided by it")
+        if (
+            self._decoupled_lr
+            and "initial_lr" in group
+            and not _number(f"initial_lr{where}", _plain(group["initial_lr"]))
+        ):
+            raise ValueError(
+                f"initial_lr{where} must not be 0 with decoupled_lr=True: weight decay is divided by it"
+            )
         for key in ("maximize", "nesterov"):
             if key in group:
                 _flag(f"{key}{where}", group[key])
@@ -482,7 +491,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             by_key[key].append(o)
         batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
         return Plan(
-            batches, [x.param for x in live], [state["step"] for state in states], self.param_groups, self.state
+            batches,
+            [x.param for x in live],
+            [state["step"] for state in states],
+            self.param_groups,
+            self.state,
         )
 
     def _new_steps(self, live: list[_Live]) -> dict[torch.device, list[Tensor]]:
@@ -526,7 +539,12 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @staticmethod
     def _step_tensor(step: Any, x: _Live) -> Tensor:
-        if isinstance(step, Tensor) and step.dtype == torch.int64 and step.dim() == 0 and step.device == x.param.device:
+        if (
+            isinstance(step, Tensor)
+            and step.dtype == torch.int64
+            and step.dim() == 0
+            and step.device == x.param.device
+        ):
             return step
         return torch.as_tensor(step, device=x.param.device).reshape(()).to(torch.int64)
 
@@ -538,7 +556,12 @@ class FusedOptimizer(torch.optim.Optimizer):
                 f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
                 f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
             )
-        if value is not None and value.dtype == dtype and value.device == dense.device and same_layout(value, dense):
+        if (
+            value is not None
+            and value.dtype == dtype
+            and value.device == dense.device
+            and same_layout(value, dense)
+        ):
             return value
         fresh = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=dense.device)
         if value is None:
@@ -616,7 +639,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             certain, maybe = self._history[step]
             self._history[step] = (certain + plan.steps_certain, (maybe, mark) if plan.steps_maybe else maybe)
 
-    def _begin_history(self, states: list[dict[str, Any]], new_steps: dict[torch.device, list[Tensor]]) -> None:
+    def _begin_history(
+        self, states: list[dict[str, Any]], new_steps: dict[torch.device, list[Tensor]]
+    ) -> None:
         for steps in new_steps.values():
             self._history.update({step: (0, None) for step in steps})
         known = (state.get("step") for state in (*self.state.values(), *states))
@@ -714,7 +739,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for key in self._rule(group).states:
             value = state.get(key)
             if not isinstance(value, Tensor):
-                raise ValueError(
+                raise ValueError(  # noqa: TRY004 (a wrong checkpoint, not a wrong call)
                     f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
                     f"was it saved by another optimizer than {type(self).__name__}?"
                 )

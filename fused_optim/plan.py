@@ -102,9 +102,13 @@ class Plan:
     def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the plan describes these tensors; gradients that have only moved are
         followed."""
-        if self._watch is not None and state is self._state and self._fingerprint.options == _options(groups):
-            if self._watch.unchanged([group["params"] for group in groups], state):
-                return True
+        if (
+            self._watch is not None
+            and state is self._state
+            and self._fingerprint.options == _options(groups)
+            and self._watch.unchanged([group["params"] for group in groups], state)
+        ):
+            return True
         grads = [p.grad for group in groups for p in group["params"]]
         if any(g is not None and g.layout is not torch.strided for g in grads):
             return False

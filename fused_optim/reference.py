@@ -19,7 +19,7 @@ Sources: Optax ``scale_by_belief``, ``scale_by_adamax``, ``add_decayed_weights``
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,18 +29,18 @@ MAX_COUNT = 2**31 - 1
 
 
 class Hyperparameters(NamedTuple):
-    """One parameter group's numbers, before any rounding. The order is the column
-    order of the float64 table that every backend reads."""
+    """One parameter group's numbers, before any rounding: floats, or float64 tensors of one
+    value for each row. The order is the column order of the table that every backend reads."""
 
-    lr: float
-    weight_decay: float
-    beta1: float
-    beta2: float
-    eps: float
-    eps_root: float
-    initial_lr: float
+    lr: Any
+    weight_decay: Any
+    beta1: Any
+    beta2: Any
+    eps: Any
+    eps_root: Any
+    initial_lr: Any
     """0 for weight decay times lr; else weight decay times ``lr / initial_lr``."""
-    maximize: float
+    maximize: Any
     """1 to ascend, 0 to descend."""
 
 
@@ -165,9 +165,7 @@ def belief(g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Te
     return m, s
 
 
-def adabelief(
-    p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients
-) -> tuple[Tensor, Tensor, Tensor]:
+def adabelief(p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
     """AdaBelief: the step is large where the gradient is as predicted."""
     m, s = belief(g, m, s, c)
     m_hat = m / c.bias_correction1
@@ -185,9 +183,7 @@ def adabelief_nesterov(
     return apply_update(p, u, c), m, s
 
 
-def adamaxw(
-    p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients
-) -> tuple[Tensor, Tensor, Tensor]:
+def adamaxw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
     """AdamaxW: Adam with an exponentially weighted infinity norm, decay decoupled."""
     m = first_moment(g, m, c)
     v = torch.maximum(g.abs() + c.eps, c.beta2 * v)

@@ -62,5 +62,5 @@ def store_bf16(row, offset, mask, x):
     # Rounded with integers: Triton's interpreter truncates float32 to bfloat16.
     bits = x.to(tl.uint32, bitcast=True)
     rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    rounded = tl.where(x == x, rounded, 0x7FC0)
+    rounded = tl.where(x == x, rounded, 0x7FC0)  # noqa: PLR0124 (false for NaN)
     tl.store(_pointer(row, tl.uint16, mask) + offset, rounded.to(tl.uint16), mask)

@@ -178,12 +178,20 @@ def step_kernel(
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
                 at = start + tl.arange(0, TAIL)
-                _update(row, at, at < end, c, RULE, LOAD_PARAM, STORE_PARAM, LOAD_GRAD, LOAD_STATE, STORE_STATE)
+                _update(
+                    row, at, at < end, c, RULE, LOAD_PARAM, STORE_PARAM, LOAD_GRAD, LOAD_STATE, STORE_STATE
+                )
                 start += TAIL
 
 
 def launch_prologue(
-    counters: Any, n: int, hyper: Any, grad_scale: Any, found_inf: Any, coefficients: Any, options: dict[str, Any]
+    counters: Any,
+    n: int,
+    hyper: Any,
+    grad_scale: Any,
+    found_inf: Any,
+    coefficients: Any,
+    options: dict[str, Any],
 ) -> None:
     """Work out ``coefficients`` for ``n`` counters, and advance these."""
     dtype = getattr(tl, str(coefficients.dtype).removeprefix("torch."))
@@ -200,6 +208,8 @@ def launch_prologue(
     )
 
 
-def launch_step(rows: Any, chunks: Any, coefficients: Any, constants: dict[str, Any], options: dict[str, Any]) -> None:
+def launch_step(
+    rows: Any, chunks: Any, coefficients: Any, constants: dict[str, Any], options: dict[str, Any]
+) -> None:
     """Step every chunk."""
     step_kernel[(len(chunks),)](rows, chunks, coefficients, **constants, **options)

@@ -11,12 +11,11 @@ from typing import Any
 
 import pytest
 import torch
+from helpers import assert_same_bits
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, extension
-
-from helpers import assert_same_bits
 
 RULES: dict[str, tuple[type, dict[str, Any]]] = {
     "adabelief": (AdaBelief, {}),
@@ -42,13 +41,17 @@ DTYPES = {
 def _device_of(backend: str) -> str | None:
     """Where a backend can be tried here; None with no such place."""
     for device in ("cuda", "cpu"):
-        if (device == "cpu" or torch.cuda.is_available()) and not BACKENDS[backend].why_not(torch.device(device)):
+        if (device == "cpu" or torch.cuda.is_available()) and not BACKENDS[backend].why_not(
+            torch.device(device)
+        ):
             return device
     return None
 
 
 def _backend(name: str) -> Any:
-    device = torch.device("cuda" if name == "cuda" or torch.cuda.is_available() and name == "triton" else "cpu")
+    device = torch.device(
+        "cuda" if name == "cuda" or torch.cuda.is_available() and name == "triton" else "cpu"
+    )
     reason = "no NVIDIA GPU here" if device.type == "cuda" and not torch.cuda.is_available() else None
     reason = reason or BACKENDS[name].why_not(device)
     marks = [pytest.mark.skip(reason=f"backend {name}: {reason}")] if reason else []
@@ -102,7 +105,10 @@ class Pair:
         return p
 
     def step(
-        self, skip: Sequence[int] = (), lay_out: Callable[[Tensor, int], Tensor] = lambda g, i: g, first: Tensor | None = None
+        self,
+        skip: Sequence[int] = (),
+        lay_out: Callable[[Tensor, int], Tensor] = lambda g, i: g,
+        first: Tensor | None = None,
     ) -> None:
         for i, (p, q) in enumerate(zip(self.want, self.got)):
             g = values(self.rng, p.shape, self.grad_dtype)
@@ -156,7 +162,11 @@ def strided(t: Tensor) -> Tensor:
 
 
 def transposed(t: Tensor) -> Tensor:
-    return filled(t, t.numel()).as_strided(t.shape, torch.empty(t.shape[::-1], device="meta").stride()[::-1]).copy_(t)
+    return (
+        filled(t, t.numel())
+        .as_strided(t.shape, torch.empty(t.shape[::-1], device="meta").stride()[::-1])
+        .copy_(t)
+    )
 
 
 SIZES = [(n,) for n in (0, 1, 7, 1023, 1024, 1025, 2047, 2048, 2049)]
@@ -166,7 +176,9 @@ SIZES = [(n,) for n in (0, 1, 7, 1023, 1024, 1025, 2047, 2048, 2049)]
 @rules
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
-def test_sizes_and_dtypes(backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype], flatten: bool) -> None:
+def test_sizes_and_dtypes(
+    backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype], flatten: bool
+) -> None:
     pair = Pair(rule, backend, [*SIZES, (), (3, 5)], dtypes, flatten=flatten, maximize=True)
     for _ in range(3):
         pair.step()
@@ -196,7 +208,9 @@ def test_two_thousand_tiny_tensors(backend: str, flatten: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [unaligned, strided, transposed])
 @pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
-def test_layouts(backend: str, rule: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], flatten: bool) -> None:
+def test_layouts(
+    backend: str, rule: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], flatten: bool
+) -> None:
     place, check = guarded(layout)
     pair = Pair(rule, backend, [(1025,), (33, 35), (2, 3, 5, 7)], (dtype, dtype), place, flatten=flatten)
     for _ in range(3):
@@ -236,7 +250,12 @@ def test_groups_of_different_hyperparameters_step_in_one_launch(backend: str, fl
         return [
             {"params": params[:2], "lr": 1e-3, "betas": (0.5, 0.9)},
             {"params": params[2:4], "lr": torch.tensor(1e-2), "eps": 1e-3, "weight_decay": 0.0},
-            {"params": params[4:], "lr": lambda count: 1e-4 * (count + 1), "maximize": True, "eps_root": 1e-3},
+            {
+                "params": params[4:],
+                "lr": lambda count: 1e-4 * (count + 1),
+                "maximize": True,
+                "eps_root": 1e-3,
+            },
         ]
 
     shapes = [(5,), (1025,), (), (40, 40), (3,), (2050,)]
@@ -252,7 +271,12 @@ def test_groups_of_different_hyperparameters_step_in_one_launch(backend: str, fl
 @pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
 def test_decoupled_lr_and_masked_decay(backend: str, rule: str, flatten: bool) -> None:
     pair = Pair(
-        rule, backend, [(5,), (1025,), (7, 7)], flatten=flatten, decoupled_lr=True, weight_decay_mask=[True, False, True]
+        rule,
+        backend,
+        [(5,), (1025,), (7, 7)],
+        flatten=flatten,
+        decoupled_lr=True,
+        weight_decay_mask=[True, False, True],
     )
     for i in range(3):
         for optimizer in (pair.eager, pair.optimizer):
@@ -287,7 +311,19 @@ def test_special_values(backend: str, rule: str, dtypes: tuple[torch.dtype, torc
     chunk and in a tail; nothing flushed to zero, every NaN where eager has one."""
     tiny, huge = torch.finfo(dtypes[1]).tiny, torch.finfo(dtypes[1]).max
     first = torch.tensor(
-        [float("nan"), float("inf"), -float("inf"), 0.0, -0.0, tiny, -tiny, tiny / 8, -tiny / 64, huge, -huge],
+        [
+            float("nan"),
+            float("inf"),
+            -float("inf"),
+            0.0,
+            -0.0,
+            tiny,
+            -tiny,
+            tiny / 8,
+            -tiny / 64,
+            huge,
+            -huge,
+        ],
         dtype=torch.float64,
     )
     pair = Pair(rule, backend, [(2048,), (100,)], dtypes, eps=0.0)
@@ -365,7 +401,9 @@ def test_cpu_with_any_number_of_threads(rule: str, n: int) -> None:
 @cpu
 @rules
 @pytest.mark.parametrize("isa", extension("_cpu")[0].isas() if extension("_cpu")[0] else ["none"])
-@pytest.mark.parametrize("dtypes", [DTYPES[k] for k in ("fp32", "fp64", "bf16", "fp16_fp32", "fp32_bf16")], ids=str)
+@pytest.mark.parametrize(
+    "dtypes", [DTYPES[k] for k in ("fp32", "fp64", "bf16", "fp16_fp32", "fp32_bf16")], ids=str
+)
 def test_cpu_with_every_instruction_set(
     rule: str, isa: str, dtypes: tuple[torch.dtype, torch.dtype], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,7 +450,10 @@ def test_launches_of_triton(model: str, flatten: bool, monkeypatch: pytest.Monke
     params = [torch.ones(s, device=device).requires_grad_() for s in shapes]
     groups = [
         {"params": [p for p in params if p.dim() > 1] or params[:5000]},
-        {"params": [p for p in params if p.dim() <= 1] if model == "gpt2" else params[5000:], "weight_decay": 0.0},
+        {
+            "params": [p for p in params if p.dim() <= 1] if model == "gpt2" else params[5000:],
+            "weight_decay": 0.0,
+        },
     ]
     optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="triton")
     for p in params:

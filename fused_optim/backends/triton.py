@@ -71,9 +71,7 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     chunk = kernels.chunk_size(key.param.dtype.itemsize, key.grad.dtype.itemsize)
     table = table_on(batch, chunk)
     n = len(table.counters)
-    coefficients = torch.empty(
-        n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.state.working, device=device
-    )
+    coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.state.working, device=device)
     options = _options(device)
     with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
         kernels.launch_prologue(table.counters, n, inputs.hyper, grad_scale, found_inf, coefficients, options)
