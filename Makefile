@@ -6,17 +6,18 @@ VENV := .venv
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
-# The version of torch on GPU machines is theirs: there `make PYTHON=... VENV_OPTIONS=--system-site-packages`.
-VENV_OPTIONS ?=
 
 .PHONY: demo test lint bench check clean
 
 $(VENV)/bin/python:
-	$(PYTHON) -m venv $(VENV_OPTIONS) $(VENV)
+	$(PYTHON) -m venv $(VENV)
 
+# A torch that is built for GPUs brings the Triton that it was built with, and keeps it.
 $(VENV)/installed: $(SOURCES) constraints.txt | $(VENV)/bin/python
-	$(PIP) install --quiet -c constraints.txt torch setuptools wheel pybind11
-	$(PIP) install --quiet -c constraints.txt --no-build-isolation -e ".[test,demo,lint]"
+	grep -v '^triton==' constraints.txt > $(VENV)/constraints.txt
+	$(PIP) install --quiet -c $(VENV)/constraints.txt torch setuptools wheel pybind11
+	$(BIN)/python -c "import triton" 2> /dev/null || cp constraints.txt $(VENV)/constraints.txt
+	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,demo,lint]"
 	touch $@
 
 # torch 2.11 brings Triton 3.6: the kernels are compiled with it too, beside the newest.
