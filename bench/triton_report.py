@@ -72,7 +72,8 @@ def compile_kernel(
 def step_kernel(step: Any, rule: str, param: str, grad: str, target: GPUTarget, fp_fusion: bool) -> Any:
     state = "fp64" if param == "fp64" else "fp32"
     constants = step.step_constants(rule, param, grad, state, step.chunk_size(BYTES[param], BYTES[grad]))
-    options = {**step.launch_options(target.backend, target.warp_size), "enable_fp_fusion": fp_fusion}
+    options = step.launch_options(target.backend, target.warp_size, step.THREADS)
+    options["enable_fp_fusion"] = fp_fusion
     pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{state}"}
     return compile_kernel(step.step_kernel, pointers, constants, {}, target, options)
 
@@ -81,8 +82,8 @@ def prologue_kernel(step: Any, working: str, target: GPUTarget, fp_fusion: bool)
     import triton.language as tl
 
     constants = {"DTYPE": {"fp32": tl.float32, "fp64": tl.float64}[working], "LANES": step.PROLOGUE_LANES}
-    options = {**step.launch_options(target.backend, target.warp_size), "enable_fp_fusion": fp_fusion}
-    options["num_warps"] = step.PROLOGUE_LANES // target.warp_size
+    options = step.launch_options(target.backend, target.warp_size, step.PROLOGUE_LANES)
+    options["enable_fp_fusion"] = fp_fusion
     pointers = {
         "counters": "*i64",
         "hyper": "*fp64",

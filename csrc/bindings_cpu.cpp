@@ -121,7 +121,12 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("step", &fused_optim::step, "One step of every row of a table.");
   py::class_<fused_optim::Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
       .def(py::init<py::list, py::dict, py::object>())
-      .def("unchanged", &fused_optim::Watch::unchanged);
+      .def("ask", [](fused_optim::Watch& watch, py::list param_lists, py::dict state) {
+        return static_cast<int>(watch.ask(param_lists, state));
+      });
+  m.attr("PERHAPS_NOT") = static_cast<int>(fused_optim::Watch::kPerhapsNot);
+  m.attr("UNCHANGED") = static_cast<int>(fused_optim::Watch::kUnchanged);
+  m.attr("GRADS_MOVED") = static_cast<int>(fused_optim::Watch::kGradsMoved);
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else

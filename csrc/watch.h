@@ -51,7 +51,7 @@ class Watch {
   // as long as the watch: it only borrows them, since Python's garbage collector could not
   // see through it.
   Watch(py::list param_lists, py::dict state, py::object tensor)
-      : grad_(reinterpret_cast<PyGetSetDescrObject*>(tensor.attr("grad").ptr())->d_getset), works_(torch_.available()) {
+      : grad_(getter(tensor.attr("grad"))), works_(torch_.available() && grad_ != nullptr) {
     for (py::handle list : param_lists) {
       lists_.push_back({list.ptr(), PyList_GET_SIZE(list.ptr())});
       for (py::handle p : py::reinterpret_borrow<py::list>(list)) {
@@ -60,6 +60,7 @@ class Watch {
         if (grad.is_none()) continue;
         params_.back().weak_grad = py::weakref(grad);
         params_.back().grad = remember(grad);
+        if (grad_type_ == nullptr) grad_type_ = Py_TYPE(grad.ptr());
       }
     }
     PyObject *key, *value;
@@ -74,9 +75,17 @@ class Watch {
     }
   }
 
-  // False where something is different, and where this watch cannot tell.
-  bool unchanged(py::list param_lists, py::dict state) const {
-    return works_ && params_unchanged(param_lists.ptr()) && states_unchanged(state.ptr());
+  enum Answer { kPerhapsNot, kUnchanged, kGradsMoved };
+
+  // Whether all is where it was, gradients aside that are new objects or at new addresses but of
+  // the same dtype and layout: these are followed. Where this watch cannot tell, "perhaps not".
+  Answer ask(py::list param_lists, py::dict state) {
+    moved_ = false;
+    if (!works_ || !params_unchanged(param_lists.ptr()) || !states_unchanged(state.ptr())) {
+      works_ = works_ && !moved_;  // some gradients may have been followed, others not
+      return kPerhapsNot;
+    }
+    return moved_ ? kGradsMoved : kUnchanged;
   }
 
  private:
@@ -126,15 +135,24 @@ class Watch {
     return was;
   }
 
+  static PyGetSetDef* getter(py::handle descriptor) {
+    if (!Py_IS_TYPE(descriptor.ptr(), &PyGetSetDescr_Type)) return nullptr;
+    return reinterpret_cast<PyGetSetDescrObject*>(descriptor.ptr())->d_getset;
+  }
+
   bool same(const Tensor& was, PyObject* object) const {
     if (object != was.object) return false;
     if (was.dim < 0) return true;
     void* address;
+    return torch_.data_ptr(body(object), &address) == 0 && address == was.address && same_layout(was, object);
+  }
+
+  bool same_layout(const Tensor& was, PyObject* object) const {
     int64_t dim, *sizes, *strides;
     int32_t dtype;
     const int64_t* const layout = layouts_.data() + was.layout;
-    return torch_.dim(body(object), &dim) == 0 && dim == was.dim && torch_.data_ptr(body(object), &address) == 0 &&
-           address == was.address && torch_.dtype(body(object), &dtype) == 0 && dtype == was.dtype &&
+    return torch_.dim(body(object), &dim) == 0 && dim == was.dim && torch_.dtype(body(object), &dtype) == 0 &&
+           dtype == was.dtype &&
            torch_.sizes(body(object), &sizes) == 0 && memcmp(sizes, layout, dim * sizeof(int64_t)) == 0 &&
            torch_.strides(body(object), &strides) == 0 && memcmp(strides, layout + dim, dim * sizeof(int64_t)) == 0;
   }
@@ -152,7 +170,7 @@ class Watch {
 
   void* body(PyObject* tensor) const { return reinterpret_cast<char*>(tensor) + offset_; }
 
-  bool params_unchanged(PyObject* param_lists) const {
+  bool params_unchanged(PyObject* param_lists) {
     if (PyList_GET_SIZE(param_lists) != static_cast<Py_ssize_t>(lists_.size())) return false;
     size_t i = 0;
     for (size_t group = 0; group < lists_.size(); ++group) {
@@ -169,11 +187,21 @@ class Watch {
     return true;
   }
 
-  bool grad_unchanged(const Parameter& was) const {
+  bool grad_unchanged(Parameter& was) {
     const py::object grad = py::reinterpret_steal<py::object>(grad_->get(was.param.object, grad_->closure));
     if (!grad) throw py::error_already_set();
     if (grad.is_none() || !was.weak_grad) return grad.is_none() && !was.weak_grad;
-    return refers_to(was.weak_grad.ptr(), grad.ptr()) && same(was.grad, grad.ptr());
+    if (refers_to(was.weak_grad.ptr(), grad.ptr()) && same(was.grad, grad.ptr())) return true;
+    void* address;
+    // The type says that the C++ tensor is where it is in the gradient that was remembered.
+    if (Py_TYPE(grad.ptr()) != grad_type_ || !same_layout(was.grad, grad.ptr()) ||
+        torch_.data_ptr(body(grad.ptr()), &address) != 0)
+      return false;
+    moved_ = true;
+    was.weak_grad = py::weakref(grad);
+    was.grad.object = grad.ptr();
+    was.grad.address = address;
+    return true;
   }
 
   static bool refers_to(PyObject* weak, PyObject* object) {
@@ -203,9 +231,11 @@ class Watch {
     return j == values_.size();
   }
 
-  TorchInterface torch_;
+  static inline const TorchInterface torch_;
   PyGetSetDef* grad_;
   bool works_;
+  bool moved_ = false;
+  PyTypeObject* grad_type_ = nullptr;
   Py_ssize_t offset_ = 0;
   std::vector<List> lists_;
   std::vector<Parameter> params_;

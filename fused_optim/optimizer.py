@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Inputs, check_name, select, to_device
+from .backends import Inputs, check_name, select, to_device, used_on_current_stream
 from .flat import FlatSet, can_be_flat, flat_sets
 from .plan import Plan
 from .reference import MAX_COUNT, Hyperparameters
@@ -315,6 +315,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            self._check_capture()
         device_lrs = self._hyperparameters()
         plan = self._current_plan()
         for device, inputs in self._inputs(plan, device_lrs).items():
@@ -325,14 +328,14 @@ class FusedOptimizer(torch.optim.Optimizer):
                     backend.step(batch, inputs)
                     for o in batch.staged:
                         o.store_sources()
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                self._captured += [plan, inputs, *[dict(b.on_device) for _, b in plan.batches]]
         # Compiled backends write behind autograd's back; a backward pass through an older graph
         # must still notice.
         torch.autograd.graph.increment_version(plan.params)
         if self._flatten:
             plan.step_versions = [t._version for t in plan.steps]
-        if getattr(self, "found_inf", None) is None:
+        if capturing:
+            self._keep_captured(plan)
+        if getattr(self, "found_inf", None) is None and not capturing:
             plan.steps_certain += 1
         else:
             plan.steps_maybe += 1
@@ -355,7 +358,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 if lr.device.type == "cpu":
                     lr = lr.item()
                 else:
-                    device_lrs += [(2 * i, lr), (2 * i + 1, lr)]
+                    device_lrs.append((2 * i, lr))
                     lr = 0.0
             betas = group["betas"]
             betas = tuple(betas) if isinstance(betas, list) else betas
@@ -392,17 +395,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inputs = {}
         for device in {batch.key.device for _, batch in plan.batches}:
-            if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-                self._check_capture()
             if device not in self._hyper:
-                self._hyper[device] = to_device(torch.tensor(self._hyper_values, dtype=torch.float64), device)
-            hyper = self._hyper[device]
+                self._hyper[device] = to_device(
+                    torch.tensor(self._hyper_values, dtype=torch.float64, device="cpu"), device
+                )
+            hyper = used_on_current_stream(self._hyper[device])
             for row, lr in device_lrs:
-                hyper[row, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
+                hyper[row : row + 2, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
             inputs[device] = Inputs(
                 hyper,
                 *(
-                    None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=True)
+                    # Towards the CPU the copy is waited for: there the step reads it on the host.
+                    None
+                    if t is None
+                    else t.reshape(()).to(device, torch.float32, non_blocking=device.type != "cpu")
                     for t in (scale, found_inf)
                 ),
             )
@@ -416,8 +422,23 @@ class FusedOptimizer(torch.optim.Optimizer):
             if frozen is not None:
                 raise RuntimeError(
                     f"{frozen} of group {i} would freeze at its present value in the CUDA graph that is "
-                    "being captured; give lr as a tensor on the GPU and fill it between replays"
+                    "being captured; give lr as a tensor on the GPU and fill it between replays, and "
+                    "weight_decay as a number"
                 )
+        for name, p, *_ in self._live():
+            if "step" not in self.state.get(p, {}):
+                raise RuntimeError(
+                    f"parameter {name} has no state yet, and one that is made while a CUDA graph is being "
+                    "captured would be made anew at each replay; make a step before the capture"
+                )
+
+    def _keep_captured(self, plan: Plan) -> None:
+        """Keep for good what a CUDA graph reads, and do not use it again: what was uploaded
+        during the capture gets its values when the graph is replayed, and not before."""
+        self._captured += [plan, self._hyper, *(batch.on_device for _, batch in plan.batches)]
+        self._hyper = {}
+        for _, batch in plan.batches:
+            batch.on_device = {}
 
     # The plan
 
@@ -634,10 +655,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan, self._plan = self._plan, None
         if plan is None:
             return
-        mark = object()
+        marks: dict[Any, object] = defaultdict(object)  # equal before, equal after
         for step in plan.steps:
             certain, maybe = self._history[step]
-            self._history[step] = (certain + plan.steps_certain, (maybe, mark) if plan.steps_maybe else maybe)
+            self._history[step] = (certain + plan.steps_certain, marks[maybe] if plan.steps_maybe else maybe)
 
     def _begin_history(
         self, states: list[dict[str, Any]], new_steps: dict[torch.device, list[Tensor]]
@@ -675,10 +696,11 @@ class FusedOptimizer(torch.optim.Optimizer):
                 optimizer keeps its old state.
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
+        steps: list[int] = []
         count = 0
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            nonlocal loaded, count
+            nonlocal loaded, steps, count
             groups = self._complete_groups(saved["param_groups"])
             loaded = self._loaded_states(saved["state"], groups)
             steps = [int(state["step"]) for state in loaded.values()]
@@ -687,7 +709,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         def install(_: torch.optim.Optimizer) -> None:
             self.state.update(loaded)
-            self._history = {s["step"]: (int(s["step"]), None) for s in loaded.values()}
+            self._history = {s["step"]: (step, None) for s, step in zip(loaded.values(), steps)}
             self._count = count
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.

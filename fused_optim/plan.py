@@ -93,32 +93,45 @@ class Plan:
 
     def _remember(self, fingerprint: _Fingerprint, groups: list[dict[str, Any]], state: State) -> None:
         self._fingerprint = fingerprint
-        del fingerprint.grads
         self._lists = [group["params"] for group in groups]
         self._state = state
+        self._watch = None
         native = extension("_cpu")[0]
-        self._watch = None if native is None else native.Watch(self._lists, state, torch.Tensor)
+        # The watch cannot see lazy conjugates and negatives, of which real gradients have none.
+        if native is not None and not any(
+            t.is_complex() or t.is_neg() for t in (*fingerprint.params, *fingerprint.grads)
+        ):
+            self._watch = native.Watch(self._lists, state, torch.Tensor)
+        del fingerprint.grads
 
     def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the plan describes these tensors; gradients that have only moved are
         followed."""
-        if (
-            self._watch is not None
-            and state is self._state
-            and self._fingerprint.options == _options(groups)
-            and self._watch.unchanged([group["params"] for group in groups], state)
-        ):
-            return True
-        grads = [p.grad for group in groups for p in group["params"]]
-        if any(g is not None and g.layout is not torch.strided for g in grads):
+        if self._watch is not None and state is self._state and self._fingerprint.options == _options(groups):
+            native: Any = extension("_cpu")[0]
+            answer = self._watch.ask([group["params"] for group in groups], state)
+            if answer == native.UNCHANGED:
+                return True
+            if answer == native.GRADS_MOVED:
+                grads = [p.grad for p in self.params if p.grad is not None]
+                if not any(map(Tensor.is_neg, grads)):
+                    return self._follow(grads)
+        every_grad = (p.grad for group in groups for p in group["params"])
+        if any(g is not None and g.layout is not torch.strided for g in every_grad):
             return False
         now = _Fingerprint(groups, state)
-        if not now.same_but_for_grad_addresses(self._fingerprint):
+        if not now.same_but_for_grad_addresses(self._fingerprint) or not self._follow(now.grads):
             return False
-        moved = now.grad_addresses != self._fingerprint.grad_addresses
-        if moved and (not self._movable or any(map(misaligned, now.grads))):
+        self._remember(now, groups, state)
+        return True
+
+    def _follow(self, grads: list[Tensor]) -> bool:
+        """Take gradients of the same dtype and layout; False if they need another plan."""
+        addresses = list(map(Tensor.data_ptr, grads))
+        moved = addresses != self._fingerprint.grad_addresses
+        if moved and (not self._movable or any(map(misaligned, grads))):
             return False
         for _, batch in self.batches:
-            batch.take_grads([now.grads[o.position] for o in batch.items], moved)
-        self._remember(now, groups, state)
+            batch.take_grads([grads[o.position] for o in batch.items], moved)
+        self._fingerprint.grad_addresses = addresses
         return True

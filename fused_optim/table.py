@@ -36,7 +36,7 @@ def int64_tensor(values: Sequence[int]) -> Tensor:
     return (
         torch.frombuffer(array("q", values), dtype=torch.int64)
         if values
-        else torch.empty(0, dtype=torch.int64)
+        else torch.empty(0, dtype=torch.int64, device="cpu")
     )
 
 
@@ -108,6 +108,11 @@ def misaligned(t: Tensor) -> bool:
 
 
 def _check_address(what: str, t: Tensor) -> None:
+    if t.numel() and t.data_ptr() == 0:
+        raise ValueError(
+            f"{what} has no memory of its own: its storage was freed, or it is a tensor subclass "
+            "that holds others"
+        )
     if misaligned(t):
         raise ValueError(
             f"{what} lies at address {t.data_ptr():#x}, which is not a multiple of its "
@@ -120,7 +125,7 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
     elements do."""
     spans = []
     for name, p in named:
-        if p.numel() == 0 or p.device.type == "meta":
+        if p.layout is not torch.strided or p.numel() == 0 or p.device.type == "meta":
             continue
         last = sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
         if _strides_collide(p) and len(set(_offsets(p).tolist())) != p.numel():
@@ -155,15 +160,15 @@ def _strides_collide(t: Tensor) -> bool:
 
 def _offsets(t: Tensor) -> Tensor:
     """Where each element is, in elements from the first."""
-    offsets = torch.zeros((), dtype=torch.int64)
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for n, s in zip(t.shape, t.stride()):
-        offsets = offsets[..., None] + torch.arange(n) * s
+        offsets = offsets[..., None] + torch.arange(n, device="cpu") * s
     return offsets.reshape(-1)
 
 
 def _share_a_byte(a: Tensor, b: Tensor) -> bool:
     def addresses(t: Tensor) -> Tensor:
-        byte = torch.arange(t.element_size())
+        byte = torch.arange(t.element_size(), device="cpu")
         return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + byte).reshape(-1)
 
     return bool(torch.isin(addresses(a), addresses(b)).any())
@@ -289,9 +294,16 @@ class Batch:
             o.grad_source = weakref.ref(g)
         if not moved:
             return
+        aligned = self._aligned()
         self.rows[:, GRAD_COLUMN] = int64_tensor([self.items[i].grad.data_ptr() for i in self.first_item])
-        self._chunks.clear()
-        self.on_device.clear()
+        self.on_device.pop("rows", None)
+        if not torch.equal(aligned, self._aligned()):
+            self._chunks.clear()
+            self.on_device.pop("chunks", None)
+
+    def _aligned(self) -> Tensor:
+        """Which rows a full chunk can be taken of."""
+        return (self.rows[:, 2:] % VECTOR_BYTES == 0).all(1)
 
     def chunks(self, size: int) -> Tensor:
         """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk).
@@ -302,10 +314,11 @@ class Batch:
         if size not in self._chunks:
             numel = self.rows[:, 0]
             count = (numel + size - 1) // size
-            row = torch.repeat_interleave(torch.arange(len(count)), count)
-            chunk = torch.arange(len(row)) - torch.repeat_interleave(count.cumsum(0) - count, count)
-            aligned = (self.rows[:, 2:] % VECTOR_BYTES == 0).all(1)
-            whole = aligned[row] & ((chunk + 1) * size <= numel[row])
+            row = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
+            chunk = torch.arange(len(row), device="cpu") - torch.repeat_interleave(
+                count.cumsum(0) - count, count
+            )
+            whole = self._aligned()[row] & ((chunk + 1) * size <= numel[row])
             self._chunks[size] = torch.stack([row, torch.where(whole, chunk, ~chunk)], 1).int()
         return self._chunks[size]
 

@@ -54,9 +54,9 @@ def step_constants(rule: str, param: str, grad: str, state: str, chunk: int) -> 
     }
 
 
-def launch_options(target: str, warp_size: int) -> dict[str, Any]:
+def launch_options(target: str, warp_size: int, threads: int) -> dict[str, Any]:
     """Compiler options of every launch: nothing contracted, nothing flushed to zero."""
-    options: dict[str, Any] = {"num_warps": THREADS // warp_size, "enable_fp_fusion": False}
+    options: dict[str, Any] = {"num_warps": threads // warp_size, "enable_fp_fusion": False}
     if target == "cuda":
         options["enable_reflect_ftz"] = False
     return options
@@ -89,7 +89,10 @@ def prologue_kernel(
     count = tl.minimum(tl.load(step, live, other=0) + 1, MAX_COUNT)
     count_next = tl.minimum(count + 1, MAX_COUNT)
     decoupled = initial_lr != 0
-    skip = tl.load(found_inf + 0 * lane)
+    # None is known when compiling; a tensor of no effect would have to be made and kept.
+    skip = tl.zeros([LANES], tl.float32)
+    if found_inf is not None:
+        skip += tl.load(found_inf)
 
     c = coefficients + lane * COEFFICIENT_COLUMNS
     tl.store(c + 0, beta1.to(DTYPE), live)
@@ -105,7 +108,9 @@ def prologue_kernel(
     relative_lr = lr / tl.where(decoupled, initial_lr, 1.0)
     tl.store(c + 10, tl.where(decoupled, weight_decay * relative_lr, weight_decay).to(DTYPE), live)
     tl.store(c + 11, tl.where(weight_decay != 0, tl.where(decoupled, 2.0, 1.0), 0.0).to(DTYPE), live)
-    divisor = tl.load(grad_scale).to(DTYPE)
+    divisor = tl.full([LANES], 1, DTYPE)
+    if grad_scale is not None:
+        divisor *= tl.load(grad_scale).to(DTYPE)
     tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -divisor, divisor), live)
     tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
     tl.store(step, count, live & (skip == 0))
@@ -204,7 +209,7 @@ def launch_prologue(
         coefficients,
         DTYPE=dtype,
         LANES=PROLOGUE_LANES,
-        **{**options, "num_warps": PROLOGUE_LANES // 32} if options else {},
+        **options,
     )
 
 

@@ -7,12 +7,21 @@ from __future__ import annotations
 
 import torch
 
-from .base import Backend, Inputs, to_device
+from .base import Backend, Inputs, to_device, used_on_current_stream
 from .eager import EAGER
 from .native import CPU, CUDA, extension
 from .triton import TRITON
 
-__all__ = ["BACKENDS", "Backend", "Inputs", "check_name", "extension", "select", "to_device"]
+__all__ = [
+    "BACKENDS",
+    "Backend",
+    "Inputs",
+    "check_name",
+    "extension",
+    "select",
+    "to_device",
+    "used_on_current_stream",
+]
 
 BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}
 """In order of preference."""

@@ -50,7 +50,17 @@ def to_device(table: Tensor, device: torch.device) -> Tensor:
     """A copy on ``device`` that the host does not wait for."""
     if device.type == "cpu":
         return table
-    return table.pin_memory().to(device, non_blocking=True)
+    pinned = table.pin_memory()
+    copy = pinned.to(device, non_blocking=True)
+    copy.source = pinned  # type: ignore[attr-defined]  # a captured copy reads it at each replay
+    return copy
+
+
+def used_on_current_stream(t: Tensor) -> Tensor:
+    """``t``, whose memory is not given away before what this stream has yet to do is done."""
+    if t.device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        t.record_stream(torch.cuda.current_stream(t.device))
+    return t
 
 
 def table_on(batch: Batch, chunk_size: int) -> DeviceTable:
@@ -59,4 +69,4 @@ def table_on(batch: Batch, chunk_size: int) -> DeviceTable:
     for name, table in tables.items():
         if name not in batch.on_device:
             batch.on_device[name] = to_device(table, batch.key.device)
-    return DeviceTable(**{name: batch.on_device[name] for name in tables})
+    return DeviceTable(**{name: used_on_current_stream(batch.on_device[name]) for name in tables})

@@ -6,13 +6,15 @@ import torch
 
 from ..reference import MAX_COUNT, Coefficients, coefficients
 from ..table import Batch
-from .base import Backend, Inputs
+from .base import Backend, Inputs, to_device
 
 
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     rule, working = batch.key.rule, batch.key.state.working
-    hyper_row = torch.tensor([o.hyper_row for o in batch.items], device=batch.key.device)
+    if "hyper_row" not in batch.on_device:
+        batch.on_device["hyper_row"] = to_device(batch.counters[:, 1].clone(), batch.key.device)
+    hyper_row = batch.on_device["hyper_row"]
     old_count = torch.stack([o.step for o in batch.items])
     count = (old_count + 1).clamp(max=MAX_COUNT)
     columns = coefficients(inputs.hyper[hyper_row], count, working, inputs.grad_scale)

@@ -7,6 +7,7 @@ is how they are tested where there is no GPU.
 from __future__ import annotations
 
 import importlib
+from contextlib import nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
@@ -45,36 +46,35 @@ def _why_not(device: torch.device) -> str | None:
 
 
 @cache
-def _options(device: torch.device) -> dict[str, Any]:
+def _options(device: torch.device, threads: int) -> dict[str, Any]:
     kernels = _kernels()[0]
     assert kernels is not None
     if _interpreted():
         return {}
     rocm = torch.version.hip is not None
     warp_size = torch.cuda.get_device_properties(device).warp_size if rocm else 32
-    return dict(kernels.launch_options("hip" if rocm else "cuda", warp_size))
-
-
-@cache
-def _neutral(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """A grad_scale of 1 and a found_inf of 0, for steps that have none."""
-    return torch.ones((), device=device), torch.zeros((), device=device)
+    return dict(kernels.launch_options("hip" if rocm else "cuda", warp_size, threads))
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
     kernels = _kernels()[0]
     assert kernels is not None
     key, device = batch.key, batch.key.device
-    one, zero = _neutral(device)
-    grad_scale = one if inputs.grad_scale is None else inputs.grad_scale
-    found_inf = zero if inputs.found_inf is None else inputs.found_inf
     chunk = kernels.chunk_size(key.param.dtype.itemsize, key.grad.dtype.itemsize)
     table = table_on(batch, chunk)
     n = len(table.counters)
     coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.state.working, device=device)
-    options = _options(device)
-    with torch.cuda.device(device) if device.type == "cuda" else torch.no_grad():
-        kernels.launch_prologue(table.counters, n, inputs.hyper, grad_scale, found_inf, coefficients, options)
+    prologue_options, options = (_options(device, n) for n in (kernels.PROLOGUE_LANES, kernels.THREADS))
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        kernels.launch_prologue(
+            table.counters,
+            n,
+            inputs.hyper,
+            inputs.grad_scale,
+            inputs.found_inf,
+            coefficients,
+            prologue_options,
+        )
         if len(table.chunks):
             constants = kernels.step_constants(
                 key.rule.name, key.param.name, key.grad.name, key.state.name, chunk
