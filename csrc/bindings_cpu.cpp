@@ -21,7 +21,7 @@ namespace {
 struct Isa {
   const char* name;
   bool supported;
-  StepChunks (*find)(const char* rule, const char* state_format);
+  StepChunks (*find)(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
 };
 
 // Best first.
@@ -93,10 +93,11 @@ void step(const std::string& isa_name, const std::string& rule, const std::strin
           int64_t hyper, double grad_scale, int threads) {
   StepChunks step_chunks = nullptr;
   for (const Isa& isa : isas())
-    if (isa.supported && isa_name == isa.name) step_chunks = isa.find(rule.c_str(), state_format.c_str());
+    if (isa.supported && isa_name == isa.name) 
+      step_chunks = isa.find(rule.c_str(), param_format.c_str(), grad_format.c_str(), state_format.c_str());
   if (step_chunks == nullptr)
-    throw std::invalid_argument("no CPU code for rule '" + rule + "', state format '" + state_format +
-                                "', instruction set '" + isa_name + "'");
+    throw std::invalid_argument("no CPU code for rule '" + rule + "', formats '" + param_format + "', '" + grad_format +
+                                "' and '" + state_format + "', instruction set '" + isa_name + "'");
   Task task{};
   task.rows = reinterpret_cast<const Row*>(rows);
   task.chunks = reinterpret_cast<const Chunk*>(chunks);

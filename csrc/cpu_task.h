@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <vector>
 
 #include "codecs.h"
@@ -33,14 +34,14 @@ FUSED_OPTIM_HD bool same(const char* a, const char* b) { return strcmp(a, b) == 
 FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 namespace baseline {
-StepChunks find(const char* rule, const char* state_format);
+StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
 }
 #if defined(__x86_64__)
 namespace avx2 {
-StepChunks find(const char* rule, const char* state_format);
+StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
 }
 namespace avx512 {
-StepChunks find(const char* rule, const char* state_format);
+StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
 }
 #endif
 

@@ -1,5 +1,5 @@
 // The CPU step. This file is compiled once for each instruction set, in a namespace of
-// its own, by a three-line .cpp that sets FUSED_OPTIM_ISA and the compiler's target.
+// its own, by a short .cpp that sets FUSED_OPTIM_ISA and the compiler's target.
 #pragma once
 
 #include "codecs.h"
@@ -10,7 +10,8 @@ namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
 // Blocks of this many elements pass through buffers on the stack where an operand is not
-// stored in the working precision: two buffers of 4 KiB stay in the L1 cache.
+// stored in the working precision or the gradient is scaled: two buffers of 4 KiB (8 in
+// float64) stay in the L1 cache.
 constexpr int64_t kBlock = 1024;
 
 template <class Codec, class T>
@@ -35,20 +36,20 @@ struct Operand {
   Store store = nullptr;
 };
 
+// False for a format that does not decode to T.
 template <class T>
-Operand<T> operand(const char* format);
-
-template <>
-inline Operand<float> operand<float>(const char* format) {
-  Operand<float> o;
-  if (same(format, Bf16::name)) o = {load_block<Bf16, float>, store_block<Bf16, float>};
-  if (same(format, Fp16::name)) o = {load_block<Fp16, float>, store_block<Fp16, float>};
-  return o;
-}
-
-template <>
-inline Operand<double> operand<double>(const char*) {
-  return {};
+bool find_operand(const char* format, Operand<T>& found) {
+#define FUSED_OPTIM_CASE(Codec)                                                            \
+  if constexpr (std::is_same<typename Codec::Working, T>::value) {                         \
+    if (same(format, Codec::name)) {                                                       \
+      if constexpr (!std::is_same<typename Codec::Stored, T>::value)                       \
+        found = {load_block<Codec, T>, store_block<Codec, T>};                             \
+      return true;                                                                         \
+    }                                                                                      \
+  }
+  FUSED_OPTIM_CODECS(FUSED_OPTIM_CASE)
+#undef FUSED_OPTIM_CASE
+  return false;
 }
 
 template <class Rule, class T>
@@ -74,8 +75,9 @@ void divide_block(T* __restrict g, int64_t n, T divisor) {
 
 template <class Rule, class T>
 void step_chunks(const Task& task, int64_t first, int64_t last) {
-  const Operand<T> param = operand<T>(task.param_format);
-  const Operand<T> grad = operand<T>(task.grad_format);
+  Operand<T> param, grad;
+  find_operand(task.param_format, param);
+  find_operand(task.grad_format, grad);
   T param_buffer[kBlock], grad_buffer[kBlock];
   for (int64_t k = first; k < last; ++k) {
     const Chunk chunk = task.chunks[k];
@@ -113,12 +115,16 @@ void step_chunks(const Task& task, int64_t first, int64_t last) {
 }
 
 // The function that steps a range of chunks; null for an unknown rule or format.
-StepChunks find(const char* rule, const char* state_format) {
-#define FUSED_OPTIM_FIND(Rule)                                                    \
-  if (same(rule, Rule::name) && same(state_format, Fp32::name)) return step_chunks<Rule, float>; \
-  if (same(rule, Rule::name) && same(state_format, Fp64::name)) return step_chunks<Rule, double>;
-  FUSED_OPTIM_RULES(FUSED_OPTIM_FIND)
-#undef FUSED_OPTIM_FIND
+StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format) {
+  Operand<float> f;
+  Operand<double> d;
+  const bool single = find_operand(param_format, f) && find_operand(grad_format, f) && same(state_format, Fp32::name);
+  const bool twice = find_operand(param_format, d) && find_operand(grad_format, d) && same(state_format, Fp64::name);
+#define FUSED_OPTIM_CASE(Rule)                                            \
+  if (same(rule, Rule::name) && single) return step_chunks<Rule, float>; \
+  if (same(rule, Rule::name) && twice) return step_chunks<Rule, double>;
+  FUSED_OPTIM_RULES(FUSED_OPTIM_CASE)
+#undef FUSED_OPTIM_CASE
   return nullptr;
 }
 

@@ -1074,3 +1074,70 @@ def test_state_keys_and_dtypes(backend: str) -> None:
             kinds = {key: value.dtype for key, value in optimizer.state[p].items()}
             assert kinds == {"step": torch.int64, "exp_avg": state, nu: state}
             assert optimizer.state[p]["step"].shape == ()
+
+
+# Found by review
+
+
+def test_found_inf_on_and_off_for_long_with_gradients_that_come_and_go(make: Make) -> None:
+    """What is known of step numbers stays small, however often the plan changes."""
+    params = parameters()
+    optimizer = make(params, flatten=True)
+    for seed in range(1200):
+        optimizer.found_inf = torch.tensor(0.0)
+        set_gradients(params, seed % 3, skip=[seed % 2])
+        optimizer.step()
+    assert {int(s["step"]) for s in optimizer.state.values()} == {600, 1200}
+
+
+def test_a_parameter_conjugated_in_its_place(make: Make) -> None:
+    params, twins = parameters(dtype=torch.complex64), parameters(dtype=torch.complex64)
+    optimizer, want = make(params), make(twins)
+    train(optimizer, params, 2)
+    train(want, twins, 2)
+    for p, q in zip(params, twins):
+        p.data = p.data.conj()
+        q.data = q.data.conj().resolve_conj()
+    train(optimizer, params, 1, first=2)
+    train(want, twins, 1, first=2)
+    assert_same_bits([p.detach().resolve_conj() for p in params], [q.detach() for q in twins])
+
+
+def test_a_parameter_whose_storage_was_freed_is_refused(make: Make) -> None:
+    (p,) = parameters([(5,)])
+    optimizer = make([p])
+    train(optimizer, [p], 1)
+    set_gradients([p], 1)
+    p.untyped_storage().resize_(0)
+    with pytest.raises(ValueError, match="parameter 0 of group 0 has no memory"):
+        optimizer.step()
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+def test_under_another_default_device(make: Make, flatten: bool) -> None:
+    def run(device: str) -> Any:
+        params = parameters()
+        gradients = parameters(seed=1)
+        with torch.device(device):
+            optimizer = make(params, flatten=flatten, lr=torch.tensor(0.1, device="cpu"))
+            for p, g in zip(params, gradients):
+                p.grad = g.detach()
+            for _ in range(3):
+                optimizer.step()
+        return snapshot(optimizer)
+
+    assert_same_bits(run("meta"), run("cpu"))
+
+
+def test_new_gradients_at_each_step_are_followed_without_a_new_plan(make: Make) -> None:
+    params = parameters()
+    optimizer = make(params)
+    set_gradients(params, 0)
+    optimizer.step()
+    plan = optimizer._plan
+    for seed in range(1, 4):
+        keep = [p.grad for p in params]
+        set_gradients(params, seed)
+        optimizer.step()
+        assert optimizer._plan is plan
+        del keep
