@@ -1,4 +1,4 @@
-# `make test` and `make demo` need nothing but Python 3.10 or newer on a fresh machine: they
+# `make test` and `make demo` need nothing but Python 3.11 or newer on a fresh Linux machine: they
 # make a virtual environment of their own. A C++ compiler and nvcc are used where there are any.
 
 PYTHON ?= python3
@@ -39,7 +39,8 @@ check: $(VENV)/installed
 	$(BIN)/python -m fused_optim
 
 bench: $(VENV)/installed
-	$(BIN)/python -m bench.cpu
+	$(BIN)/python -m bench.cpu --json bench/results/cpu.json
+	$(BIN)/python -m bench.readme
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from helpers import assert_same_bits
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW
-from fused_optim.backends import BACKENDS, extension
+from fused_optim.backends import BACKENDS, Backend, extension, native
 
 RULES: dict[str, tuple[type, dict[str, Any]]] = {
     "adabelief": (AdaBelief, {}),
@@ -435,32 +436,59 @@ GPT2 = [(50257, 768), (1024, 768)] + 12 * [
 ] + [(768,), (768,)]  # fmt: skip
 
 
+def model_like(model: str, device: str) -> tuple[list[Tensor], list[dict[str, Any]]]:
+    """Parameters with gradients, in two groups. GPT-2's dimensions are divided by 16: the number
+    of launches cannot depend on them."""
+    shapes = [tuple(-(-n // 16) for n in s) for s in GPT2] if model == "gpt2" else [(64,)] * 10000
+    assert len(shapes) in (148, 10000)
+    params = [torch.ones(s, device=device).requires_grad_() for s in shapes]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    first = [p for p in params if p.dim() > 1] or params[:5000]
+    second = [p for p in params if p.dim() <= 1] if model == "gpt2" else params[5000:]
+    return params, [{"params": first}, {"params": second, "weight_decay": 0.0}]
+
+
 @pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("model", ["gpt2", "ten_thousand"])
 def test_launches_of_triton(model: str, flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """At most two launches a step, whatever the number of tensors. (Shapes divided by 16:
-    the number of launches cannot depend on them, and the launches are counted, not run.)"""
+    """At most two launches a step, whatever the number of tensors; counted, not run."""
     kernels = pytest.importorskip("fused_optim.kernels.step")
     launches: list[str] = []
     monkeypatch.setattr(kernels, "launch_prologue", lambda *a: launches.append("prologue"))
     monkeypatch.setattr(kernels, "launch_step", lambda *a: launches.append("step"))
-    shapes = [tuple(-(-n // 16) for n in s) for s in GPT2] if model == "gpt2" else [(64,)] * 10000
-    assert len(shapes) in (148, 10000)
-    device = _device_of("triton")
-    params = [torch.ones(s, device=device).requires_grad_() for s in shapes]
-    groups = [
-        {"params": [p for p in params if p.dim() > 1] or params[:5000]},
-        {
-            "params": [p for p in params if p.dim() <= 1] if model == "gpt2" else params[5000:],
-            "weight_decay": 0.0,
-        },
-    ]
+    params, groups = model_like(model, _device_of("triton"))
     optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="triton")
-    for p in params:
-        p.grad = torch.ones_like(p)
     for _ in range(3):
         launches.clear()
         optimizer.step()
         assert launches == ["prologue", "step"]
     rows = len(optimizer._plan.batches[0][1].rows)
     assert rows == (2 if flatten else len(params))
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@pytest.mark.parametrize("model", ["gpt2", "ten_thousand"])
+def test_launches_of_cuda(model: str, flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One call of the CUDA launcher a step, which makes two launches, as
+    ``test_cuda_compiled.py`` shows of the real one on the host. Its Python side runs here with
+    a stand-in for the extension."""
+    calls: list[tuple[Any, ...]] = []
+
+    class Extension:
+        chunk_size = staticmethod(lambda param, grad: 4096)
+        coefficients_bytes = staticmethod(lambda state: 52)
+        step = staticmethod(lambda *arguments: calls.append(arguments))
+
+    monkeypatch.setattr(native, "extension", lambda name: (Extension, ""))
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
+    monkeypatch.setitem(BACKENDS, "cuda", Backend("cuda", lambda device: None, native.CUDA.step))
+    params, groups = model_like(model, "cpu")
+    optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="cuda")
+    for step in range(3):
+        optimizer.step()
+        assert len(calls) == step + 1
+    batch = optimizer._plan.batches[0][1]
+    assert calls[-1][:5] == ("adabelief", "fp32", "fp32", "fp32", batch.rows.data_ptr())
+    assert calls[-1][6] == len(batch.chunks(4096)) and calls[-1][8] == len(params)
+    assert calls[-1][-2] == 7
