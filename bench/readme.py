@@ -22,14 +22,18 @@ def table(results: dict[str, Any]) -> str:
     return "\n".join([head, "", "| ratio | measured |", "|---|---|", *rows])
 
 
-def main() -> None:
-    readme = ROOT / "README.md"
+def updated(text: str) -> str:
+    """The README with the figures of the last results."""
     results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
     begin, end = "<!-- measured -->", "<!-- /measured -->"
     pattern = re.compile(f"{begin}.*{end}", re.DOTALL)
-    text = readme.read_text()
     assert pattern.search(text), f"README.md has no {begin} ... {end}"
-    readme.write_text(pattern.sub(lambda _: f"{begin}\n{table(results)}\n{end}", text))
+    return pattern.sub(lambda _: f"{begin}\n{table(results)}\n{end}", text)
+
+
+def main() -> None:
+    readme = ROOT / "README.md"
+    readme.write_text(updated(readme.read_text()))
 
 
 if __name__ == "__main__":

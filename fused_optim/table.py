@@ -58,7 +58,7 @@ def same_layout(a: Tensor, b: Tensor) -> bool:
     return all(x == y or n <= 1 for x, y, n in zip(a.stride(), b.stride(), a.shape))
 
 
-def _plain(t: Tensor) -> bool:
+def _not_lazy(t: Tensor) -> bool:
     """Neither a lazy conjugate nor a lazy negative."""
     return not (t.is_conj() or t.is_neg())
 
@@ -227,7 +227,7 @@ def _complex_like(like: Tensor, values: Tensor) -> Tensor:
 
 def dense_like(p: Tensor) -> Tensor:
     """``p`` itself where a kernel can walk it, else uninitialised dense memory for it."""
-    if is_dense(p) and _plain(p):
+    if is_dense(p) and _not_lazy(p):
         return p
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
@@ -243,7 +243,7 @@ def operands(p: Tensor, g: Tensor, param: Tensor, mu: Tensor, nu: Tensor, step: 
     real = g.dtype if not g.is_complex() else REAL.get(g.dtype)
     native = real in FORMATS and FORMATS[real].working == working
     grad_copy = None
-    if not (native and same_layout(g, param) and is_dense(g) and _plain(g)):
+    if not (native and same_layout(g, param) and is_dense(g) and _not_lazy(g)):
         dtype = g.dtype if native else p.dtype if p.is_complex() else working
         grad_copy = torch.empty_strided(p.shape, param.stride(), dtype=dtype, device=g.device)
     param_source = None if param is p else p

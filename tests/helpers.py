@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import fcntl
+import os
 import re
+import shutil
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -134,3 +138,19 @@ def flat_like_plain(run: Callable[[bool], Any]) -> Any:
     plain = run(False)
     assert_same_bits(run(True), plain, "flatten=True")
     return plain
+
+
+def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
+    """A folder that ``build`` filled, shared by the workers of one pytest-xdist run."""
+    base = factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    folder, done = base / name, base / f"{name}.done"
+    with open(base / f"{name}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir()
+            build(folder)
+            done.touch()
+    return folder

@@ -10,21 +10,20 @@ from __future__ import annotations
 
 import ast
 import ctypes
-import fcntl
 import importlib.util
 import os
 import re
 import shutil
 import subprocess
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-from helpers import assert_same_bits
+from helpers import assert_same_bits, built_once
 from torch import Tensor
 
 from fused_optim.backends.base import Inputs
@@ -85,20 +84,6 @@ class Host:
     def launches(self, n: int) -> list[tuple[int, ...]]:
         """(blocks, threads, stream, device) of the last step's launches."""
         return [tuple(self.library.launch_of_last_step(i)[:4]) for i in range(n)]
-
-
-def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
-    """A folder that ``build`` filled, shared by the workers of one pytest-xdist run."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder = base / name
-    with open(base / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not folder.exists():
-            folder.mkdir()
-            build(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

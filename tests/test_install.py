@@ -7,7 +7,6 @@ comes before this one's, where the repository may be installed too.
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+from helpers import built_once
 
 pytest.importorskip("pip", reason="needs pip")
 
@@ -112,22 +112,6 @@ def succeed(*command: str | Path, cwd: Path, env: Mapping[str, str]) -> str:
     ran = run(*command, cwd=cwd, env=env)
     assert ran.code == 0, ran.output
     return ran.output
-
-
-def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:
-    """A folder that ``build`` filled, shared by the workers of one pytest-xdist run."""
-    base = factory.getbasetemp()
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        base = base.parent
-    folder, done = base / name, base / f"{name}.done"
-    with open(base / f"{name}.lock", "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if not done.exists():
-            shutil.rmtree(folder, ignore_errors=True)
-            folder.mkdir()
-            build(folder)
-            done.touch()
-    return folder
 
 
 def new_environment(folder: Path) -> Path:
