@@ -27,6 +27,7 @@ from .table import (
     Batch,
     BatchKey,
     Operands,
+    check_address,
     check_grad,
     check_no_overlap,
     check_parameter,
@@ -157,8 +158,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if message not in self._warned:
             self._warned.add(message)
             warnings.warn(message, UserWarning, stacklevel=4)
-
-    # Groups
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; ``lr`` and
@@ -294,8 +293,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if isinstance(value, Tensor):
             value = _plain(value)
         return _number(f"{key} at count {self._count}", value)
-
-    # The step
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -440,8 +437,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         for _, batch in plan.batches:
             batch.on_device = {}
 
-    # The plan
-
     def _current_plan(self) -> Plan:
         if self._flatten:
             self._check_gradients_arrive()
@@ -572,24 +567,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     @staticmethod
     def _moment(x: _Live, key: str, value: Tensor | None, dense: Tensor) -> Tensor:
         dtype = state_dtype(x.param.dtype)
-        if value is not None and value.shape != x.param.shape:
+
+        def fresh() -> Tensor:
+            return torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=dense.device)
+
+        if value is None:
+            return fresh().zero_()
+        if value.shape != x.param.shape:
             raise RuntimeError(
                 f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
                 f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
             )
-        if (
-            value is not None
-            and value.dtype == dtype
-            and value.device == dense.device
-            and same_layout(value, dense)
-        ):
+        check_address(f"state {key!r} of parameter {x.name}", value)
+        if value.dtype == dtype and value.device == dense.device and same_layout(value, dense):
             return value
-        fresh = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=dense.device)
-        if value is None:
-            return fresh.zero_()
-        return fresh.copy_(value)
-
-    # Flat buffers
+        return fresh().copy_(value)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. With ``flatten=True`` the gradients that lie in the flat
@@ -669,8 +661,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._history = {
             step: self._history.get(step) or _unknown(step) for step in known if isinstance(step, Tensor)
         }
-
-    # Checkpoints
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a dict of plain numbers and tensors, as

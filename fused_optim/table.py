@@ -70,7 +70,7 @@ def check_parameter(name: str, p: Tensor) -> None:
             f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
             "float16, complex64 and complex128"
         )
-    _check_address(f"parameter {name}", p)
+    check_address(f"parameter {name}", p)
 
 
 def check_grad(name: str, p: Tensor, g: Tensor) -> None:
@@ -95,7 +95,7 @@ def check_grad(name: str, p: Tensor, g: Tensor) -> None:
             f"the gradient of parameter {name} has dtype {g.dtype}, its parameter {p.dtype}; "
             "both must be real floating-point or both complex"
         )
-    _check_address(f"the gradient of parameter {name}", g)
+    check_address(f"the gradient of parameter {name}", g)
 
 
 def _real_size(t: Tensor) -> int:
@@ -107,7 +107,8 @@ def misaligned(t: Tensor) -> bool:
     return t.data_ptr() % _real_size(t) != 0
 
 
-def _check_address(what: str, t: Tensor) -> None:
+def check_address(what: str, t: Tensor) -> None:
+    """Raise a ValueError where a kernel cannot read what lies there, naming it."""
     if t.numel() and t.data_ptr() == 0:
         raise ValueError(
             f"{what} has no memory of its own: its storage was freed, or it is a tensor subclass "

@@ -1076,9 +1076,6 @@ def test_state_keys_and_dtypes(backend: str) -> None:
             assert optimizer.state[p]["step"].shape == ()
 
 
-# Found by review
-
-
 def test_found_inf_on_and_off_for_long_with_gradients_that_come_and_go(make: Make) -> None:
     """What is known of step numbers stays small, however often the plan changes."""
     params = parameters()
@@ -1141,3 +1138,13 @@ def test_new_gradients_at_each_step_are_followed_without_a_new_plan(make: Make) 
         optimizer.step()
         assert optimizer._plan is plan
         del keep
+
+
+def test_a_state_whose_storage_was_freed_is_refused(make: Make) -> None:
+    (p,) = parameters([(5,)])
+    optimizer = make([p])
+    train(optimizer, [p], 1)
+    optimizer.state[p]["exp_avg"].untyped_storage().resize_(0)
+    set_gradients([p], 1)
+    with pytest.raises(ValueError, match="state 'exp_avg' of parameter 0 of group 0 has no memory"):
+        optimizer.step()

@@ -64,7 +64,9 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     table = table_on(batch, chunk)
     n = len(table.counters)
     coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.state.working, device=device)
-    prologue_options, options = (_options(device, n) for n in (kernels.PROLOGUE_LANES, kernels.THREADS))
+    prologue_options, options = (
+        _options(device, threads) for threads in (kernels.PROLOGUE_LANES, kernels.THREADS)
+    )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernels.launch_prologue(
             table.counters,
