@@ -41,6 +41,14 @@ class AdamaxW(FusedOptimizer):
         decoupled_lr: scale weight decay by ``lr / initial_lr`` in place of ``lr``
             (Loshchilov and Hutter).
         maximize: ascend.
+        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` (2 bytes each) or ``"8bit"``
+            (1 byte each, and one for every 128 elements), rounded so that their mean is right.
+        master_weights: what keeps the bits of a bfloat16 parameter that its 16 cannot hold: None,
+            ``"fp32"`` (a float32 copy, also for float16), ``"split16"`` (16 bits beside the
+            parameter, together the exact float32) or ``"split8"`` (8 bits, a float32 of 24 bits).
+            float32 and float64 parameters need none and have none.
+        stochastic_rounding: round 16-bit parameters up or down at the odds of what is cut off,
+            instead of to nearest, where small updates are lost; see :attr:`seed`.
         flatten: move parameters, gradients and states into one contiguous buffer each;
             the tensors become views of them. :meth:`zero_grad` then zeroes gradients in
             place and keeps them.
@@ -77,6 +85,9 @@ class AdamaxW(FusedOptimizer):
         weight_decay_mask: WeightDecayMask | None = None,
         decoupled_lr: bool = False,
         maximize: bool = False,
+        state_format: str = "fp32",
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
         flatten: bool = False,
         backend: str | None = None,
     ) -> None:
@@ -92,6 +103,9 @@ class AdamaxW(FusedOptimizer):
             defaults,
             weight_decay_mask=weight_decay_mask,
             decoupled_lr=decoupled_lr,
+            state_format=state_format,
+            master_weights=master_weights,
+            stochastic_rounding=stochastic_rounding,
             flatten=flatten,
             backend=backend,
         )

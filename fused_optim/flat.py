@@ -8,12 +8,12 @@ the package, except that neighbours share one row of the table.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 
 import torch
 from torch import Tensor
 
-from .storage import state_dtype
-from .table import dense_like
+from .storage import Part
 
 ALIGN = 16
 """Slots start at multiples of this many elements: 32 bytes or more in every dtype."""
@@ -30,50 +30,60 @@ class FlatSet:
     def __init__(self, params: list[Tensor]) -> None:
         self.device, self.dtype = params[0].device, params[0].dtype
         self.params = params
-        self.starts = [0]
-        for p in params:
-            self.starts.append(self.starts[-1] + -(-p.numel() // ALIGN) * ALIGN)
+        self.param, self.grad = (Part(key, self.dtype, 1) for key in ("param", "grad"))
         self.index = {p: i for i, p in enumerate(params)}
-        self._buffers: dict[str, Tensor] = {}
+        self._starts: dict[int, list[int]] = {}
+        self._buffers: dict[Part, Tensor] = {}
         self._grad_version = -1
         for p in params:
-            home = self.view("param", p)
+            home = self.view(self.param, p)
             home.copy_(p.detach())
             p.data = home
 
-    def _buffer(self, role: str) -> Tensor:
-        if role not in self._buffers:
-            dtype = self.dtype if role in ("param", "grad") else state_dtype(self.dtype)
-            self._buffers[role] = torch.zeros(self.starts[-1], dtype=dtype, device=self.device)
-        return self._buffers[role]
+    def _slot(self, part: Part, p: Tensor) -> tuple[int, int]:
+        if part.block not in self._starts:
+            slots = (-(-part.numel(p.numel()) // ALIGN) * ALIGN for p in self.params)
+            self._starts[part.block] = [0, *accumulate(slots)]
+        starts, i = self._starts[part.block], self.index[p]
+        return starts[i], starts[i + 1]
 
-    def view(self, role: str, p: Tensor) -> Tensor:
-        """The slot of ``p`` in the buffer of ``role`` ("param", "grad" or a state's key)."""
-        return self._buffer(role).as_strided(p.shape, p.stride(), self.starts[self.index[p]])
+    def _buffer(self, part: Part) -> Tensor:
+        if part not in self._buffers:
+            end = self._slot(part, self.params[-1])[1]
+            self._buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
+        return self._buffers[part]
 
-    def at_home(self, role: str, p: Tensor, t: Tensor) -> bool:
-        """Whether ``t`` is the slot of ``p`` in the buffer of ``role``."""
-        buffer = self._buffer(role)
-        start = self.starts[self.index[p]]
+    def view(self, part: Part, p: Tensor) -> Tensor:
+        """The slot of ``p`` in the buffer of ``self.param``, ``self.grad`` or a part of the state."""
+        start, buffer = self._slot(part, p)[0], self._buffer(part)
+        if part.block == 1:
+            return buffer.as_strided(p.shape, p.stride(), start)
+        return buffer[start : start + part.numel(p.numel())]
+
+    def at_home(self, part: Part, p: Tensor, t: Tensor) -> bool:
+        """Whether ``t`` is the slot of ``p`` in the buffer of ``part``."""
+        buffer = self._buffer(part)
+        start, end = self._slot(part, p)
         return (
             t.dtype == buffer.dtype
             and t.device == buffer.device
             and (t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size())
-            and t.numel() <= self.starts[self.index[p] + 1] - start
+            and t.numel() <= end - start
         )
 
     def slot(self, p: Tensor) -> tuple[int, int]:
         """Where the slot of ``p`` starts and ends, in real elements."""
-        i, pairs = self.index[p], 2 if self.dtype.is_complex else 1
-        return self.starts[i] * pairs, self.starts[i + 1] * pairs
+        pairs = 2 if self.dtype.is_complex else 1
+        start, end = self._slot(self.param, p)
+        return start * pairs, end * pairs
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Zero the gradients that are at home, in one pass; drop or zero the others."""
-        if "grad" in self._buffers:
-            self._buffers["grad"].zero_()
-            self._grad_version = self._buffers["grad"]._version
+        if self.grad in self._buffers:
+            self._buffers[self.grad].zero_()
+            self._grad_version = self._buffers[self.grad]._version
         for p in self.params:
-            if p.grad is not None and not self.at_home("grad", p, p.grad):
+            if p.grad is not None and not self.at_home(self.grad, p, p.grad):
                 if set_to_none:
                     p.grad = None
                 else:
@@ -81,19 +91,12 @@ class FlatSet:
 
     def gradient_arrived(self) -> bool:
         """Whether anything was written to the gradient buffer since ``zero_grad``."""
-        return "grad" not in self._buffers or self._buffers["grad"]._version != self._grad_version
-
-
-def can_be_flat(p: Tensor) -> bool:
-    """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
-    return p.device.type != "meta" and dense_like(p) is p
+        return self.grad not in self._buffers or self._buffers[self.grad]._version != self._grad_version
 
 
 def flat_sets(params: Iterable[Tensor]) -> list[FlatSet]:
-    """Move parameters into flat buffers, one set for each device and dtype; those that
-    cannot be flat stay where they are."""
+    """Move parameters into flat buffers, one set for each device and dtype."""
     by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for p in params:
-        if can_be_flat(p):
-            by_kind.setdefault((p.device, p.dtype), []).append(p)
+        by_kind.setdefault((p.device, p.dtype), []).append(p)
     return [FlatSet(members) for members in by_kind.values()]

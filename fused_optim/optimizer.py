@@ -11,6 +11,7 @@ import math
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Mapping, Sequence
+from itertools import count as count_from
 from numbers import Real
 from typing import Any, NamedTuple
 
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 
 from .backends import Inputs, check_name, select, to_device, used_on_current_stream
-from .flat import FlatSet, can_be_flat, flat_sets
+from .flat import FlatSet, flat_sets
 from .plan import Plan
 from .reference import MAX_COUNT, Hyperparameters
+from .rounding import MU, NU, random_key
 from .rules import Rule
-from .storage import FORMATS, state_dtype
+from .state import BASE, check_saved, copy_state, master, moment, state_parts, without_obsolete
+from .storage import MASTER_WEIGHTS, STATE_FORMATS, Formats, Part, check_formats, formats_of, plain_format
 from .table import (
     Batch,
     BatchKey,
@@ -33,7 +36,6 @@ from .table import (
     check_parameter,
     dense_like,
     operands,
-    same_layout,
 )
 
 _HYPER_KEYS = ("eps", "eps_root", "weight_decay", "maximize", "nesterov", "differentiable")
@@ -65,6 +67,29 @@ def _flag(name: str, value: Any) -> bool:
     return value
 
 
+class _FormatOptions(NamedTuple):
+    """The arguments of :func:`~.storage.formats_of` after the dtype."""
+
+    state_format: str
+    master_weights: str | None
+    stochastic_rounding: bool
+
+
+def _checked_formats(state_format: Any, master_weights: Any, stochastic_rounding: Any) -> _FormatOptions:
+    for name, value, choices in (
+        ("state_format", state_format, STATE_FORMATS),
+        ("master_weights", master_weights, MASTER_WEIGHTS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if _flag("stochastic_rounding", stochastic_rounding) and master_weights is not None:
+        raise ValueError(
+            f"stochastic_rounding=True is for parameters without a master, got master_weights={master_weights!r}; "
+            "give one of the two"
+        )
+    return _FormatOptions(state_format, master_weights, stochastic_rounding)
+
+
 class _Live(NamedTuple):
     """A parameter that has a gradient."""
 
@@ -73,6 +98,18 @@ class _Live(NamedTuple):
     grad: Tensor
     group: int
     decay: bool
+    formats: Formats
+    stream: int
+    """Which of all parameters it is: its random bits go by it."""
+
+
+def _extras(
+    x: _Live, rule: Rule, state: dict[str, Any]
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """The second parts of the parameter and its moments."""
+    param = x.formats.param.extra
+    mu, nu = (state.get(key + BASE) for key in rule.states)
+    return (None if param is None else state[param.key]), mu, nu
 
 
 def _unknown(step: Tensor) -> tuple[int, Any]:
@@ -95,11 +132,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         *,
         weight_decay_mask: WeightDecayMask | None,
         decoupled_lr: bool,
+        state_format: str,
+        master_weights: str | None,
+        stochastic_rounding: bool,
         flatten: bool,
         backend: str | None,
     ) -> None:
         check_name(backend)
         self._backend_name = backend
+        self._formats = _checked_formats(state_format, master_weights, stochastic_rounding)
+        self._seed = 0
         self._flatten = _flag("flatten", flatten)
         self._decoupled_lr = _flag("decoupled_lr", decoupled_lr)
         if not (
@@ -130,7 +172,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         for device in {p.device for p in self._all_params() if p.device.type != "meta"}:
             select(backend, device)
         if flatten:
-            self._flat.extend(flat_sets(self._all_params()))
+            self._flat.extend(flat_sets(p for p in self._all_params() if self._can_be_flat(p)))
 
     def _reset(self) -> None:
         """Forget all that can be worked out again."""
@@ -146,6 +188,34 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _rule(self, group: dict[str, Any]) -> Rule:
         """The rule for a group's options."""
         raise NotImplementedError
+
+    @property
+    def seed(self) -> int:
+        """Of the random bits of ``stochastic_rounding``, in [0, 2^32); 0 unless set, so that the
+        replicas of data-parallel training round alike. Saved in the state dict."""
+        return self._seed
+
+    @seed.setter
+    def seed(self, seed: int) -> None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be an integer, got {seed!r} of type {type(seed).__name__}")
+        if not 0 <= seed < 2**32:
+            raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+        self._seed = seed
+        self._drop_plan()
+
+    def _formats_of(self, p: Tensor) -> Formats:
+        return formats_of(p.dtype, *self._formats)
+
+    def _dense_like(self, p: Tensor) -> Tensor:
+        return dense_like(p, self._formats_of(p).by_place)
+
+    def _can_be_flat(self, p: Tensor) -> bool:
+        """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
+        return p.device.type != "meta" and plain_format(p.dtype) is not None and self._dense_like(p) is p
+
+    def _parts(self, p: Tensor, group: dict[str, Any]) -> list[Part]:
+        return state_parts(self._rule(group).states, self._formats_of(p), p.dtype)
 
     def _all_params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -186,6 +256,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             added = self.param_groups[index]
+            for j, p in enumerate(added["params"]):
+                check_formats(self._name(index, j), p.dtype, *self._formats)
             added["weight_decay_mask"] = self._mask_of(added)
             check_no_overlap(
                 [
@@ -456,33 +528,36 @@ class FusedOptimizer(torch.optim.Optimizer):
                 self._history[step] = _unknown(step)
 
     def _live(self) -> list[_Live]:
-        live = []
+        live: list[_Live] = []
+        streams = count_from()
         for i, group in enumerate(self.param_groups):
             mask = group["weight_decay_mask"]
             if mask is not None and len(mask) != len(group["params"]):
                 raise ValueError(
                     f"weight_decay_mask of group {i} has {len(mask)} entries for {len(group['params'])} parameters"
                 )
-            for j, p in enumerate(group["params"]):
+            for j, (p, stream) in enumerate(zip(group["params"], streams)):
                 if p.grad is not None:
-                    live.append(_Live(self._name(i, j), p, p.grad, i, mask is None or mask[j]))
+                    check_parameter(self._name(i, j), p)
+                    check_formats(self._name(i, j), p.dtype, *self._formats)
+                    decay = mask is None or mask[j]
+                    live.append(_Live(self._name(i, j), p, p.grad, i, decay, self._formats_of(p), stream))
         return live
 
     def _make_plan(self) -> Plan:
         live = self._live()
         for x in live:
-            check_parameter(x.name, x.param)
             check_grad(x.name, x.param, x.grad)
         check_no_overlap([(x.name, x.param) for x in live])
         backends = {d: select(self._backend_name, d) for d in {x.param.device for x in live}}
-        dense = [dense_like(x.param) for x in live]
+        dense = [dense_like(x.param, x.formats.by_place) for x in live]
         new_steps = self._new_steps(live)
         states = self._states(live, dense, new_steps)
         cast = self._warn_of_casts(live, states)
         self._begin_history(states, new_steps)
         if self._flatten:
             live = self._go_home(live, states, warn=not cast)
-            dense = [dense_like(x.param) for x in live]
+            dense = [dense_like(x.param, x.formats.by_place) for x in live]
         for x, state in zip(live, states):
             self.state[x.param] = state
         homes = {p: home for home in self._flat for p in home.params}
@@ -490,20 +565,19 @@ class FusedOptimizer(torch.optim.Optimizer):
         for position, (x, d, state) in enumerate(zip(live, dense, states)):
             rule = self._rule(self.param_groups[x.group])
             mu, nu = (state[key] for key in rule.states)
-            o = operands(x.param, x.grad, d, mu, nu, state["step"])
+            extras = _extras(x, rule, state)
+            o = operands(x.param, x.grad, d, mu, nu, extras, state["step"])
             o.position = position
+            o.random_key = random_key(self._seed, x.stream)
             o.hyper_row = 2 * x.group + (not x.decay)
             home = homes.get(x.param)
             if home is not None and not o.staged:
                 o.slot = home.slot(x.param)
                 o.history = self._history[state["step"]]
-            key = BatchKey(
-                x.param.device,
-                rule,
-                FORMATS[o.param.dtype],
-                FORMATS[o.grad.dtype],
-                FORMATS[o.mu.dtype],
-            )
+            grad_format = plain_format(o.grad.dtype)
+            assert grad_format is not None
+            formats = x.formats
+            key = BatchKey(x.param.device, rule, formats.param, grad_format, formats.mu, formats.nu)
             by_key[key].append(o)
         batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
         return Plan(
@@ -528,13 +602,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         unused = {device: iter(steps) for device, steps in new_steps.items()}
         states = []
         for x, d in zip(live, dense):
+            group = self.param_groups[x.group]
             state = dict(self.state.get(x.param, {}))
+            self._check_state(x, state, self._rule(group).states)
             state["step"] = (
                 self._step_tensor(state["step"], x) if "step" in state else next(unused[x.param.device])
             )
-            for key in self._rule(self.param_groups[x.group]).states:
-                state[key] = self._moment(x, key, state.get(key), d)
-            states.append(state)
+            states.append(self._in_formats(x.param, group, state, d))
         return states
 
     def _warn_of_casts(self, live: list[_Live], states: list[dict[str, Any]]) -> bool:
@@ -564,24 +638,31 @@ class FusedOptimizer(torch.optim.Optimizer):
             return step
         return torch.as_tensor(step, device=x.param.device).reshape(()).to(torch.int64)
 
-    @staticmethod
-    def _moment(x: _Live, key: str, value: Tensor | None, dense: Tensor) -> Tensor:
-        dtype = state_dtype(x.param.dtype)
+    def _in_formats(
+        self, p: Tensor, group: dict[str, Any], state: dict[str, Any], dense: Tensor
+    ) -> dict[str, Any]:
+        """The state with all that this optimizer keeps, in its formats and in the layout of ``dense``."""
+        formats, keys = self._formats_of(p), self._rule(group).states
+        made = {
+            **moment(MU, keys[0], formats.mu, state, dense),
+            **moment(NU, keys[1], formats.nu, state, dense),
+            **master(formats.param, state, p, dense),
+        }
+        return {**without_obsolete(state, self._parts(p, group)), **made}
 
-        def fresh() -> Tensor:
-            return torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=dense.device)
-
-        if value is None:
-            return fresh().zero_()
-        if value.shape != x.param.shape:
-            raise RuntimeError(
-                f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
-                f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
-            )
-        check_address(f"state {key!r} of parameter {x.name}", value)
-        if value.dtype == dtype and value.device == dense.device and same_layout(value, dense):
-            return value
-        return fresh().copy_(value)
+    def _check_state(self, x: _Live, state: dict[str, Any], keys: tuple[str, str]) -> None:
+        for key in (*keys, "master", "remainder"):
+            value = state.get(key)
+            if value is None:
+                continue
+            if value.shape != x.param.shape:
+                raise RuntimeError(
+                    f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
+                    f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
+                )
+        for part in self._parts(x.param, self.param_groups[x.group]):
+            if part.key in state:
+                check_address(f"state {part.key!r} of parameter {x.name}", state[part.key])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Reset the gradients. With ``flatten=True`` the gradients that lie in the flat
@@ -603,7 +684,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if home.gradient_arrived():
                 continue
             grads = [(p, p.grad) for p in home.params if p.grad is not None]
-            if grads and all(home.at_home("grad", p, g) for p, g in grads):
+            if grads and all(home.at_home(home.grad, p, g) for p, g in grads):
                 self._warn_once(
                     "step() without any gradient since zero_grad(): if the model's parameters were replaced "
                     "(load_state_dict(assign=True)), make a new optimizer for the new ones"
@@ -611,8 +692,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _go_home(self, live: list[_Live], states: list[dict[str, Any]], warn: bool) -> list[_Live]:
         """Bring every parameter, gradient and state to its slot in the flat buffers."""
-        params = [p for p in self._all_params() if can_be_flat(p)]
-        lost = any(not home.at_home("param", p, p) for home in self._flat for p in home.params)
+        params = [p for p in self._all_params() if self._can_be_flat(p)]
+        lost = any(not home.at_home(home.param, p, p) for home in self._flat for p in home.params)
         if lost and warn:
             self._warn_once(
                 "parameters were moved out of the flat buffers of flatten=True (model.to(), p.data = ...); "
@@ -627,11 +708,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             if home is None:
                 result.append(x)
                 continue
-            for key in self._rule(self.param_groups[x.group]).states:
-                if not home.at_home(key, x.param, state[key]):
-                    state[key] = home.view(key, x.param).copy_(state[key])
-            if not home.at_home("grad", x.param, x.grad) and x.grad.dtype == x.param.dtype:
-                slot = home.view("grad", x.param).copy_(x.grad)
+            for part in self._parts(x.param, self.param_groups[x.group]):
+                if not home.at_home(part, x.param, state[part.key]):
+                    state[part.key] = home.view(part, x.param).copy_(state[part.key])
+            if not home.at_home(home.grad, x.param, x.grad) and x.grad.dtype == x.param.dtype:
+                slot = home.view(home.grad, x.param).copy_(x.grad)
                 x.param.grad = slot
                 x = x._replace(grad=slot)
             result.append(x)
@@ -672,6 +753,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             for key, state in result["state"].items()
         }
         result["count"] = self._count
+        if self._formats.stochastic_rounding:
+            result["seed"] = self._seed
         return result
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -687,20 +770,21 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         loaded: dict[Tensor, dict[str, Any]] = {}
         steps: list[int] = []
-        count = 0
+        count, seed = 0, self._seed
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            nonlocal loaded, steps, count
+            nonlocal loaded, steps, count, seed
             groups = self._complete_groups(saved["param_groups"])
             loaded = self._loaded_states(saved["state"], groups)
             steps = [int(state["step"]) for state in loaded.values()]
             count = int(saved.get("count", max(steps, default=0)))
+            seed = int(saved.get("seed", seed))
             return {**saved, "param_groups": groups, "state": {}}
 
         def install(_: torch.optim.Optimizer) -> None:
             self.state.update(loaded)
             self._history = {s["step"]: (step, None) for s, step in zip(loaded.values(), steps)}
-            self._count = count
+            self._count, self._seed = count, seed
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.
         handles = [
@@ -746,31 +830,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = state.get("step", group.get("step"))
         if step is None:
             raise ValueError(f"the saved state of parameter {name} has no 'step'; it has {sorted(state)}")
-        result = {"step": torch.tensor(int(step), dtype=torch.int64, device=p.device)}
-        dense = dense_like(p)
-        for key in self._rule(group).states:
-            value = state.get(key)
-            if not isinstance(value, Tensor):
-                raise ValueError(  # noqa: TRY004 (a wrong checkpoint, not a wrong call)
-                    f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
-                    f"was it saved by another optimizer than {type(self).__name__}?"
-                )
-            if value.shape != p.shape:
-                raise ValueError(
-                    f"the saved state {key!r} of parameter {name} has shape {tuple(value.shape)}, "
-                    f"the parameter {tuple(p.shape)}"
-                )
-            if value.is_complex() != p.is_complex():
-                raise ValueError(
-                    f"the saved state {key!r} of parameter {name} has dtype {value.dtype}, the parameter {p.dtype}"
-                )
-            result[key] = torch.empty_strided(
-                p.shape, dense.stride(), dtype=state_dtype(p.dtype), device=p.device
-            ).copy_(value)
-        return result
+        check_saved(name, p, state, self._rule(group).states, type(self).__name__)
+        made = self._in_formats(p, group, copy_state(state), self._dense_like(p))
+        return {**made, "step": torch.tensor(int(step), dtype=torch.int64, device=p.device)}
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_backend_name", "_flatten", "_decoupled_lr", "_mask", "_mask_used", "_count", "_schedules")
+        own = (
+            "_backend_name", "_formats", "_seed", "_flatten", "_decoupled_lr", "_mask", "_mask_used", "_count",
+            "_schedules",
+        )  # fmt: skip
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

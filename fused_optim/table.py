@@ -4,8 +4,9 @@ An :class:`Operands` is one parameter's tensors, all dense and with equal stride
 that its elements can be walked in memory order. A :class:`Batch` holds all operands
 that one launch can take, as a table:
 
-- ``rows``, int64 ``[n, 6]``: numel, counter, then the addresses of the parameter, the
-  gradient and the two states. Neighbours in a flat buffer share one row.
+- ``rows``, int64 ``[n, 10]``: numel, counter, the addresses of the gradient, the parameter, the
+  two moments, and of these three's second parts (0 for none; see :class:`~.storage.Format`), and
+  the key of the parameter's random bits. Neighbours in a flat buffer share one row.
 - ``chunks``, int32 ``[n, 2]``: row and chunk number, one for each program of a launch.
 - ``counters``, int64 ``[n, 2]``: the address of a step number, and the row of
   hyperparameters that goes with it.
@@ -23,9 +24,12 @@ import torch
 from torch import Tensor
 
 from .rules import Rule
-from .storage import FORMATS, REAL, Format, parameter_format
+from .storage import Format, Formats, plain_format
 
-ROW_COLUMNS = ("numel", "counter", "param", "grad", "mu", "nu")
+ROW_COLUMNS = (
+    "numel", "counter", "grad", "param", "mu", "nu", "param_extra", "mu_extra", "nu_extra", "key"
+)  # fmt: skip
+ADDRESSES = slice(ROW_COLUMNS.index("grad"), ROW_COLUMNS.index("key"))
 GRAD_COLUMN = ROW_COLUMNS.index("grad")
 VECTOR_BYTES = 16
 """What a full chunk's addresses must be multiples of: one 128-bit access."""
@@ -65,7 +69,7 @@ def _not_lazy(t: Tensor) -> bool:
 
 def check_parameter(name: str, p: Tensor) -> None:
     """Raise what is wrong with a parameter that has a gradient, naming it."""
-    if parameter_format(p.dtype) is None:
+    if plain_format(p.dtype) is None:
         raise NotImplementedError(
             f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
             "float16, complex64 and complex128"
@@ -182,6 +186,8 @@ class Operands:
     param: Tensor
     mu: Tensor
     nu: Tensor
+    extras: tuple[Tensor | None, Tensor | None, Tensor | None]
+    """The second parts of the parameter, ``mu`` and ``nu``, in formats that have one."""
     step: Tensor
     """0-dim int64: the number of steps that this parameter has made."""
     grad_source: weakref.ref[Tensor]
@@ -193,6 +199,7 @@ class Operands:
     position: int = 0
     """Which of the step's gradients is this one's."""
     hyper_row: int = 0
+    random_key: int = 0
     slot: tuple[int, int] | None = None
     """With ``flatten``: (start, end) in its flat buffers, in real elements, padding included."""
     history: object = None
@@ -226,23 +233,36 @@ def _complex_like(like: Tensor, values: Tensor) -> Tensor:
     return torch.view_as_complex(values) if like.is_complex() else values
 
 
-def dense_like(p: Tensor) -> Tensor:
-    """``p`` itself where a kernel can walk it, else uninitialised dense memory for it."""
-    if is_dense(p) and _not_lazy(p):
+def dense_like(p: Tensor, by_place: bool) -> Tensor:
+    """``p`` itself where a kernel can walk it, else uninitialised dense memory for it.
+
+    Args:
+        by_place: whether the walk must go in the order of the logical index.
+    """
+    if (p.is_contiguous() if by_place else is_dense(p)) and _not_lazy(p):
         return p
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
-def operands(p: Tensor, g: Tensor, param: Tensor, mu: Tensor, nu: Tensor, step: Tensor) -> Operands:
+def operands(
+    p: Tensor,
+    g: Tensor,
+    param: Tensor,
+    mu: Tensor,
+    nu: Tensor,
+    extras: tuple[Tensor | None, Tensor | None, Tensor | None],
+    step: Tensor,
+) -> Operands:
     """One parameter's operands.
 
     Args:
         p, g: the parameter and its gradient, in any layout.
         param: ``dense_like(p)``; ``mu`` and ``nu`` have its strides.
     """
-    working = FORMATS[REAL.get(p.dtype, p.dtype)].working
-    real = g.dtype if not g.is_complex() else REAL.get(g.dtype)
-    native = real in FORMATS and FORMATS[real].working == working
+    param_format, grad_format = plain_format(p.dtype), plain_format(g.dtype)
+    assert param_format is not None
+    working = param_format.working
+    native = grad_format is not None and grad_format.working == working
     grad_copy = None
     if not (native and same_layout(g, param) and is_dense(g) and _not_lazy(g)):
         dtype = g.dtype if native else p.dtype if p.is_complex() else working
@@ -250,7 +270,7 @@ def operands(p: Tensor, g: Tensor, param: Tensor, mu: Tensor, nu: Tensor, step: 
     param_source = None if param is p else p
     if p.is_complex():
         param, mu, nu = map(torch.view_as_real, (param, mu, nu))
-    return Operands(param, mu, nu, step, weakref.ref(g), grad_copy, param_source)
+    return Operands(param, mu, nu, extras, step, weakref.ref(g), grad_copy, param_source)
 
 
 class BatchKey(NamedTuple):
@@ -260,7 +280,8 @@ class BatchKey(NamedTuple):
     rule: Rule
     param: Format
     grad: Format
-    state: Format
+    mu: Format
+    nu: Format
 
 
 class Batch:
@@ -273,15 +294,17 @@ class Batch:
         rows: list[int] = []
         self.first_item: list[int] = []
         previous: Operands | None = None
+        by_place = Formats(key.param, key.mu, key.nu).by_place
         first = 0
         for i, o in enumerate(items):
             start = 0 if o.slot is None else o.slot[0]
-            if previous is not None and _continues(previous, o):
+            if previous is not None and not by_place and _continues(previous, o):
                 rows[-len(ROW_COLUMNS)] = start - first + o.param.numel()
             else:
                 self.first_item.append(i)
                 first = start
-                rows += (o.param.numel(), i, *(t.data_ptr() for t in (o.param, o.grad, o.mu, o.nu)))
+                addresses = (0 if t is None else t.data_ptr() for t in _in_row(o))
+                rows += (o.param.numel(), i, *addresses, o.random_key)
             previous = o
         self.rows = int64_tensor(rows).view(-1, len(ROW_COLUMNS))
         self.counters = int64_tensor([x for o in items for x in (o.step.data_ptr(), o.hyper_row)]).view(-1, 2)
@@ -304,7 +327,7 @@ class Batch:
 
     def _aligned(self) -> Tensor:
         """Which rows a full chunk can be taken of."""
-        return (self.rows[:, 2:] % VECTOR_BYTES == 0).all(1)
+        return (self.rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1)
 
     def chunks(self, size: int) -> Tensor:
         """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk).
@@ -324,6 +347,11 @@ class Batch:
         return self._chunks[size]
 
 
+def _in_row(o: Operands) -> tuple[Tensor | None, ...]:
+    """What a row holds the addresses of, in its order."""
+    return (o.grad, o.param, o.mu, o.nu, *o.extras)
+
+
 def _continues(a: Operands, b: Operands) -> bool:
     """Whether ``b`` follows ``a`` in the same flat buffers and steps just like it."""
     if a.slot is None or b.slot is None or a.slot[1] != b.slot[0]:
@@ -333,5 +361,6 @@ def _continues(a: Operands, b: Operands) -> bool:
     elements = b.slot[0] - a.slot[0]
     return all(
         y.data_ptr() - x.data_ptr() == elements * x.element_size()
-        for x, y in ((a.param, b.param), (a.grad, b.grad), (a.mu, b.mu), (a.nu, b.nu))
+        for x, y in zip(_in_row(a), _in_row(b))
+        if x is not None and y is not None
     )
