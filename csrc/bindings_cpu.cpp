@@ -21,7 +21,7 @@ namespace {
 struct Isa {
   const char* name;
   bool supported;
-  StepChunks (*find)(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
+  StepChunks (*find)(const char* rule, const Task& task);
 };
 
 // Best first.
@@ -88,26 +88,28 @@ void run(StepChunks step_chunks, Task task, const Counter* counters, int64_t n_c
 }
 
 void step(const std::string& isa_name, const std::string& rule, const std::string& param_format,
-          const std::string& grad_format, const std::string& state_format, int64_t rows,
-          int64_t chunks, int64_t n_chunks, int64_t chunk_size, int64_t counters, int64_t n_counters,
+          const std::string& grad_format, const std::string& mu_format, const std::string& nu_format,
+          int64_t rows, int64_t chunks, int64_t n_chunks, int64_t chunk_size, int64_t counters, int64_t n_counters,
           int64_t hyper, double grad_scale, int threads) {
-  StepChunks step_chunks = nullptr;
-  for (const Isa& isa : isas())
-    if (isa.supported && isa_name == isa.name) 
-      step_chunks = isa.find(rule.c_str(), param_format.c_str(), grad_format.c_str(), state_format.c_str());
-  if (step_chunks == nullptr)
-    throw std::invalid_argument("no CPU code for rule '" + rule + "', formats '" + param_format + "', '" + grad_format +
-                                "' and '" + state_format + "', instruction set '" + isa_name + "'");
   Task task{};
   task.rows = reinterpret_cast<const Row*>(rows);
   task.chunks = reinterpret_cast<const Chunk*>(chunks);
   task.chunk_size = chunk_size;
   task.param_format = param_format.c_str();
   task.grad_format = grad_format.c_str();
+  task.mu_format = mu_format.c_str();
+  task.nu_format = nu_format.c_str();
+  StepChunks step_chunks = nullptr;
+  for (const Isa& isa : isas())
+    if (isa.supported && isa_name == isa.name) step_chunks = isa.find(rule.c_str(), task);
+  if (step_chunks == nullptr)
+    throw std::invalid_argument("no CPU code for rule '" + rule + "', parameter format '" + param_format +
+                                "', gradient format '" + grad_format + "', moment formats '" + mu_format + "' and '" +
+                                nu_format + "', instruction set '" + isa_name + "'");
   const auto* c = reinterpret_cast<const Counter*>(counters);
   const auto* h = reinterpret_cast<const Hyperparameters*>(hyper);
   py::gil_scoped_release release;
-  if (state_format == Fp64::name)
+  if (mu_format == Fp64::name)
     run<double>(step_chunks, task, c, n_counters, h, grad_scale, n_chunks, threads);
   else
     run<float>(step_chunks, task, c, n_counters, h, grad_scale, n_chunks, threads);

@@ -1,12 +1,20 @@
-// How values lie in memory: a codec's `load` gives the working precision, `store` rounds
-// once to nearest even. The C++ statement of fused_optim/storage.py; NaN becomes the
-// canonical NaN of the format.
+// How values lie in memory: the C++ statement of fused_optim/storage.py. A codec is
+//
+//   Stored, Extra       what lies in memory: one Stored an element, and one Extra for each
+//                       `block` elements (NoExtra for none)
+//   load(stored, extra) the value in the working precision
+//   store(x, random, extra)  what to store; `random` is as `random` says, 32 bits of the dither
+//                       or 16 of Philox. Where block is 1, it sets `extra`; else `extra` comes
+//                       from `extra_of`, given the block's largest `magnitude`.
+//
+// NaN becomes the canonical NaN of the format.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 
 #include "coefficients.h"
+#include "rounding.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -22,49 +30,91 @@ FUSED_OPTIM_HD To bit_cast(From from) {
   return to;
 }
 
-struct Fp32 {
-  static constexpr const char* name = "fp32";
-  using Stored = float;
+struct NoExtra {};
+
+enum Random { kNearest, kDither, kPhilox };
+
+constexpr int64_t kBlockElements = 128;  // that share one base in the 8-bit formats
+
+// What most codecs have in common.
+struct Codec {
   using Working = float;
-  static FUSED_OPTIM_HD float load(float x) { return x; }
-  static FUSED_OPTIM_HD float store(float x) { return x; }
+  using Extra = NoExtra;
+  static constexpr int64_t block = 1;
+  static constexpr Random random = kNearest;
 };
 
-struct Fp64 {
+constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
+
+FUSED_OPTIM_HD uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+FUSED_OPTIM_HD uint32_t canonical_bits(float x) {
+  const uint32_t b = bits_of(x);
+  return (b & kMagnitude) > kInfinity ? kNaN : b;
+}
+
+struct Fp32 : Codec {
+  static constexpr const char* name = "fp32";
+  using Stored = float;
+  static FUSED_OPTIM_HD float load(float x, NoExtra) { return x; }
+  static FUSED_OPTIM_HD float store(float x, uint32_t, NoExtra&) { return x; }
+};
+
+struct Fp64 : Codec {
   static constexpr const char* name = "fp64";
   using Stored = double;
   using Working = double;
-  static FUSED_OPTIM_HD double load(double x) { return x; }
-  static FUSED_OPTIM_HD double store(double x) { return x; }
+  static FUSED_OPTIM_HD double load(double x, NoExtra) { return x; }
+  static FUSED_OPTIM_HD double store(double x, uint32_t, NoExtra&) { return x; }
 };
 
-struct Bf16 {
+struct Bf16 : Codec {
   static constexpr const char* name = "bf16";
   using Stored = uint16_t;
-  using Working = float;
 
-  static FUSED_OPTIM_HD float load(uint16_t x) {
+  static FUSED_OPTIM_HD float load(uint16_t x, NoExtra) {
     return bit_cast<float>(static_cast<uint32_t>(x) << 16);
   }
 
-  static FUSED_OPTIM_HD uint16_t store(float x) {
+  static FUSED_OPTIM_HD uint16_t nearest(float x) {
     const uint32_t b = bit_cast<uint32_t>(x);
     const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
-    return static_cast<uint16_t>((b & 0x7fffffffu) > 0x7f800000u ? 0x7fc0u : rounded);
+    return static_cast<uint16_t>((b & kMagnitude) > kInfinity ? 0x7fc0u : rounded);
+  }
+
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, NoExtra&) { return nearest(x); }
+
+  // `word`: 16 bits. A finite value becomes infinite only where rounding to nearest makes it so.
+  static FUSED_OPTIM_HD uint16_t at_odds(float x, uint32_t word) {
+    const uint32_t b = canonical_bits(x);
+    return static_cast<uint16_t>((b + ((b & kMagnitude) >= 0x7f7f0000u ? 0x8000u : word)) >> 16);
   }
 };
 
-struct Fp16 {
+struct Fp16 : Codec {
   static constexpr const char* name = "fp16";
   using Stored = uint16_t;
-  using Working = float;
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, NoExtra&) { return nearest(x); }
+
+  // Likewise; below 2^-14, where the unit is 2^-24, what lies below 2^-40 is dropped.
+  static FUSED_OPTIM_HD uint16_t at_odds(float x, uint32_t word) {
+    const uint32_t b = bits_of(x);
+    const uint32_t magnitude = b & kMagnitude;
+    word = magnitude >= 0x477fe000u ? 0x8000u : word;  // the largest float16
+    const bool small = magnitude < 0x38800000u;
+    const float fixed = (small ? bit_cast<float>(magnitude) : 0.0f) * 1099511627776.0f;  // 2^40
+    const uint32_t subnormal = (static_cast<uint32_t>(static_cast<int32_t>(fixed)) + word) >> 16;
+    uint32_t h = small ? subnormal : (magnitude - 0x38000000u + (word >> 3)) >> 13;
+    h = magnitude >= 0x47800000u ? 0x7c00u : h;
+    h |= (b >> 16) & 0x8000u;
+    return static_cast<uint16_t>(magnitude > kInfinity ? 0x7e00u : h);
+  }
 
 #if defined(__CUDA_ARCH__)
-  static FUSED_OPTIM_HD float load(uint16_t x) { return __half2float(__ushort_as_half(x)); }
-  static FUSED_OPTIM_HD uint16_t store(float x) { return __half_as_ushort(__float2half_rn(x)); }
+  static FUSED_OPTIM_HD float load(uint16_t x, NoExtra) { return __half2float(__ushort_as_half(x)); }
+  static FUSED_OPTIM_HD uint16_t nearest(float x) { return __half_as_ushort(__float2half_rn(x)); }
 #else
   // Integers and selects alone, so that it vectorises without F16C.
-  static FUSED_OPTIM_HD float load(uint16_t x) {
+  static FUSED_OPTIM_HD float load(uint16_t x, NoExtra) {
     const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16;
     const uint32_t shifted = static_cast<uint32_t>(x & 0x7fffu) << 13;
     // The exponent's bias is moved by a multiplication by 2^112, exact for subnormals too.
@@ -73,9 +123,9 @@ struct Fp16 {
     return bit_cast<float>(sign | magnitude);
   }
 
-  static FUSED_OPTIM_HD uint16_t store(float x) {
-    const uint32_t b = bit_cast<uint32_t>(x);
-    const uint32_t magnitude = b & 0x7fffffffu;
+  static FUSED_OPTIM_HD uint16_t nearest(float x) {
+    const uint32_t b = bits_of(x);
+    const uint32_t magnitude = b & kMagnitude;
     // Adding 0.5 leaves the subnormal half, rounded to nearest even, in the low bits.
     const uint32_t subnormal = bit_cast<uint32_t>(bit_cast<float>(magnitude) + 0.5f) - 0x3f000000u;
     const uint32_t normal = (magnitude - 0x38000000u + 0xfffu + ((magnitude >> 13) & 1u)) >> 13;
@@ -87,6 +137,165 @@ struct Fp16 {
 #endif
 };
 
-#define FUSED_OPTIM_CODECS(X) X(Fp32) X(Fp64) X(Bf16) X(Fp16)
+// Where somebody wrote to the parameter, that is its value.
+template <class Half>
+struct Master : Half {
+  using Extra = float;
+  static FUSED_OPTIM_HD float load(uint16_t x, float master) {
+    return Half::nearest(master) == x ? master : Half::load(x, NoExtra{});
+  }
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, float& master) {
+    master = x;
+    return Half::nearest(x);
+  }
+};
+
+struct Bf16Master : Master<Bf16> {
+  static constexpr const char* name = "bf16_master";
+};
+
+struct Fp16Master : Master<Fp16> {
+  static constexpr const char* name = "fp16_master";
+};
+
+// A float32 as a bfloat16, rounded half away from zero, and the rest.
+struct Split16 : Codec {
+  static constexpr const char* name = "split16";
+  using Stored = uint16_t;
+  using Extra = int16_t;
+
+  static FUSED_OPTIM_HD float load(uint16_t x, int16_t remainder) {
+    return bit_cast<float>((static_cast<uint32_t>(x) << 16) + static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+  }
+
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, int16_t& remainder) {
+    const uint32_t b = canonical_bits(x);
+    const uint32_t high = (b + 0x8000u) >> 16;
+    remainder = static_cast<int16_t>(b - (high << 16));
+    return static_cast<uint16_t>(high);
+  }
+};
+
+// The highest 24 bits of a float32 in the same way.
+struct Split8 : Codec {
+  static constexpr const char* name = "split8";
+  using Stored = uint16_t;
+  using Extra = int8_t;
+  static constexpr Random random = kDither;
+
+  static FUSED_OPTIM_HD float load(uint16_t x, int8_t remainder) {
+    return bit_cast<float>((static_cast<uint32_t>(x) << 16) + (static_cast<uint32_t>(static_cast<int32_t>(remainder)) << 8));
+  }
+
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, int8_t& remainder) {
+    const uint32_t b = canonical_bits(x);
+    // The largest finite values are cut: no dither carries them to infinity.
+    const uint32_t rounded = (b + ((b & kMagnitude) >= 0x7f7fff00u ? 0u : random >> 24)) & 0xffffff00u;
+    const uint32_t high = (rounded + 0x8000u) >> 16;
+    remainder = static_cast<int8_t>((rounded - (high << 16)) >> 8);
+    return static_cast<uint16_t>(high);
+  }
+};
+
+struct Bf16Stochastic : Bf16 {
+  static constexpr const char* name = "bf16_stochastic";
+  static constexpr Random random = kPhilox;
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, NoExtra&) { return at_odds(x, random); }
+};
+
+struct Fp16Stochastic : Fp16 {
+  static constexpr const char* name = "fp16_stochastic";
+  static constexpr Random random = kPhilox;
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, NoExtra&) { return at_odds(x, random); }
+};
+
+struct Bf16Dither : Bf16 {
+  static constexpr const char* name = "bf16_dither";
+  static constexpr Random random = kDither;
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, NoExtra&) { return at_odds(x, random >> 16); }
+};
+
+// 8 bits under the exponent of a block.
+struct Blocked : Codec {
+  using Stored = uint8_t;
+  using Extra = uint8_t;
+  static constexpr int64_t block = kBlockElements;
+  static constexpr Random random = kDither;
+
+  // Of finite values; it is the largest of a block that counts.
+  static FUSED_OPTIM_HD uint32_t magnitude(float x) {
+    const uint32_t m = bits_of(x) & kMagnitude;
+    return m < kInfinity ? m : 0;
+  }
+
+  static FUSED_OPTIM_HD uint8_t exponent_below(uint32_t largest, int32_t orders) {
+    const int32_t base = static_cast<int32_t>(largest >> 23) - orders;
+    return static_cast<uint8_t>(base > 0 ? base : 0);
+  }
+
+  // 2039 is the largest finite float32's code under base 0.
+  static FUSED_OPTIM_HD int32_t at_most(int32_t code, int32_t limit, int32_t base) {
+    limit = limit < 2039 - 8 * base ? limit : 2039 - 8 * base;
+    return code < limit ? code : limit;
+  }
+};
+
+// Sign, 4 bits of exponent, 3 of mantissa; 126 is infinity, 127 NaN.
+struct E4M3 : Blocked {
+  static constexpr const char* name = "e4m3";
+
+  static FUSED_OPTIM_HD uint8_t extra_of(uint32_t largest) { return exponent_below(largest, 14); }
+
+  static FUSED_OPTIM_HD float load(uint8_t stored, uint8_t base) {
+    const uint32_t code = stored & 0x7fu, b = base;
+    const float one = bit_cast<float>((8 * b + 8) << 20);
+    const uint32_t subnormal = bits_of(bit_cast<float>((code + 8 * b + 8) << 20) - one);
+    uint32_t value = code < 8 ? subnormal : (code + 8 * b) << 20;
+    value = code == 126 ? kInfinity : code == 127 ? kNaN : value;
+    return bit_cast<float>(value | (stored & 0x80u) << 24);
+  }
+
+  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& extra) {
+    const uint32_t b = bits_of(x), magnitude = b & kMagnitude, r = random >> 12;
+    const int32_t base = extra, exponent = static_cast<int32_t>(magnitude >> 23);
+    const int32_t normal = static_cast<int32_t>((magnitude + r) >> 20) - 8 * base;
+    const uint32_t significand = (magnitude & 0x7fffffu) | (exponent > 0 ? 0x800000u : 0u);
+    int32_t shift = base + 1 - (exponent > 1 ? exponent : 1);
+    shift = shift < 0 ? 0 : shift > 31 ? 31 : shift;
+    const int32_t subnormal = static_cast<int32_t>(((significand >> shift) + r) >> 20);
+    int32_t code = at_most(exponent > base ? normal : subnormal, 120, base);
+    code = magnitude == kInfinity ? 126 : magnitude > kInfinity ? 127 : code;
+    return static_cast<uint8_t>(static_cast<uint32_t>(code) | ((b >> 24) & 0x80u));
+  }
+};
+
+// 5 bits of exponent, 3 of mantissa, for what is never negative; 0 is zero and nothing else,
+// 254 infinity, 255 NaN.
+struct E5M3 : Blocked {
+  static constexpr const char* name = "e5m3";
+
+  static FUSED_OPTIM_HD uint8_t extra_of(uint32_t largest) { return exponent_below(largest, 30); }
+
+  static FUSED_OPTIM_HD float load(uint8_t code, uint8_t base) {
+    uint32_t value = (static_cast<uint32_t>(code) + 8u * base) << 20;
+    value = code == 0 ? 0u : code == 254 ? kInfinity : code == 255 ? kNaN : value;
+    return bit_cast<float>(value);
+  }
+
+  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& extra) {
+    const uint32_t magnitude = bits_of(x) & kMagnitude;
+    const int32_t base = extra;
+    int32_t code = static_cast<int32_t>((magnitude + (random >> 12)) >> 20) - 8 * base;
+    code = at_most(code > 1 ? code : 1, 248, base);
+    code = magnitude == 0 ? 0 : magnitude == kInfinity ? 254 : magnitude > kInfinity ? 255 : code;
+    return static_cast<uint8_t>(code);
+  }
+};
+
+// Of parameters, of gradients and of moments.
+#define FUSED_OPTIM_PLAIN_CODECS(X) X(Fp32) X(Fp64) X(Bf16) X(Fp16)
+#define FUSED_OPTIM_PARAM_CODECS(X) \
+  FUSED_OPTIM_PLAIN_CODECS(X) X(Bf16Master) X(Fp16Master) X(Split16) X(Split8) X(Bf16Stochastic) X(Fp16Stochastic)
+#define FUSED_OPTIM_MOMENT_CODECS(X) X(Fp32) X(Fp64) X(Bf16Dither) X(E4M3) X(E5M3)
 
 }  // namespace fused_optim

@@ -25,6 +25,7 @@ struct Coefficients {
   T bias_correction1, bias_correction1_next, bias_correction2;
   T neg_lr, decay, decay_kind;  // see fused_optim.reference.Coefficients
   T grad_divisor;  // negative to ascend: dividing by it negates the quotient, bit for bit
+  uint32_t count;  // the step number, for what is rounded by it
 };
 
 FUSED_OPTIM_HD double integer_power(double base, int64_t exponent) {
@@ -64,6 +65,7 @@ FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t co
   c.decay = static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : h.weight_decay);
   c.decay_kind = static_cast<T>(h.weight_decay == 0.0 ? 0 : decoupled ? 2 : 1);
   c.grad_divisor = h.maximize != 0.0 ? -grad_scale : grad_scale;
+  c.count = static_cast<uint32_t>(count);
   return c;
 }
 

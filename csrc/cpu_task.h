@@ -19,6 +19,8 @@ struct Task {
   int64_t chunk_size;
   const char* param_format;
   const char* grad_format;
+  const char* mu_format;
+  const char* nu_format;
   const int32_t* coefficient_of_counter;
   const void* coefficients;
 
@@ -34,14 +36,14 @@ FUSED_OPTIM_HD bool same(const char* a, const char* b) { return strcmp(a, b) == 
 FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 namespace baseline {
-StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
+StepChunks find(const char* rule, const Task& task);
 }
 #if defined(__x86_64__)
 namespace avx2 {
-StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
+StepChunks find(const char* rule, const Task& task);
 }
 namespace avx512 {
-StepChunks find(const char* rule, const char* param_format, const char* grad_format, const char* state_format);
+StepChunks find(const char* rule, const Task& task);
 }
 #endif
 

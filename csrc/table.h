@@ -6,7 +6,9 @@
 namespace fused_optim {
 
 struct Row {
-  int64_t numel, counter, param, grad, mu, nu;
+  int64_t numel, counter, grad, param, mu, nu;
+  int64_t param_extra, mu_extra, nu_extra;  // second parts, 0 where the format has none
+  int64_t key;                              // of the parameter's random bits
 };
 
 // A chunk number is complemented where the chunk is short or its row is not aligned.

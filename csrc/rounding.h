@@ -1,0 +1,52 @@
+// Random bits for rounding: the C++ statement of fused_optim/rounding.py.
+#pragma once
+
+#include <cstdint>
+
+#include "coefficients.h"
+
+namespace fused_optim {
+
+enum Operand { kParam, kMu, kNu };
+
+// What a rounding may depend on beside the value and the element's logical index.
+struct Place {
+  uint32_t count;  // the parameter's step number
+  uint64_t key;    // fused_optim.rounding.random_key
+};
+
+FUSED_OPTIM_HD uint32_t hash32(uint32_t x) {
+  x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
+  x = (x ^ (x >> 13)) * 0xC2B2AE35u;
+  return x ^ (x >> 16);
+}
+
+template <Operand operand>
+FUSED_OPTIM_HD uint32_t dither(uint32_t index, const Place& place) {
+  constexpr uint32_t factor = operand == kParam ? 0xC2B2AE3Du : operand == kMu ? 1u : 0x85EBCA77u;
+  return hash32(index) * factor + place.count * 0x9E3779B9u;
+}
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// Philox 4x32-10 for eight neighbours: 16 bits for each, the low half of a word first.
+FUSED_OPTIM_HD PhiloxWords philox(uint64_t group, const Place& place) {
+  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
+  uint32_t c2 = place.count, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(place.key), k1 = static_cast<uint32_t>(place.key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+}  // namespace fused_optim
