@@ -5,7 +5,8 @@
 //   load(stored, extra) the value in the working precision
 //   store(x, random, extra)  what to store; `random` is as `random` says, 32 bits of the dither
 //                       or 16 of Philox. Where block is 1, it sets `extra`; else `extra` comes
-//                       from `extra_of`, given the block's largest `magnitude`.
+//                       from `extra_of`, given the largest `magnitude` of the block, and where that is
+//                       `usual`, `store_usual` does the same in fewer operations.
 //
 // NaN becomes the canonical NaN of the format.
 #pragma once
@@ -225,7 +226,7 @@ struct Blocked : Codec {
   // Of finite values; it is the largest of a block that counts.
   static FUSED_OPTIM_HD uint32_t magnitude(float x) {
     const uint32_t m = bits_of(x) & kMagnitude;
-    return m < kInfinity ? m : 0;
+    return m & (0u - static_cast<uint32_t>(m < kInfinity));
   }
 
   static FUSED_OPTIM_HD uint8_t exponent_below(uint32_t largest, int32_t orders) {
@@ -233,39 +234,51 @@ struct Blocked : Codec {
     return static_cast<uint8_t>(base > 0 ? base : 0);
   }
 
-  // 2039 is the largest finite float32's code under base 0.
-  static FUSED_OPTIM_HD int32_t at_most(int32_t code, int32_t limit, int32_t base) {
-    limit = limit < 2039 - 8 * base ? limit : 2039 - 8 * base;
-    return code < limit ? code : limit;
+  // Whether a block has nothing that is infinite, NaN or about to be rounded to infinity.
+  static FUSED_OPTIM_HD bool usual(uint32_t largest) { return largest < 0x7f000000u; }
+
+  // The codes of infinity and, after it, NaN; and no finite value is rounded to infinity, of
+  // which 2040 is the code under base 0.
+  static FUSED_OPTIM_HD uint32_t unusual(uint32_t code, uint32_t magnitude, uint32_t base, uint32_t infinity) {
+    const uint32_t limit = 2039 - 8 * base;
+    code = code < limit ? code : limit;
+    return magnitude < kInfinity ? code : infinity + static_cast<uint32_t>(magnitude > kInfinity);
   }
 };
 
-// Sign, 4 bits of exponent, 3 of mantissa; 126 is infinity, 127 NaN.
+// Sign, 4 bits of exponent, 3 of mantissa, subnormal below; 126 is infinity, 127 NaN.
 struct E4M3 : Blocked {
   static constexpr const char* name = "e4m3";
 
   static FUSED_OPTIM_HD uint8_t extra_of(uint32_t largest) { return exponent_below(largest, 14); }
 
+  // The smallest normal value: subnormal codes are the mantissa's first bits of a sum with it.
+  static FUSED_OPTIM_HD uint32_t normal_bits(uint32_t base) { return (base + 1) << 23; }
+
   static FUSED_OPTIM_HD float load(uint8_t stored, uint8_t base) {
-    const uint32_t code = stored & 0x7fu, b = base;
-    const float one = bit_cast<float>((8 * b + 8) << 20);
-    const uint32_t subnormal = bits_of(bit_cast<float>((code + 8 * b + 8) << 20) - one);
-    uint32_t value = code < 8 ? subnormal : (code + 8 * b) << 20;
-    value = code == 126 ? kInfinity : code == 127 ? kNaN : value;
+    const uint32_t code = stored & 0x7fu, bits = code << 20, one = normal_bits(base);
+    const uint32_t subnormal = bits_of(bit_cast<float>(bits + one) - bit_cast<float>(one));
+    uint32_t value = code < 8 ? subnormal : bits + (static_cast<uint32_t>(base) << 23);
+    value = code < 126 ? value : kInfinity + ((code - 126) << 22);
     return bit_cast<float>(value | (stored & 0x80u) << 24);
   }
 
-  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& extra) {
-    const uint32_t b = bits_of(x), magnitude = b & kMagnitude, r = random >> 12;
-    const int32_t base = extra, exponent = static_cast<int32_t>(magnitude >> 23);
-    const int32_t normal = static_cast<int32_t>((magnitude + r) >> 20) - 8 * base;
-    const uint32_t significand = (magnitude & 0x7fffffu) | (exponent > 0 ? 0x800000u : 0u);
-    int32_t shift = base + 1 - (exponent > 1 ? exponent : 1);
-    shift = shift < 0 ? 0 : shift > 31 ? 31 : shift;
-    const int32_t subnormal = static_cast<int32_t>(((significand >> shift) + r) >> 20);
-    int32_t code = at_most(exponent > base ? normal : subnormal, 120, base);
-    code = magnitude == kInfinity ? 126 : magnitude > kInfinity ? 127 : code;
-    return static_cast<uint8_t>(static_cast<uint32_t>(code) | ((b >> 24) & 0x80u));
+  static FUSED_OPTIM_HD uint32_t finite_code(uint32_t magnitude, uint32_t random, uint32_t base) {
+    const uint32_t one = normal_bits(base);
+    const uint32_t subnormal = bits_of(bit_cast<float>(magnitude) + bit_cast<float>(one)) - one;
+    const uint32_t scaled = magnitude < one ? subnormal : magnitude - (base << 23);
+    return (scaled + (random >> 12)) >> 20;
+  }
+
+  static FUSED_OPTIM_HD uint8_t store_usual(float x, uint32_t random, uint8_t base) {
+    const uint32_t b = bits_of(x);
+    return static_cast<uint8_t>(finite_code(b & kMagnitude, random, base) | ((b >> 24) & 0x80u));
+  }
+
+  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& base) {
+    const uint32_t b = bits_of(x), magnitude = b & kMagnitude;
+    const uint32_t code = unusual(finite_code(magnitude, random, base), magnitude, base, 126);
+    return static_cast<uint8_t>(code | ((b >> 24) & 0x80u));
   }
 };
 
@@ -277,18 +290,24 @@ struct E5M3 : Blocked {
   static FUSED_OPTIM_HD uint8_t extra_of(uint32_t largest) { return exponent_below(largest, 30); }
 
   static FUSED_OPTIM_HD float load(uint8_t code, uint8_t base) {
-    uint32_t value = (static_cast<uint32_t>(code) + 8u * base) << 20;
-    value = code == 0 ? 0u : code == 254 ? kInfinity : code == 255 ? kNaN : value;
-    return bit_cast<float>(value);
+    const uint32_t c = code;
+    const uint32_t value = c == 0 ? 0u : (c << 20) + (static_cast<uint32_t>(base) << 23);
+    return bit_cast<float>(c < 254 ? value : kInfinity + ((c - 254) << 22));
   }
 
-  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& extra) {
+  static FUSED_OPTIM_HD uint32_t finite_code(uint32_t magnitude, uint32_t random, uint32_t base) {
+    const int32_t code = static_cast<int32_t>((magnitude + (random >> 12)) >> 20) - static_cast<int32_t>(8 * base);
+    const uint32_t at_least_one = static_cast<uint32_t>(code > 1 ? code : 1);
+    return at_least_one < magnitude ? at_least_one : magnitude;  // zero is the only one below its code
+  }
+
+  static FUSED_OPTIM_HD uint8_t store_usual(float x, uint32_t random, uint8_t base) {
+    return static_cast<uint8_t>(finite_code(bits_of(x) & kMagnitude, random, base));
+  }
+
+  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& base) {
     const uint32_t magnitude = bits_of(x) & kMagnitude;
-    const int32_t base = extra;
-    int32_t code = static_cast<int32_t>((magnitude + (random >> 12)) >> 20) - 8 * base;
-    code = at_most(code > 1 ? code : 1, 248, base);
-    code = magnitude == 0 ? 0 : magnitude == kInfinity ? 254 : magnitude > kInfinity ? 255 : code;
-    return static_cast<uint8_t>(code);
+    return static_cast<uint8_t>(unusual(finite_code(magnitude, random, base), magnitude, base, 254));
   }
 };
 

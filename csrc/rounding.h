@@ -21,10 +21,11 @@ FUSED_OPTIM_HD uint32_t hash32(uint32_t x) {
   return x ^ (x >> 16);
 }
 
+// `hash`: hash32 of the element's index, which all operands share.
 template <Operand operand>
-FUSED_OPTIM_HD uint32_t dither(uint32_t index, const Place& place) {
+FUSED_OPTIM_HD uint32_t dither(uint32_t hash, const Place& place) {
   constexpr uint32_t factor = operand == kParam ? 0xC2B2AE3Du : operand == kMu ? 1u : 0x85EBCA77u;
-  return hash32(index) * factor + place.count * 0x9E3779B9u;
+  return hash * factor + place.count * 0x9E3779B9u;
 }
 
 struct PhiloxWords {

@@ -36,32 +36,44 @@ void load_block(const void* source, const void* extras, int64_t begin, int64_t n
   }
 }
 
-// The random bits that a codec asks for.
-template <class Codec, Operand operand>
-void random_block(const Place& place, int64_t begin, int64_t n, uint32_t* __restrict random) {
-  if constexpr (Codec::random == kDither) {
+// Philox gives eight neighbours their bits at once.
+inline void random_block(const Place& place, int64_t begin, int64_t n, uint32_t* __restrict random) {
 #pragma omp simd
-    for (int64_t i = 0; i < n; ++i) random[i] = dither<operand>(static_cast<uint32_t>(begin + i), place);
-  } else if constexpr (Codec::random == kPhilox) {
-    const int64_t group = begin / 8;
-#pragma omp simd
-    for (int64_t i = 0; i < (n + 7) / 8; ++i) {
-      const PhiloxWords words = philox(static_cast<uint64_t>(group + i), place);
-      for (int k = 0; k < 4; ++k) {
-        random[8 * i + 2 * k] = words.word[k] & 0xffffu;
-        random[8 * i + 2 * k + 1] = words.word[k] >> 16;
-      }
+  for (int64_t i = 0; i < (n + 7) / 8; ++i) {
+    const PhiloxWords words = philox(static_cast<uint64_t>(begin / 8 + i), place);
+    for (int k = 0; k < 4; ++k) {
+      random[8 * i + 2 * k] = words.word[k] & 0xffffu;
+      random[8 * i + 2 * k + 1] = words.word[k] >> 16;
     }
   }
 }
 
+inline void hash_block(int64_t begin, int64_t n, uint32_t* __restrict hashes) {
+  const uint32_t first = static_cast<uint32_t>(begin);
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) hashes[i] = hash32(first + static_cast<uint32_t>(i));
+}
+
+// A block's place, and the hashes of its elements' indices where an operand is dithered.
+struct BlockPlace {
+  Place place;
+  int64_t begin;
+  const uint32_t* hashes;
+};
+
 template <class Codec, Operand operand, class T>
-void store_block(const T* __restrict source, const Place& place, int64_t begin, int64_t n, void* target,
-                 void* extras) {
+void store_block(const T* __restrict source, const BlockPlace& at, int64_t n, void* target, void* extras) {
+  const int64_t begin = at.begin;
   auto* __restrict stored = static_cast<typename Codec::Stored*>(target) + begin;
-  uint32_t random[kBlock];
-  random_block<Codec, operand>(place, begin, n, random);
-  const auto random_of = [&](int64_t i) { return Codec::random == kNearest ? 0u : random[i]; };
+  uint32_t words[Codec::random == kPhilox ? kBlock : 1];
+  if constexpr (Codec::random == kPhilox) random_block(at.place, begin, n, words);
+  const Place place = at.place;
+  const uint32_t* const __restrict hashes = at.hashes;
+  const auto random_of = [&](int64_t i) {
+    if constexpr (Codec::random == kPhilox) return words[i];
+    if constexpr (Codec::random == kDither) return dither<operand>(hashes[i], place);
+    return 0u;
+  };
   if constexpr (std::is_same<typename Codec::Extra, NoExtra>::value) {
     NoExtra none;
 #pragma omp simd
@@ -81,12 +93,25 @@ void store_block(const T* __restrict source, const Place& place, int64_t begin, 
         uint32_t largest = 0;
 #pragma omp simd reduction(max : largest)
         for (int64_t i = first; i < end; ++i) {
-          const uint32_t magnitude = Codec::magnitude(source[i]);
+          const uint32_t magnitude = bits_of(source[i]) & kMagnitude;
           largest = magnitude > largest ? magnitude : largest;
         }
+        const bool usual = Codec::usual(largest);
+        if (!usual) {
+          largest = 0;
+          for (int64_t i = first; i < end; ++i) {
+            const uint32_t magnitude = Codec::magnitude(source[i]);
+            largest = magnitude > largest ? magnitude : largest;
+          }
+        }
         auto base = Codec::extra_of(largest);
+        if (usual) {
 #pragma omp simd
-        for (int64_t i = first; i < end; ++i) stored[i] = Codec::store(source[i], random_of(i), base);
+          for (int64_t i = first; i < end; ++i) stored[i] = Codec::store_usual(source[i], random_of(i), base);
+        } else {
+#pragma omp simd
+          for (int64_t i = first; i < end; ++i) stored[i] = Codec::store(source[i], random_of(i), base);
+        }
         extra[first / Codec::block] = base;
       }
     }
@@ -97,9 +122,10 @@ void store_block(const T* __restrict source, const Place& place, int64_t begin, 
 template <class T>
 struct Access {
   using Load = void (*)(const void* stored, const void* extra, int64_t begin, int64_t n, T* target);
-  using Store = void (*)(const T* source, const Place&, int64_t begin, int64_t n, void* stored, void* extra);
+  using Store = void (*)(const T* source, const BlockPlace&, int64_t n, void* stored, void* extra);
   Load load = nullptr;  // null where memory holds the working precision
   Store store = nullptr;
+  Random random = kNearest;
 
   // Where the rule finds the values: in memory itself, else in the buffer.
   T* values(int64_t stored, int64_t extra, int64_t begin, int64_t n, T* buffer) const {
@@ -108,10 +134,8 @@ struct Access {
     return buffer;
   }
 
-  void put_back(const T* values, const Place& place, int64_t begin, int64_t n, int64_t stored,
-                int64_t extra) const {
-    if (store != nullptr)
-      store(values, place, begin, n, reinterpret_cast<void*>(stored), reinterpret_cast<void*>(extra));
+  void put_back(const T* values, const BlockPlace& at, int64_t n, int64_t stored, int64_t extra) const {
+    if (store != nullptr) store(values, at, n, reinterpret_cast<void*>(stored), reinterpret_cast<void*>(extra));
   }
 };
 
@@ -122,7 +146,7 @@ bool find_access(const char* format, Access<T>& found) {
   if constexpr (std::is_same<typename Codec::Working, T>::value) {                         \
     if (same(format, Codec::name)) {                                                       \
       if constexpr (!std::is_same<typename Codec::Stored, T>::value)                       \
-        found = {load_block<Codec, T>, store_block<Codec, operand, T>};                    \
+        found = {load_block<Codec, T>, store_block<Codec, operand, T>, Codec::random};     \
       return true;                                                                         \
     }                                                                                      \
   }
@@ -144,14 +168,18 @@ struct Accesses {
            find_access<kMu>(task.mu_format, mu) && find_access<kNu>(task.nu_format, nu);
   }
 
+  bool dithered() const {
+    return param.random == kDither || mu.random == kDither || nu.random == kDither;
+  }
+
   bool direct() const {
     return param.load == nullptr && grad.load == nullptr && mu.load == nullptr && nu.load == nullptr;
   }
 };
 
 template <class Rule, class T>
-void update_block(T* __restrict p, const T* __restrict g, T* __restrict mu, T* __restrict nu,
-                  int64_t n, const Coefficients<T> c) {
+FUSED_OPTIM_HD void update_elements(T* __restrict p, const T* __restrict g, T* __restrict mu, T* __restrict nu,
+                                    int64_t n, const Coefficients<T>& c) {
   // Said to be independent: once this is inlined the compiler forgets __restrict, checks for
   // overlap at run time and takes a scalar loop for small tensors, five times as slow.
 #pragma omp simd
@@ -161,6 +189,18 @@ void update_block(T* __restrict p, const T* __restrict g, T* __restrict mu, T* _
     p[i] = p_value;
     mu[i] = mu_value;
     nu[i] = nu_value;
+  }
+}
+
+template <class Rule, class T>
+void update_block(T* __restrict p, const T* __restrict g, T* __restrict mu, T* __restrict nu, int64_t n,
+                  Coefficients<T> c) {
+  if (c.bias_correction1 == T(1) && c.bias_correction1_next == T(1)) {
+    // From step 165 on for beta1 = 0.9. A constant here, the compiler drops its division.
+    c.bias_correction1 = c.bias_correction1_next = T(1);
+    update_elements<Rule, T>(p, g, mu, nu, n, c);
+  } else {
+    update_elements<Rule, T>(p, g, mu, nu, n, c);
   }
 }
 
@@ -174,6 +214,7 @@ template <class Rule, class T>
 void step_chunks(const Task& task, int64_t first, int64_t last) {
   Accesses<T> access;
   access.find(task);
+  uint32_t hashes[kBlock];
   T param_buffer[kBlock], grad_buffer[kBlock], mu_buffer[kBlock], nu_buffer[kBlock];
   for (int64_t k = first; k < last; ++k) {
     const Chunk chunk = task.chunks[k];
@@ -196,9 +237,11 @@ void step_chunks(const Task& task, int64_t first, int64_t last) {
         divide_block(grad_buffer, n, c.grad_divisor);
       }
       update_block<Rule, T>(p, g, mu, nu, n, c);
-      access.mu.put_back(mu, place, begin, n, row.mu, row.mu_extra);
-      access.nu.put_back(nu, place, begin, n, row.nu, row.nu_extra);
-      access.param.put_back(p, place, begin, n, row.param, row.param_extra);
+      if (access.dithered()) hash_block(begin, n, hashes);
+      const BlockPlace at{place, begin, hashes};
+      access.mu.put_back(mu, at, n, row.mu, row.mu_extra);
+      access.nu.put_back(nu, at, n, row.nu, row.nu_extra);
+      access.param.put_back(p, at, n, row.param, row.param_extra);
     }
   }
 }

@@ -231,13 +231,11 @@ def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
     magnitude = b & 0x7FFFFFFF
     base = _block_base(magnitude, 14)
     base_of = _of_elements(base, values.shape)
-    r = _dither(values, place, 20)
-    exponent = magnitude >> 23
-    normal = ((magnitude + r) >> 20) - 8 * base_of
-    significand = magnitude & 0x7FFFFF | torch.where(exponent > 0, 0x800000, 0)
-    shift = (base_of + 1 - exponent.clamp(min=1)).clamp(0, 31)
-    subnormal = ((significand >> shift) + r) >> 20
-    code = torch.where(exponent > base_of, normal, subnormal)
+    # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
+    one = (base_of + 1) << 23
+    subnormal = bits_of(values.abs() + float_of(one)) - one
+    scaled = torch.where(magnitude < one, subnormal, magnitude - (base_of << 23))
+    code = (scaled + _dither(values, place, 20)) >> 20
     code = torch.minimum(code.clamp(max=120), 2039 - 8 * base_of)
     code = torch.where(magnitude == 0x7F800000, 126, code)
     code = torch.where(magnitude > 0x7F800000, 127, code)
@@ -247,8 +245,8 @@ def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
 def _decode_e4m3(stored: Tensor, base: Tensor | None) -> Tensor:
     assert base is not None
     code, base_of = stored.to(torch.int64) & 0x7F, _of_elements(base, stored.shape)
-    one = float_of((8 * base_of + 8) << 20)
-    subnormal = float_of((code + 8 * base_of + 8) << 20) - one
+    one = (base_of + 1) << 23
+    subnormal = float_of((code << 20) + one) - float_of(one)
     value = torch.where(code < 8, subnormal, float_of((code + 8 * base_of) << 20))
     value = torch.where(code == 126, torch.inf, value)
     value = torch.where(code == 127, torch.nan, value)

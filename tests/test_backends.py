@@ -37,6 +37,23 @@ DTYPES = {
     "bf16_fp64": (torch.bfloat16, torch.float64),
 }
 """(parameter, gradient)."""
+MEMORY: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp32+bf16": ("fp32", {"state_format": "bf16"}),
+    "fp32+8bit": ("fp32", {"state_format": "8bit"}),
+    "bf16+bf16": ("bf16", {"state_format": "bf16"}),
+    "bf16+8bit": ("bf16", {"state_format": "8bit"}),
+    "fp16+8bit": ("fp16", {"state_format": "8bit"}),
+    "bf16_master": ("bf16", {"master_weights": "fp32"}),
+    "fp16_master": ("fp16", {"master_weights": "fp32"}),
+    "split16": ("bf16", {"master_weights": "split16"}),
+    "split8": ("bf16", {"master_weights": "split8"}),
+    "bf16_stochastic": ("bf16", {"stochastic_rounding": True}),
+    "fp16_stochastic": ("fp16", {"stochastic_rounding": True}),
+    "split16+bf16": ("bf16_fp32", {"master_weights": "split16", "state_format": "bf16"}),
+    "split8+8bit": ("bf16", {"master_weights": "split8", "state_format": "8bit"}),
+    "stochastic+8bit": ("bf16_fp32", {"stochastic_rounding": True, "state_format": "8bit"}),
+}
+"""Storage formats: (of DTYPES, the optimizer's options)."""
 
 
 def _device_of(backend: str) -> str | None:
@@ -61,6 +78,8 @@ def _backend(name: str) -> Any:
 
 backends = pytest.mark.parametrize("backend", [_backend(name) for name in ("cpu", "triton", "cuda")])
 rules = pytest.mark.parametrize("rule", RULES)
+memory_formats = pytest.mark.parametrize("memory", MEMORY)
+layouts = pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
 
 
 def values(rng: torch.Generator, shape: Sequence[int], dtype: torch.dtype) -> Tensor:
@@ -176,7 +195,7 @@ SIZES = [(n,) for n in (0, 1, 7, 1023, 1024, 1025, 2047, 2048, 2049)]
 @backends
 @rules
 @pytest.mark.parametrize("dtypes", DTYPES.values(), ids=DTYPES)
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 def test_sizes_and_dtypes(
     backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype], flatten: bool
 ) -> None:
@@ -184,6 +203,41 @@ def test_sizes_and_dtypes(
     for _ in range(3):
         pair.step()
     pair.check()
+
+
+def pair_in(memory: str, rule: str, backend: str, shapes: Sequence[Sequence[int]], **options: Any) -> Pair:
+    """A pair of models in one of the storage formats."""
+    dtypes, chosen = MEMORY[memory]
+    return Pair(rule, backend, shapes, DTYPES[dtypes], **chosen, **options)
+
+
+@backends
+@rules
+@layouts
+@memory_formats
+def test_memory_formats(backend: str, rule: str, flatten: bool, memory: str) -> None:
+    sizes = [(n,) for n in (0, 1, 7, 127, 128, 129, 1023, 1025, 2048, 4099)]
+    pair = pair_in(memory, rule, backend, [*sizes, (), (3, 5)], flatten=flatten)
+    for skip in ((), (5, 7), ()):
+        pair.step(skip)
+    pair.check()
+
+
+@backends
+@layouts
+@memory_formats
+@pytest.mark.parametrize("layout", [unaligned, strided, transposed])
+def test_layouts_in_memory_formats(
+    backend: str, flatten: bool, memory: str, layout: Callable[[Tensor], Tensor]
+) -> None:
+    place, check = guarded(layout)
+    pair = pair_in(
+        memory, "adamaxw", backend, [(1025,), (33, 35), (2, 3, 5, 7)], place=place, flatten=flatten
+    )
+    for _ in range(2):
+        pair.step()
+    pair.check()
+    check()
 
 
 @backends
@@ -197,7 +251,7 @@ def test_a_large_prime(backend: str, rule: str, size: int, dtype: torch.dtype) -
 
 
 @backends
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 def test_two_thousand_tiny_tensors(backend: str, flatten: bool) -> None:
     pair = Pair("adabelief", backend, [(1 + i % 9,) for i in range(2000)], flatten=flatten)
     pair.step()
@@ -208,7 +262,7 @@ def test_two_thousand_tiny_tensors(backend: str, flatten: bool) -> None:
 @rules
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
 @pytest.mark.parametrize("layout", [unaligned, strided, transposed])
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 def test_layouts(
     backend: str, rule: str, dtype: torch.dtype, layout: Callable[[Tensor], Tensor], flatten: bool
 ) -> None:
@@ -233,7 +287,7 @@ def test_channels_last(backend: str, rule: str) -> None:
 
 @backends
 @rules
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 def test_gradients_of_other_layouts(backend: str, rule: str, flatten: bool) -> None:
     def lay_out(g: Tensor, i: int) -> Tensor:
         return [lambda: g.T.contiguous().T, lambda: unaligned(g), lambda: strided(g), lambda: g][i]()
@@ -245,7 +299,7 @@ def test_gradients_of_other_layouts(backend: str, rule: str, flatten: bool) -> N
 
 
 @backends
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 def test_groups_of_different_hyperparameters_step_in_one_launch(backend: str, flatten: bool) -> None:
     def groups(params: list[Tensor]) -> list[dict[str, Any]]:
         return [
@@ -269,7 +323,7 @@ def test_groups_of_different_hyperparameters_step_in_one_launch(backend: str, fl
 
 @backends
 @rules
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 def test_decoupled_lr_and_masked_decay(backend: str, rule: str, flatten: bool) -> None:
     pair = Pair(
         rule,
@@ -303,15 +357,10 @@ def test_gradients_that_come_and_go_when_flat(backend: str) -> None:
     pair.check()
 
 
-@backends
-@rules
-@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["fp64"], DTYPES["bf16"], DTYPES["fp16"]], ids=str)
-@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from Triton's interpreter
-def test_special_values(backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
-    """NaN, infinities, zeros of both signs, subnormals and the largest values, in a full
-    chunk and in a tail; nothing flushed to zero, every NaN where eager has one."""
-    tiny, huge = torch.finfo(dtypes[1]).tiny, torch.finfo(dtypes[1]).max
-    first = torch.tensor(
+def special_values(dtype: torch.dtype) -> Tensor:
+    """NaN, infinities, zeros, subnormals and the largest values of ``dtype``, in float64."""
+    tiny, huge = torch.finfo(dtype).tiny, torch.finfo(dtype).max
+    return torch.tensor(
         [
             float("nan"),
             float("inf"),
@@ -327,6 +376,28 @@ def test_special_values(backend: str, rule: str, dtypes: tuple[torch.dtype, torc
         ],
         dtype=torch.float64,
     )
+
+
+@backends
+@rules
+@memory_formats
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from Triton's interpreter
+def test_special_values_in_memory_formats(backend: str, rule: str, memory: str) -> None:
+    first = special_values(DTYPES[MEMORY[memory][0]][1])
+    pair = pair_in(memory, rule, backend, [(2048,), (100,)], eps=0.0)
+    for _ in range(2):
+        pair.step(first=first)
+    pair.check()
+
+
+@backends
+@rules
+@pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["fp64"], DTYPES["bf16"], DTYPES["fp16"]], ids=str)
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from Triton's interpreter
+def test_special_values(backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """NaN, infinities, zeros of both signs, subnormals and the largest values, in a full
+    chunk and in a tail; nothing flushed to zero, every NaN where eager has one."""
+    first = special_values(dtypes[1])
     pair = Pair(rule, backend, [(2048,), (100,)], dtypes, eps=0.0)
     for _ in range(2):
         pair.step(first=first)
@@ -449,7 +520,7 @@ def model_like(model: str, device: str) -> tuple[list[Tensor], list[dict[str, An
     return params, [{"params": first}, {"params": second, "weight_decay": 0.0}]
 
 
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 @pytest.mark.parametrize("model", ["gpt2", "ten_thousand"])
 def test_launches_of_triton(model: str, flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """At most two launches a step, whatever the number of tensors; counted, not run."""
@@ -467,7 +538,7 @@ def test_launches_of_triton(model: str, flatten: bool, monkeypatch: pytest.Monke
     assert rows == (2 if flatten else len(params))
 
 
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@layouts
 @pytest.mark.parametrize("model", ["gpt2", "ten_thousand"])
 def test_launches_of_cuda(model: str, flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """One call of the CUDA launcher a step, which makes two launches, as
