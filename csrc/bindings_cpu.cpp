@@ -22,6 +22,8 @@ struct Isa {
   const char* name;
   bool supported;
   StepChunks (*find)(const char* rule, const Task& task);
+  bool (*encode)(Operand, const char* format, const float*, const Place&, int64_t n, void* stored, void* extra);
+  bool (*decode)(Operand, const char* format, const void* stored, const void* extra, int64_t n, float*);
 };
 
 // Best first.
@@ -31,10 +33,10 @@ const std::vector<Isa>& isas() {
       {"avx512",
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       avx512::find},
-      {"avx2", static_cast<bool>(__builtin_cpu_supports("avx2")), avx2::find},
+       avx512::find, avx512::encode, avx512::decode},
+      {"avx2", static_cast<bool>(__builtin_cpu_supports("avx2")), avx2::find, avx2::encode, avx2::decode},
 #endif
-      {"baseline", true, baseline::find},
+      {"baseline", true, baseline::find, baseline::encode, baseline::decode},
   };
   return all;
 }
@@ -87,7 +89,27 @@ void run(StepChunks step_chunks, Task task, const Counter* counters, int64_t n_c
     step_chunks(task, i * portion, minimum((i + 1) * portion, n_chunks));
 }
 
-void step(const std::string& isa_name, const std::string& rule, const std::string& param_format,
+const Isa& isa_named(const std::string& name) {
+  for (const Isa& isa : isas())
+    if (isa.supported && name == isa.name) return isa;
+  throw std::invalid_argument("no CPU code for instruction set '" + name + "'");
+}
+
+void encode(const std::string& isa, int operand, const std::string& format, int64_t values, int64_t n, uint32_t step,
+            uint64_t key, int64_t stored, int64_t extra) {
+  if (!isa_named(isa).encode(static_cast<Operand>(operand), format.c_str(), reinterpret_cast<const float*>(values),
+                             Place{step, key}, n, reinterpret_cast<void*>(stored), reinterpret_cast<void*>(extra)))
+    throw std::invalid_argument("no CPU code that encodes format '" + format + "'");
+}
+
+void decode(const std::string& isa, int operand, const std::string& format, int64_t stored, int64_t extra, int64_t n,
+            int64_t values) {
+  if (!isa_named(isa).decode(static_cast<Operand>(operand), format.c_str(), reinterpret_cast<const void*>(stored),
+                             reinterpret_cast<const void*>(extra), n, reinterpret_cast<float*>(values)))
+    throw std::invalid_argument("no CPU code that decodes format '" + format + "'");
+}
+
+void step(const std::string& isa, const std::string& rule, const std::string& param_format,
           const std::string& grad_format, const std::string& mu_format, const std::string& nu_format,
           int64_t rows, int64_t chunks, int64_t n_chunks, int64_t chunk_size, int64_t counters, int64_t n_counters,
           int64_t hyper, double grad_scale, int threads) {
@@ -99,13 +121,11 @@ void step(const std::string& isa_name, const std::string& rule, const std::strin
   task.grad_format = grad_format.c_str();
   task.mu_format = mu_format.c_str();
   task.nu_format = nu_format.c_str();
-  StepChunks step_chunks = nullptr;
-  for (const Isa& isa : isas())
-    if (isa.supported && isa_name == isa.name) step_chunks = isa.find(rule.c_str(), task);
+  const StepChunks step_chunks = isa_named(isa).find(rule.c_str(), task);
   if (step_chunks == nullptr)
     throw std::invalid_argument("no CPU code for rule '" + rule + "', parameter format '" + param_format +
                                 "', gradient format '" + grad_format + "', moment formats '" + mu_format + "' and '" +
-                                nu_format + "', instruction set '" + isa_name + "'");
+                                nu_format + "'");
   const auto* c = reinterpret_cast<const Counter*>(counters);
   const auto* h = reinterpret_cast<const Hyperparameters*>(hyper);
   py::gil_scoped_release release;
@@ -122,6 +142,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU step of fused_optim.";
   m.def("isas", &fused_optim::supported_isas, "Instruction sets that this machine has, best first.");
   m.def("step", &fused_optim::step, "One step of every row of a table.");
+  m.def("encode", &fused_optim::encode, "Values into a format that is not the working precision's own.");
+  m.def("decode", &fused_optim::decode, "What encode stored, back to values.");
   py::class_<fused_optim::Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
       .def(py::init<py::list, py::dict, py::object>())
       .def("ask", [](fused_optim::Watch& watch, py::list param_lists, py::dict state) {

@@ -35,16 +35,19 @@ using StepChunks = void (*)(const Task&, int64_t first, int64_t last);
 FUSED_OPTIM_HD bool same(const char* a, const char* b) { return strcmp(a, b) == 0; }
 FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
-namespace baseline {
-StepChunks find(const char* rule, const Task& task);
-}
+#define FUSED_OPTIM_DECLARE(isa)                                                                          \
+  namespace isa {                                                                                         \
+  StepChunks find(const char* rule, const Task& task);                                                    \
+  bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n,    \
+              void* stored, void* extra);                                                                 \
+  bool decode(Operand operand, const char* format, const void* stored, const void* extra, int64_t n,      \
+              float* values);                                                                             \
+  }
+FUSED_OPTIM_DECLARE(baseline)
 #if defined(__x86_64__)
-namespace avx2 {
-StepChunks find(const char* rule, const Task& task);
-}
-namespace avx512 {
-StepChunks find(const char* rule, const Task& task);
-}
+FUSED_OPTIM_DECLARE(avx2)
+FUSED_OPTIM_DECLARE(avx512)
 #endif
+#undef FUSED_OPTIM_DECLARE
 
 }  // namespace fused_optim

@@ -246,6 +246,35 @@ void step_chunks(const Task& task, int64_t first, int64_t last) {
   }
 }
 
+// One operand alone, for the tests of codecs.
+template <Operand operand>
+bool encode_operand(const char* format, const float* values, const Place& place, int64_t n, void* stored, void* extra) {
+  Access<float> access;
+  if (!find_access<operand>(format, access) || access.store == nullptr) return false;
+  uint32_t hashes[kBlock];
+  for (int64_t begin = 0; begin < n; begin += kBlock) {
+    const int64_t count = minimum(kBlock, n - begin);
+    hash_block(begin, count, hashes);
+    access.store(values + begin, {place, begin, hashes}, count, stored, extra);
+  }
+  return true;
+}
+
+bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n, void* stored,
+            void* extra) {
+  return operand == kParam ? encode_operand<kParam>(format, values, place, n, stored, extra)
+         : operand == kMu  ? encode_operand<kMu>(format, values, place, n, stored, extra)
+                           : encode_operand<kNu>(format, values, place, n, stored, extra);
+}
+
+bool decode(Operand operand, const char* format, const void* stored, const void* extra, int64_t n, float* values) {
+  Access<float> access;
+  const bool found = operand == kParam ? find_access<kParam>(format, access) : find_access<kMu>(format, access);
+  if (!found || access.load == nullptr) return false;
+  access.load(stored, extra, 0, n, values);
+  return true;
+}
+
 // The function that steps a range of chunks; null for an unknown rule or format.
 StepChunks find(const char* rule, const Task& task) {
   const bool single = Accesses<float>().find(task), twice = Accesses<double>().find(task);

@@ -35,7 +35,7 @@ DITHER_FACTORS = (0xC2B2AE3D, 1, 0x85EBCA77)
 class Place(NamedTuple):
     """What a rounding may depend on beside the value."""
 
-    count: Tensor
+    step: Tensor
     """0-dim int64: the parameter's step number."""
     key: int
     """The parameter's :func:`random_key`."""
@@ -62,7 +62,7 @@ def dither(index: Tensor, place: Place) -> Tensor:
     Args:
         index: int64, the elements' logical indices.
     """
-    return (hash32(index) * DITHER_FACTORS[place.operand] + place.count * WEYL) & MASK
+    return (hash32(index) * DITHER_FACTORS[place.operand] + place.step * WEYL) & MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
@@ -91,7 +91,7 @@ def random_words(index: Tensor, place: Place) -> Tensor:
     """
     group = index >> 3
     zero = torch.zeros_like(group)
-    counter = (group & MASK, group >> 32, zero + place.count, zero)
+    counter = (group & MASK, group >> 32, zero + place.step, zero)
     words = torch.stack(philox(counter, (place.key & MASK, place.key >> 32)))
     word = words.gather(0, ((index >> 1) & 3)[None])[0]
     return word >> 16 * (index & 1) & 0xFFFF

@@ -1,0 +1,342 @@
+"""Storage formats: every bit pattern (a sample of them unless FUSED_OPTIM_EXHAUSTIVE is set), every
+code, adversarial blocks; the eager definition against its promises, the CPU's code against it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import Tensor
+
+from fused_optim.backends import extension
+from fused_optim.rounding import MU, NU, PARAM, Place, dither, philox, random_key, random_words
+from fused_optim.storage import BLOCK, FORMATS, bits_of, float_of, round_to_bf16, round_to_fp16
+
+EXHAUSTIVE = bool(os.environ.get("FUSED_OPTIM_EXHAUSTIVE"))
+SLICE = 2**22 if EXHAUSTIVE else 2**16
+OPERANDS = {
+    "bf16": PARAM, "fp16": PARAM, "bf16_master": PARAM, "fp16_master": PARAM, "split16": PARAM, "split8": PARAM,
+    "bf16_stochastic": PARAM, "fp16_stochastic": PARAM, "bf16_dither": MU, "e4m3": MU, "e5m3": NU,
+}  # fmt: skip
+"""Formats that are not the working precision's own, and an operand that has each."""
+DITHERED = ("bf16_dither", "e4m3", "e5m3", "split8")
+
+
+def slices() -> Iterator[Tensor]:
+    """float32 values of all bit patterns, or of 16 slices that lie evenly among them, each
+    starting where something happens: 0, the smallest normal, 1, infinity, and their negatives."""
+    total = 2**32 // SLICE
+    firsts = range(total) if EXHAUSTIVE else [*range(0, total, total // 13), total - 1]
+    for first in firsts:
+        yield float_of(torch.arange(first * SLICE, (first + 1) * SLICE))
+    if not EXHAUSTIVE:
+        for bits in (0x00800000, 0x3F800000, 0x7F800000, 0xFF800000, 0x477FE000, 0x38800000, 0x33000000):
+            yield float_of(torch.arange(bits - SLICE // 2, bits + SLICE // 2))
+
+
+def place(step: int = 3, parameter: int = 5, operand: int = PARAM) -> Place:
+    return Place(torch.tensor(step), random_key(11, parameter), operand)
+
+
+def of_step(values: Tensor, name: str, step: int) -> tuple[Tensor, Tensor | None]:
+    return FORMATS[name].encode(values, place(step, operand=OPERANDS[name]))
+
+
+def ordered(x: Tensor) -> Tensor:
+    """16-bit floats as integers in their order, neighbours one apart."""
+    b = x.view(torch.int16).to(torch.int64)
+    return torch.where(b < 0, -(b & 0x7FFF), b)
+
+
+def test_philox_gives_the_published_words() -> None:
+    """The known answers of Random123 for counter and key of zeros and of ones."""
+    zero, ones = torch.zeros(1, dtype=torch.int64), torch.full((1,), 0xFFFFFFFF)
+    for c, k, want in (
+        (zero, 0, (0x6627E8D5, 0xE169C58D, 0xBC57AC4C, 0x9B00DBD8)),
+        (ones, 0xFFFFFFFF, (0x408F276D, 0x41C83B0E, 0xA20BC7C6, 0x6D5451FD)),
+    ):
+        assert tuple(int(w) for w in philox((c, c, c, c), (k, k))) == want
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize("word", [0, 1, 0x7FFF, 0x8000, 0xFFFF])
+def test_rounding_at_odds_goes_to_a_neighbour_as_the_word_says(
+    name: str, dtype: torch.dtype, word: int
+) -> None:
+    """Up exactly where the cut-off fraction and the word carry; finite stays finite where
+    nearest does; the nearest neighbours bound the result."""
+    round_to = round_to_bf16 if name == "bf16" else round_to_fp16
+    for x in slices():
+        got, down = (round_to(x, torch.full(x.shape, w)) for w in (word, 0))
+        nearest = x.to(dtype)
+        assert torch.equal(got.isnan(), x.isnan())
+        real = ~x.isnan()
+        got, nearest, x, down = got[real], nearest[real], x[real], down[real]
+        assert bool(((ordered(got) - ordered(nearest)).abs() <= 1).all())
+        assert not bool((got.isinf() & ~nearest.isinf()).any())
+        exact = nearest.float() == x
+        assert torch.equal(got[exact].float(), x[exact])
+        usual = x.abs() < torch.finfo(dtype).max
+        assert bool((down[usual].float().abs() <= x[usual].abs()).all())
+        fraction = (x[usual].double() - down[usual].double()).abs()
+        unit = (unit_above(down[usual]) - down[usual].double()).abs()
+        carries = (fraction / unit * 65536).floor() + word >= 65536
+        assert torch.equal(ordered(got[usual]) != ordered(down[usual]), carries)
+
+
+def unit_above(x: Tensor) -> Tensor:
+    """The neighbour of 16-bit values away from zero, in float64; past the largest, as if it went on."""
+    b = x.view(torch.int16)
+    away = (b + 1).view(x.dtype).double()
+    return torch.where(away.isinf(), 2 * x.double() - (b - 1).view(x.dtype).double(), away)
+
+
+@pytest.mark.parametrize("name", ["bf16_master", "fp16_master", "split16"])
+def test_a_master_is_exact(name: str) -> None:
+    for x in slices():
+        param, extra = of_step(x, name, 1)
+        back = FORMATS[name].decode(param, extra)
+        assert torch.equal(back.isnan(), x.isnan())
+        real = ~x.isnan()
+        assert torch.equal(bits_of(back)[real], bits_of(x)[real])
+        assert torch.equal(param.isnan(), x.isnan())
+        if name != "split16":
+            assert torch.equal(param[real], x.to(param.dtype)[real])
+        else:
+            # To nearest, ties away from zero: never further than the even one.
+            nearest = x.to(torch.bfloat16)
+            finite = real & ~nearest.isinf()
+            error, least = ((t.double() - x.double()).abs()[finite] for t in (param, nearest))
+            assert torch.equal(error, least)
+
+
+def test_rounding_half_to_even_does_not_leave_a_remainder_of_16_bits() -> None:
+    """Why split16 rounds half away from zero: the other way a remainder can be +32768."""
+    x = float_of(torch.tensor([0x3F808000]))
+    even = bits_of(x.to(torch.bfloat16).float())
+    assert int(bits_of(x) - even) == 32768
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 1000])
+def test_split8_is_off_by_less_than_a_unit_of_24_bits(step: int) -> None:
+    for x in slices():
+        param, extra = of_step(x, "split8", step)
+        back = FORMATS["split8"].decode(param, extra)
+        assert torch.equal(back.isnan(), x.isnan())
+        assert torch.equal(back[x.isinf()], x[x.isinf()])
+        real = x.isfinite()
+        error = bits_of(back)[real] - bits_of(x)[real]
+        assert bool((error.abs() < 256).all())
+        assert bool((bits_of(back)[real] & 0xFF == 0).all())
+        again = FORMATS["split8"].decode(*of_step(back, "split8", step + 1))
+        assert torch.equal(bits_of(again)[real], bits_of(back)[real])
+
+
+@pytest.mark.parametrize("operand", [MU, NU])
+def test_every_8bit_code_decodes_and_encodes_to_itself(operand: int) -> None:
+    """All values that there are, under all bases."""
+    name, largest, infinity = ("e4m3", 120, 126) if operand == MU else ("e5m3", 248, 254)
+    for base in range(255 - (14 if operand == MU else 30)):
+        finite = torch.arange(largest + 1 if base < (240 if operand == MU else 224) else largest)
+        codes = torch.cat([finite, torch.tensor([infinity, infinity + 1])])
+        if operand == MU:
+            codes = torch.cat([codes, codes + 128])
+        # The block's largest value fixes its base: a block of its own for each code.
+        top = torch.full((len(codes), BLOCK), 8 * (14 if operand == MU else 30) + 7)
+        top[:, 0] = codes
+        stored, bases = top.reshape(-1).to(torch.uint8), torch.full((len(codes),), base, dtype=torch.uint8)
+        values = FORMATS[name].decode(stored, bases)
+        again = FORMATS[name].decode(*FORMATS[name].encode(values, place(operand=operand)))
+        assert_same_bits(again, values, f"base {base}")
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m3"])
+def test_all_dithers_of_chosen_values(name: str) -> None:
+    """All 2^20 dithers: the mean is the value, and each result one of its two neighbours."""
+    operand = OPERANDS[name]
+    r = torch.arange(2**20)
+    for value in (1.0, 1.0625, 1.3, 1.9999, 0.4242, 0.07, 3e-5 if name == "e5m3" else 1e-3):
+        block = torch.ones(BLOCK)
+        block[5] = value * 0.49
+        block[6] = value
+        seen = {}
+        # Codes only depend on the dither's top 20 bits; take them all through a patched dither.
+        with pytest.MonkeyPatch.context() as patch:
+            for k in range(0, 2**20, 2**14 if not EXHAUSTIVE else 1):
+                patch.setattr(
+                    "fused_optim.storage.dither",
+                    lambda index, at, k=k: torch.full_like(index, int(r[k]) << 12),
+                )
+                decoded = FORMATS[name].decode(*FORMATS[name].encode(block, place(operand=operand)))
+                seen[k] = float(decoded[6])
+        got = torch.tensor(list(seen.values()), dtype=torch.float64)
+        assert len(got.unique()) <= 2
+        assert abs(float(got.mean()) - float(block[6])) <= 2e-2 * float(block[6]) / 8
+        assert bool(((got - float(block[6])).abs() < float(block[6]) / 8).all())
+
+
+def adversarial() -> dict[str, Tensor]:
+    n = BLOCK
+    rng = torch.Generator().manual_seed(0)
+    tiny = torch.full((n,), 1e-30)
+    one_huge = tiny.clone()
+    one_huge[17] = 1e30
+    mixed = torch.randn(n, generator=rng)
+    mixed[[0, 1, 2, 3, 4]] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
+    return {
+        "one huge among tiny": one_huge,
+        "constant": torch.full((n,), 0.1),
+        "zeros": torch.zeros(n),
+        "subnormals": float_of(torch.arange(1, n + 1) * 60000),
+        "the smallest": float_of(torch.arange(0, n)),
+        "the largest": float_of(0x7F7FFFFF - torch.arange(n)),
+        "infinities": torch.full((n,), torch.inf),
+        "NaN": torch.full((n,), torch.nan),
+        "mixed": mixed,
+        "short": torch.rand(7, generator=rng),
+        "29 orders": 2.0 ** -torch.arange(n).clamp(max=29),
+    }
+
+
+@pytest.mark.parametrize("what", adversarial())
+@pytest.mark.parametrize("name", ["e4m3", "e5m3"])
+@pytest.mark.parametrize("step", [1, 7])
+def test_adversarial_blocks(name: str, what: str, step: int) -> None:
+    x = adversarial()[what]
+    x = x.abs() if name == "e5m3" else x
+    got = FORMATS[name].decode(*of_step(x, name, step))
+    assert torch.equal(got.isnan(), x.isnan())
+    assert torch.equal(got.isinf(), x.isinf())
+    assert bool((got[x == 0] == 0).all())
+    assert torch.equal(got[~x.isnan()].signbit(), x[~x.isnan()].signbit())
+    finite = x.isfinite() & (x != 0)
+    if not bool(finite.any()):
+        return
+    largest = x[finite].abs().max().double()
+    orders = 29 if name == "e5m3" else 13
+    normal = finite & (x.abs().double() >= torch.maximum(largest * 2.0**-orders, torch.tensor(2.0**-126)))
+    relative = ((got.double() - x.double()).abs() / x.double().abs())[normal]
+    assert bool((relative < 1 / 8).all())
+    if name == "e5m3":
+        assert bool((got[finite] > 0).all()), "nothing but zero decodes to zero"
+        below = finite & ~normal
+        assert bool((got[below].double() <= torch.maximum(largest * 2.0**-28, torch.tensor(2.0**-125))).all())
+
+
+def test_a_neighbouring_block_does_not_matter() -> None:
+    rng = torch.Generator().manual_seed(1)
+    x = torch.rand(3 * BLOCK, generator=rng)
+    for name in ("e4m3", "e5m3"):
+        want = of_step(x, name, 5)
+        y = x.clone()
+        y[BLOCK : 2 * BLOCK] = torch.nan
+        got = of_step(y, name, 5)
+        for t, u in zip(want, got):
+            assert t is not None and u is not None
+            third = len(t) // 3
+            assert torch.equal(t[:third], u[:third]) and torch.equal(t[2 * third :], u[2 * third :])
+
+
+def test_the_dither_is_even_over_steps_and_elements() -> None:
+    """Each element's bits are spread evenly over steps (a Weyl sequence: any n of them leave no
+    gap of more than about 3/n), and those of neighbours and of operands are unrelated."""
+    index = torch.arange(4096)
+    for operand in (PARAM, MU, NU):
+        steps = torch.stack([dither(index, place(t, operand=operand)) for t in range(1, 257)]) / 2**32
+        gaps = steps.sort(0).values.diff(dim=0)
+        assert float(gaps.max()) < 3 / 256
+        assert abs(float(steps[0].mean()) - 0.5) < 5 * (1 / 12 / 4096) ** 0.5
+    a, b, c = (dither(index, place(9, operand=o)) / 2**32 - 0.5 for o in (PARAM, MU, NU))
+    for x, y in ((a, b), (b, c), (a, c), (b[1:], b[:-1])):
+        assert abs(float((x * y).mean())) < 5 / 12 / len(x) ** 0.5
+
+
+@pytest.mark.parametrize(("name", "dtype"), [("bf16", torch.bfloat16), ("fp16", torch.float16)])
+def test_all_random_words_give_exact_counts(name: str, dtype: torch.dtype) -> None:
+    """Over all 65,536 words a value goes up as often as the fraction cut off says, exactly."""
+    words = torch.arange(65536)
+    round_to = round_to_bf16 if name == "bf16" else round_to_fp16
+    for bits in (0x3F801234, 0xBF80FFFF, 0x3F800001, 0x40490FDB, 0x3F80E000, 0x3F802000):
+        x = float_of(torch.full((65536,), bits))
+        got = round_to(x, words)
+        down = round_to(x[:1], words[:1]).double()
+        cut = (x[:1].double() - down).abs() / (unit_above(round_to(x[:1], words[:1])) - down).abs()
+        assert int((got.double() != down).sum()) == int(cut * 65536)
+
+
+def test_stochastic_rounding_is_unbiased() -> None:
+    """A million draws for each value: |z| < 5."""
+    n = 2**20
+    for value in (1 + 2**-9, 1 + 2**-16 * 100, -3.14159265, 1e-30, 0.1):
+        x = torch.full((n,), value)
+        got = FORMATS["bf16_stochastic"].encode(x, place())[0].double()
+        low, high = got.min(), got.max()
+        odds = float((x[0].double() - low) / (high - low))
+        z = (got.mean() - x[0].double()) / ((high - low) * (odds * (1 - odds) / n) ** 0.5)
+        assert abs(float(z)) < 5
+
+
+def test_random_words_go_by_seed_step_parameter_and_index_alone() -> None:
+    index = torch.arange(1000)
+    words = random_words(index, place())
+    assert torch.equal(words[100:], random_words(index[100:], place()))
+    assert int(words.min()) >= 0 and int(words.max()) < 65536
+    for other in (place(step=4), place(parameter=6), place()._replace(key=random_key(12, 5))):
+        assert float((random_words(index, other) == words).float().mean()) < 0.01
+    far = random_words(index + 2**36, place())
+    assert float((far == words).float().mean()) < 0.01
+
+
+def _native() -> object:
+    native, why = extension("_cpu")
+    if native is None:
+        pytest.skip(why)
+    return native
+
+
+@pytest.mark.parametrize("name", OPERANDS)
+def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None:
+    native = _native()
+    format, operand = FORMATS[name], OPERANDS[name]
+    for isa in native.isas():  # type: ignore[attr-defined]
+        for x in slices():
+            at = place(operand=operand)
+            want, want_extra = format.encode(x, at)
+            got = torch.empty_like(want)
+            extra = torch.empty_like(want_extra) if want_extra is not None else torch.empty(0)
+            native.encode(  # type: ignore[attr-defined]
+                isa,
+                operand,
+                name,
+                x.data_ptr(),
+                len(x),
+                int(at.step),
+                at.key,
+                got.data_ptr(),
+                extra.data_ptr(),
+            )
+            assert_same_bits(got, want, f"{isa}: stored")
+            if want_extra is not None:
+                assert_same_bits(extra, want_extra, f"{isa}: extra")
+            back = torch.empty_like(x)
+            native.decode(  # type: ignore[attr-defined]
+                isa, operand, name, got.data_ptr(), extra.data_ptr(), len(x), back.data_ptr()
+            )
+            assert_same_bits(back, format.decode(want, want_extra), f"{isa}: decoded")
+
+
+@pytest.mark.parametrize("name", ["e4m3", "e5m3"])
+def test_the_cpu_decodes_all_codes_under_all_bases_like_eager(name: str) -> None:
+    native = _native()
+    codes = torch.arange(256, dtype=torch.uint8).repeat(256 // 2)[: 255 * BLOCK].contiguous()
+    codes = torch.cat([codes, torch.arange(256, dtype=torch.uint8).flip(0).repeat(128)[: 255 * BLOCK]])
+    bases = torch.arange(255, dtype=torch.uint8).repeat(2) % (241 if name == "e4m3" else 225)
+    for isa in native.isas():  # type: ignore[attr-defined]
+        got = torch.empty(len(codes))
+        native.decode(  # type: ignore[attr-defined]
+            isa, OPERANDS[name], name, codes.data_ptr(), bases.data_ptr(), len(codes), got.data_ptr()
+        )
+        assert_same_bits(got, FORMATS[name].decode(codes, bases))
