@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test lint bench check clean
+.PHONY: demo test test-exhaustive lint bench check clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -30,6 +30,10 @@ demo: $(VENV)/installed
 # One thread a worker: the tests are many and small, and those of threads set their own number.
 test: $(VENV)/installed $(VENV)/triton-3.6
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+
+# All 2^32 bit patterns: about half an hour on two cores.
+test-exhaustive: $(VENV)/installed
+	FUSED_OPTIM_EXHAUSTIVE=1 $(BIN)/python -m pytest -q tests/test_codecs.py
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -138,25 +138,35 @@ struct Fp16 : Codec {
 #endif
 };
 
-// Where somebody wrote to the parameter, that is its value.
-template <class Half>
-struct Master : Half {
+// A master beside the parameter. Where somebody wrote to the parameter, that is its value; else
+// the two are half a unit apart at most, whichever way a tie was rounded.
+struct Bf16Master : Bf16 {
+  static constexpr const char* name = "bf16_master";
   using Extra = float;
+
   static FUSED_OPTIM_HD float load(uint16_t x, float master) {
-    return Half::nearest(master) == x ? master : Half::load(x, NoExtra{});
+    const uint32_t param = static_cast<uint32_t>(x) << 16;
+    return bits_of(master) - param + 0x8000u <= 0x10000u ? master : bit_cast<float>(param);
   }
+
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, float& master) {
     master = x;
-    return Half::nearest(x);
+    return nearest(x);
   }
 };
 
-struct Bf16Master : Master<Bf16> {
-  static constexpr const char* name = "bf16_master";
-};
-
-struct Fp16Master : Master<Fp16> {
+struct Fp16Master : Fp16 {
   static constexpr const char* name = "fp16_master";
+  using Extra = float;
+
+  static FUSED_OPTIM_HD float load(uint16_t x, float master) {
+    return nearest(master) == x ? master : Fp16::load(x, NoExtra{});
+  }
+
+  static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, float& master) {
+    master = x;
+    return nearest(x);
+  }
 };
 
 // A float32 as a bfloat16, rounded half away from zero, and the rest.

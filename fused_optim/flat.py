@@ -13,6 +13,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from .memory import nbytes
 from .storage import Part
 
 ALIGN = 16
@@ -76,6 +77,12 @@ class FlatSet:
         pairs = 2 if self.dtype.is_complex else 1
         start, end = self._slot(self.param, p)
         return start * pairs, end * pairs
+
+    @property
+    def padding_bytes(self) -> int:
+        """Memory of the buffers that is no tensor's."""
+        used = sum(nbytes(self.view(part, p)) for part in self._buffers for p in self.params)
+        return nbytes(*self._buffers.values()) - used
 
     def zero_grad(self, set_to_none: bool) -> None:
         """Zero the gradients that are at home, in one pass; drop or zero the others."""

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from .backends import Inputs, check_name, select, to_device, used_on_current_stream
 from .flat import FlatSet, flat_sets
+from .memory import Memory, nbytes
 from .plan import Plan
 from .reference import MAX_COUNT, Hyperparameters
 from .rounding import MU, NU, random_key
@@ -616,7 +617,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             f"parameter {x.name} ({old.dtype} to {new[key].dtype})"
             for x, new in zip(live, states)
             for key, old in self.state.get(x.param, {}).items()
-            if isinstance(old, Tensor) and key != "step" and old.dtype != new[key].dtype
+            if isinstance(old, Tensor) and key != "step" and key in new and old.dtype != new[key].dtype
         ]
         if cast:
             names = ", ".join(dict.fromkeys(cast[:6])) + (", ..." if len(cast) > 6 else "")
@@ -717,6 +718,41 @@ class FusedOptimizer(torch.optim.Optimizer):
                 x = x._replace(grad=slot)
             result.append(x)
         return result
+
+    def memory(self) -> Memory:
+        """Bytes of parameters, gradients, moments, master weights and metadata as they are now,
+        and what a step takes beside: for all backends but eager that grows with the number of
+        tensors, not of elements.
+
+        Example:
+            >>> import torch
+            >>> from fused_optim import AdamaxW
+            >>> model = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
+            >>> optimizer = AdamaxW(model.parameters(), state_format="8bit", master_weights="split8")
+            >>> model(torch.ones(2, 64, dtype=torch.bfloat16)).sum().backward()
+            >>> optimizer.step()
+            >>> memory = optimizer.memory()
+            >>> {part: round(memory.per_parameter()[part], 2) for part in ("parameters", "moments", "master")}
+            {'parameters': 2.0, 'moments': 2.02, 'master': 1.0}
+        """
+        params = self._all_params()
+        states = [state for state in self.state.values() if isinstance(state, dict)]
+        extras = [nbytes(state.get("master"), state.get("remainder")) for state in states]
+        steps = [nbytes(*(t for t in [state.get("step")] if isinstance(t, Tensor))) for state in states]
+        all_bytes = [nbytes(*(t for t in state.values() if isinstance(t, Tensor))) for state in states]
+        batches = self._plan.batches if self._plan is not None else []
+        in_step = [backend.step_bytes(batch) for backend, batch in batches]
+        tables = sum(batch.table_bytes for _, batch in batches) + nbytes(*self._hyper.values())
+        return Memory(
+            numel=sum(p.numel() for p in params),
+            parameters=nbytes(*params),
+            gradients=nbytes(*(p.grad for p in params)),
+            moments=sum(all_bytes) - sum(extras) - sum(steps),
+            master=sum(extras),
+            metadata=sum(steps) + tables + sum(home.padding_bytes for home in self._flat),
+            copies=sum(batch.copy_bytes for _, batch in batches),
+            step=None if None in in_step else sum(n for n in in_step if n is not None),
+        )
 
     def _drop_plan(self) -> None:
         """Forget the plan, and enter in ``_history`` the steps that were made with it.

@@ -145,14 +145,22 @@ def _encode_stochastic(round_to: Callable[[Tensor, Tensor], Tensor]) -> Callable
     return encode
 
 
-def _with_master(dtype: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Encoded]]:
-    def decode(stored: Tensor, master: Tensor | None) -> Tensor:
-        assert master is not None
-        # Where somebody wrote to the parameter, that is its value.
-        ours = _half_bits(master.to(dtype)) == _half_bits(stored)
-        return torch.where(ours, master, stored.to(torch.float32))
+def _decode_bf16_master(stored: Tensor, master: Tensor | None) -> Tensor:
+    assert master is not None
+    # Where somebody wrote to the parameter, that is its value. Else the two are half a unit apart
+    # at most, whichever way a tie was rounded.
+    apart = bits_of(master) - (_half_bits(stored) << 16)
+    return torch.where((apart + 0x8000) & MASK <= 0x10000, master, stored.to(torch.float32))
 
-    return decode, lambda values, place: (values.to(dtype), values)
+
+def _decode_fp16_master(stored: Tensor, master: Tensor | None) -> Tensor:
+    assert master is not None
+    ours = _half_bits(master.to(torch.float16)) == _half_bits(stored)
+    return torch.where(ours, master, stored.to(torch.float32))
+
+
+def _encode_master(dtype: torch.dtype) -> Callable[..., Encoded]:
+    return lambda values, place: (values.to(dtype), values)
 
 
 def _decode_split16(stored: Tensor, remainder: Tensor | None) -> Tensor:
@@ -265,8 +273,8 @@ FORMATS = {
         Format("bf16", _BF16, _F32, *_plain(_BF16, _F32)),
         Format("fp16", _F16, _F32, *_plain(_F16, _F32)),
         # Parameters.
-        Format("bf16_master", _BF16, _F32, *_with_master(_BF16), _MASTER),
-        Format("fp16_master", _F16, _F32, *_with_master(_F16), _MASTER),
+        Format("bf16_master", _BF16, _F32, _decode_bf16_master, _encode_master(_BF16), _MASTER),
+        Format("fp16_master", _F16, _F32, _decode_fp16_master, _encode_master(_F16), _MASTER),
         Format("split16", _BF16, _F32, _decode_split16, _encode_split16, Part("remainder", torch.int16, 1)),
         Format("split8", _BF16, _F32, _decode_split8, _encode_split8, Part("remainder", torch.int8, 1), True),
         Format("bf16_stochastic", _BF16, _F32, _plain(_BF16, _F32)[0], _encode_stochastic(round_to_bf16), by_place=True),

@@ -23,6 +23,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .memory import nbytes
 from .rules import Rule
 from .storage import Format, Formats, plain_format
 
@@ -311,6 +312,17 @@ class Batch:
         self._chunks: dict[int, Tensor] = {}
         self.on_device: dict[str, Tensor] = {}
         """Where a GPU backend keeps its copies of the table; emptied when rows change."""
+
+    @property
+    def table_bytes(self) -> int:
+        """Memory of the table, on the host and on the device."""
+        return nbytes(self.rows, self.counters, *self._chunks.values(), *self.on_device.values())
+
+    @property
+    def copy_bytes(self) -> int:
+        """Memory for what kernels cannot walk where it lies."""
+        grads = (o.grad_copy for o in self.items)
+        return nbytes(*grads, *(o.param for o in self.items if o.param_source is not None))
 
     def take_grads(self, grads: list[Tensor], moved: bool) -> None:
         """Take new gradients of the same dtype and layout, at other addresses if ``moved``."""

@@ -31,11 +31,19 @@ class Backend:
         name: what the user calls it.
         why_not: why it cannot step parameters on a device; None where it can.
         step: makes one step of a batch in place, step numbers included.
+        step_bytes: memory that a step of a batch takes and gives back; None where that is not
+            bounded by the number of tensors.
     """
 
     name: str
     why_not: Callable[[torch.device], str | None]
     step: Callable[[Batch, Inputs], None]
+    step_bytes: Callable[[Batch], int | None]
+
+
+def coefficient_bytes(batch: Batch) -> int:
+    """At most what a fused step takes: 16 values of the working precision for each counter."""
+    return len(batch.counters) * 16 * batch.key.param.working.itemsize
 
 
 class DeviceTable(NamedTuple):

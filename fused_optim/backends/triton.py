@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..table import Batch
-from .base import Backend, Inputs, table_on
+from .base import Backend, Inputs, coefficient_bytes, table_on
 
 
 @cache
@@ -84,4 +84,4 @@ def _step(batch: Batch, inputs: Inputs) -> None:
             kernels.launch_step(table.rows, table.chunks, coefficients, constants, options)
 
 
-TRITON = Backend("triton", _why_not, _step)
+TRITON = Backend("triton", _why_not, _step, coefficient_bytes)
