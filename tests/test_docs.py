@@ -1,4 +1,5 @@
-"""The examples of the README and of the docstrings run as they are written."""
+"""The examples of the README and of the docstrings run as they are written; docs/formats.md
+counts bytes right."""
 
 from __future__ import annotations
 
@@ -7,11 +8,15 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 from bench import readme
-from fused_optim import adabelief, adamaxw
+from fused_optim import adabelief, adamaxw, optimizer
+from fused_optim.state import state_parts
+from fused_optim.storage import formats_of
 
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 
 
 def test_readme_example() -> None:
@@ -21,7 +26,7 @@ def test_readme_example() -> None:
     assert names["loss"].item() < 50  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("module", [adabelief, adamaxw])
+@pytest.mark.parametrize("module", [adabelief, adamaxw, optimizer])
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
     assert tried > 0 and failed == 0
@@ -30,3 +35,22 @@ def test_docstring_examples(module: object) -> None:
 def test_readme_figures_are_those_measured() -> None:
     text = README.read_text()
     assert readme.updated(text) == text
+
+
+def test_the_bytes_of_formats_are_those_of_their_tensors() -> None:
+    table = (ROOT / "docs/formats.md").read_text().split("<!-- bytes -->")[1].split("<!-- /bytes -->")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]
+    assert len(rows) >= 10
+    for dtype_name, arguments, kept, moved, _ in rows:
+        dtype = getattr(torch, dtype_name)
+        given = eval(f"dict({arguments.strip('`')})")  # noqa: S307 (our own page)
+        formats = formats_of(
+            dtype,
+            given.get("state_format", "fp32"),
+            given.get("master_weights"),
+            given.get("stochastic_rounding", False),
+        )
+        parts = state_parts(("exp_avg", "exp_avg_var"), formats, dtype)
+        state = sum(part.dtype.itemsize / part.block for part in parts)
+        assert f"{2 * dtype.itemsize + state:.2f}" == kept, arguments
+        assert f"{3 * dtype.itemsize + 2 * state:.2f}" == moved, arguments
