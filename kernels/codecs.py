@@ -23,12 +23,12 @@ INF = tl.constexpr(0x7F800000)
 PARAM, MU, NU = tl.constexpr(0xC2B2AE3D), tl.constexpr(1), tl.constexpr(0x85EBCA77)
 """The operands that are stored, by what each multiplies an element's hash by for its dither."""
 
-At = namedtuple("At", "start offset mask end count key")
+At = namedtuple("At", "start offset mask block block_mask count key")
 """Elements of one row.
 
-``start``: the first one's index, a multiple of BLOCK. ``offset``: every one's index. ``mask``: those
-before ``end``, or both None. ``count``: the step number, its bits in the working precision.
-``key``: of the parameter's random bits.
+``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: every one's index, and
+which there are; None for all. ``block`` and ``block_mask``: their blocks likewise. ``count``: the bits
+of the step number, in the working precision. ``key``: of the parameter's random bits.
 """
 
 
@@ -273,13 +273,7 @@ def store_bf16_dither(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def _bases(row, at):
-    """Pointers to the bases of all blocks, with their mask."""
-    N: tl.constexpr = at.offset.shape[0] // BLOCK
-    block = at.start // BLOCK + tl.arange(0, N)
-    mask = None
-    if at.mask is not None:
-        mask = block * BLOCK < at.end
-    return tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + block, mask
+    return tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + at.block
 
 
 @triton.jit
@@ -291,8 +285,7 @@ def _of_elements(base):
 
 @triton.jit
 def _load_base(row, at):
-    pointers, mask = _bases(row, at)
-    return _of_elements(tl.load(pointers, mask).to(tl.int32))
+    return _of_elements(tl.load(_bases(row, at), at.block_mask).to(tl.int32))
 
 
 @triton.jit
@@ -305,8 +298,14 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
         finite = tl.where(at.mask, finite, 0)
     largest = tl.max(tl.reshape(finite, [N, BLOCK]), 1)
     base = tl.maximum((largest >> 23) - ORDERS, 0)
-    pointers, mask = _bases(row, at)
-    tl.store(pointers, base.to(tl.uint8), mask)
+    # 16 threads hold a block in a full chunk and one of them stores: stored as one value a block,
+    # bases go through shared memory. ``+ lane`` tells the compiler which threads are neighbours.
+    lane = tl.arange(0, 16)[None, :]
+    first = lane == 0
+    if at.mask is not None:
+        first = first & at.block_mask[:, None]
+    stored = tl.broadcast_to(base.to(tl.uint8)[:, None], [N, 16])
+    tl.store(_bases(row, at)[:, None] + lane, stored, first)
     return _of_elements(base)
 
 

@@ -195,7 +195,9 @@ def step_kernel(
     if tl.load(k + NUM_COEFFICIENTS) == 0:
         if chunk >= 0:
             start = chunk * CHUNK
-            at = codecs.At(start, start + tl.arange(0, CHUNK), None, None, count, key)
+            offset = start + tl.arange(0, CHUNK)
+            block = start // codecs.BLOCK + tl.arange(0, CHUNK // codecs.BLOCK)
+            at = codecs.At(start, offset, None, block, None, count, key)
             _update(
                 row, at, c, RULE, LOAD_GRAD, LOAD_PARAM, STORE_PARAM, LOAD_MU, STORE_MU, LOAD_NU, STORE_NU
             )
@@ -204,7 +206,8 @@ def step_kernel(
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
                 offset = start + tl.arange(0, TAIL)
-                at = codecs.At(start, offset, offset < end, end, count, key)
+                block = start // codecs.BLOCK + tl.arange(0, TAIL // codecs.BLOCK)
+                at = codecs.At(start, offset, offset < end, block, block * codecs.BLOCK < end, count, key)
                 _update(
                     row, at, c, RULE, LOAD_GRAD, LOAD_PARAM, STORE_PARAM, LOAD_MU, STORE_MU, LOAD_NU, STORE_NU
                 )
