@@ -107,10 +107,14 @@ def _magnitude(x):
 
 
 @triton.jit
+def _canonical_bits(x):
+    return tl.where(_magnitude(x) > INF, 0x7FC00000, _bits_of(x))
+
+
+@triton.jit
 def _nearest_bf16(x):
-    bits = _bits_of(x)
-    rounded = (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16
-    return tl.where(_magnitude(x) > INF, 0x7FC0, rounded).to(tl.uint16)
+    bits = _canonical_bits(x)
+    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
 
 
 # Random bits, as in fused_optim.rounding.
@@ -187,11 +191,6 @@ def store_fp16_master(row, at, x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _canonical_bits(x):
-    return tl.where(_magnitude(x) > INF, 0x7FC00000, _bits_of(x))
-
-
-@triton.jit
 def load_split16(row, at):
     high = _load(row, tl.uint16, at).to(tl.uint32) << 16
     return _float_of(high + _load(row + EXTRA, tl.int16, at).to(tl.uint32))
@@ -223,7 +222,7 @@ def store_split8(row, at, x, OPERAND: tl.constexpr):
 @triton.jit
 def _round_to_bf16(x, word):
     word = tl.where(_magnitude(x) >= 0x7F7F0000, 0x8000, word)
-    return tl.where(_magnitude(x) > INF, 0x7FC0, (_bits_of(x) + word) >> 16).to(tl.uint16)
+    return ((_canonical_bits(x) + word) >> 16).to(tl.uint16)
 
 
 @triton.jit
@@ -310,12 +309,17 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
 
 
 @triton.jit
+def _or_special(code, magnitude, INFINITY: tl.constexpr):
+    """``code``, or INFINITY of infinities and the next one of NaN."""
+    return tl.where(magnitude >= INF, tl.minimum(magnitude - (INF - INFINITY), INFINITY + 1), code)
+
+
+@triton.jit
 def load_e5m3(row, at):
     code = _load(row, tl.uint8, at).to(tl.int32)
     bits = (code + 8 * _load_base(row, at)) << 20
     bits = tl.where(code == 0, 0, bits)
-    bits = tl.where(code == 254, INF, bits)
-    return _float_of(tl.where(code == 255, 0x7FC00000, bits))
+    return _float_of(tl.where(code >= 254, INF | ((code & 1) << 22), bits))
 
 
 @triton.jit
@@ -323,25 +327,22 @@ def store_e5m3(row, at, x, OPERAND: tl.constexpr):
     magnitude = _magnitude(x)
     base = _new_base(row, at, magnitude, 30)
     code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - 8 * base
-    # 2039 is the largest finite float32's.
-    code = tl.minimum(tl.maximum(code, 1), tl.minimum(248, 2039 - 8 * base))
-    code = tl.where(magnitude == 0, 0, code)
-    code = tl.where(magnitude == INF, 254, code)
-    code = tl.where(magnitude > INF, 255, code)
+    # At least 1, but for zero; at most 248 and the largest finite float32's, 2039.
+    code = tl.minimum(tl.maximum(code, tl.minimum(magnitude, 1)), tl.minimum(248, 2039 - 8 * base))
+    code = _or_special(code, magnitude, 254)
     _store(row, at, code.to(tl.uint8))
 
 
 @triton.jit
 def load_e4m3(row, at):
-    stored = _load(row, tl.uint8, at).to(tl.int32)
-    code = stored & 0x7F
+    stored = _load(row, tl.uint8, at).to(tl.uint32)
+    code = stored.to(tl.int32) & 0x7F
     base = _load_base(row, at)
     one = _float_of((8 * base + 8) << 20)
     subnormal = _float_of((code + 8 * base + 8) << 20) - one
-    value = tl.where(code < 8, subnormal, _float_of((code + 8 * base) << 20))
-    value = tl.where(code == 126, float("inf"), value)
-    value = tl.where(code == 127, float("nan"), value)
-    return tl.where(stored > 0x7F, -value, value)
+    bits = tl.where(code < 8, subnormal.to(tl.int32, bitcast=True), (code + 8 * base) << 20)
+    bits = tl.where(code >= 126, INF | ((code & 1) << 22), bits)
+    return _float_of(bits.to(tl.uint32) | ((stored & 0x80) << 24))
 
 
 @triton.jit
@@ -354,6 +355,5 @@ def store_e4m3(row, at, x, OPERAND: tl.constexpr):
     significand = (magnitude - (exponent << 23)) >> tl.minimum(base - exponent, 31)
     code = (significand + _dither(at, OPERAND, 20).to(tl.int32)) >> 20
     code = tl.minimum(code, tl.minimum(120, 2039 - 8 * base))
-    code = tl.where(magnitude == INF, 126, code)
-    code = tl.where(magnitude > INF, 127, code)
+    code = _or_special(code, magnitude, 126)
     _store(row, at, (code.to(tl.uint32) | ((_bits_of(x) >> 24) & 0x80)).to(tl.uint8))
