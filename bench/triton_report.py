@@ -27,15 +27,48 @@ from triton.compiler import ASTSource
 
 RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
 FORMATS = (
-    ("fp32", "fp32"),
-    ("bf16", "bf16"),
-    ("fp16", "fp16"),
-    ("fp32", "bf16"),
-    ("bf16", "fp32"),
-    ("fp64", "fp64"),
+    ("fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "fp32"),
+    ("fp16", "fp16", "fp32"),
+    ("fp32", "bf16", "fp32"),
+    ("bf16", "fp32", "fp32"),
+    ("fp64", "fp64", "fp64"),
+    ("bf16_master", "bf16", "fp32"),
+    ("fp16_master", "fp16", "fp32"),
+    ("split16", "bf16", "fp32"),
+    ("split8", "bf16", "fp32"),
+    ("bf16_stochastic", "bf16", "fp32"),
+    ("fp16_stochastic", "fp16", "fp32"),
+    ("fp32", "fp32", "bf16"),
+    ("fp32", "fp32", "8bit"),
+    ("bf16", "bf16", "bf16"),
+    ("split16", "bf16", "bf16"),
+    ("split8", "bf16", "8bit"),
+    ("bf16_stochastic", "bf16", "8bit"),
 )
-"""(parameter, gradient)."""
-BYTES = {"fp32": 4, "fp64": 8, "bf16": 2, "fp16": 2}
+"""(parameter, gradient, states)."""
+STATES = {
+    "fp32": ("fp32", "fp32"),
+    "fp64": ("fp64", "fp64"),
+    "bf16": ("bf16_dither", "bf16_dither"),
+    "8bit": ("e4m3", "e5m3"),
+}
+PART_BYTES = {
+    "fp32": (4,),
+    "fp64": (8,),
+    "bf16": (2,),
+    "fp16": (2,),
+    "bf16_master": (2, 4),
+    "fp16_master": (2, 4),
+    "split16": (2, 2),
+    "split8": (2, 1),
+    "bf16_stochastic": (2,),
+    "fp16_stochastic": (2,),
+    "bf16_dither": (2,),
+    "e4m3": (1,),
+    "e5m3": (1,),
+}
+"""Bytes of an element, by parts; without the bases of the 8-bit formats."""
 DEFAULT_KERNELS = Path(__file__).parents[1] / "kernels"
 
 
@@ -69,12 +102,17 @@ def compile_kernel(
     )
 
 
-def step_kernel(step: Any, rule: str, param: str, grad: str, target: GPUTarget, fp_fusion: bool) -> Any:
-    state = "fp64" if param == "fp64" else "fp32"
-    constants = step.step_constants(rule, param, grad, state, step.chunk_size(BYTES[param], BYTES[grad]))
+def step_kernel(
+    step: Any, rule: str, formats: tuple[str, str, str], target: GPUTarget, fp_fusion: bool
+) -> Any:
+    param, grad, state = formats
+    operands = (param, grad, *STATES[state])
+    chunk = step.chunk_size(*(PART_BYTES[operand][0] for operand in operands))
+    constants = step.step_constants(rule, *operands, chunk)
     options = step.launch_options(target.backend, target.warp_size, step.THREADS)
     options["enable_fp_fusion"] = fp_fusion
-    pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{state}"}
+    working = "fp64" if param == "fp64" else "fp32"
+    pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{working}"}
     return compile_kernel(step.step_kernel, pointers, constants, {}, target, options)
 
 
@@ -116,6 +154,10 @@ def nvidia_report(compiled: Any) -> dict[str, Any]:
         "spill_bytes": int(found[2]) + int(found[3]) + count(r"\b(?:ld|st)\.local", ptx),
         "wide_loads": count(r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx),
         "wide_stores": count(r"st\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx),
+        "half_wide_loads": count(r"ld\.global[.\w]*\.v2\.b32", ptx),
+        "half_wide_stores": count(r"st\.global[.\w]*\.v2\.b32", ptx),
+        "byte_loads": count(r"ld\.global[.\w]*\.b8", ptx),
+        "byte_stores": count(r"st\.global[.\w]*\.b8", ptx),
         "contracted": count(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)", ptx),
         "approximate": count(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)", ptx),
         "flushed": count(r"\.ftz\b", ptx),
@@ -149,6 +191,10 @@ def amd_report(compiled: Any) -> dict[str, Any]:
         + field("private_segment_fixed_size"),
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
+        "half_wide_loads": count(r"= load <8 x i8>, ptr addrspace\(1\)", llir),
+        "half_wide_stores": count(r"store <8 x i8> .*, ptr addrspace\(1\)", llir),
+        "byte_loads": count(r"= load <1 x i8>, ptr addrspace\(1\)", llir),
+        "byte_stores": count(r"store <1 x i8> .*, ptr addrspace\(1\)", llir),
         "wide_store_instructions": count(r"\bglobal_store_dwordx4\b", assembly),
         "contracted": fused - expanded,
         "approximate": count(r"\bf(?:div|sqrt) (?:\w+ )*(?:afn|arcp|fast)\b|llvm\.amdgcn\.rcp\b", llir),
@@ -167,20 +213,24 @@ def main() -> None:
     )
     parser.add_argument("--kernels", type=Path, default=DEFAULT_KERNELS, help="folder with step.py")
     parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
+    parser.add_argument(
+        "--formats", action="append", metavar="PARAM:GRAD:STATES", help="may be repeated; default: all"
+    )
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
     arguments = parser.parse_args()
     step = load_kernels(arguments.kernels)
+    chosen = [f for f in FORMATS if not arguments.formats or ":".join(f) in arguments.formats]
     for text in arguments.target or ["cuda:90"]:
         target = parse_target(text)
         report = nvidia_report if target.backend == "cuda" else amd_report
         for rule in arguments.rule or RULES:
-            for param, grad in FORMATS:
-                compiled = step_kernel(step, rule, param, grad, target, arguments.fp_fusion)
-                head = {"kernel": "step", "rule": rule, "param": param, "grad": grad}
+            for formats in chosen:
+                compiled = step_kernel(step, rule, formats, target, arguments.fp_fusion)
+                head = {"kernel": "step", "rule": rule, **dict(zip(("param", "grad", "state"), formats))}
                 print(json.dumps({"triton": triton.__version__, "target": text, **head, **report(compiled)}))
         for working in ("fp32", "fp64"):
             compiled = prologue_kernel(step, working, target, arguments.fp_fusion)
-            head = {"kernel": "prologue", "rule": "", "param": working, "grad": ""}
+            head = {"kernel": "prologue", "rule": "", "param": working, "grad": "", "state": ""}
             print(json.dumps({"triton": triton.__version__, "target": text, **head, **report(compiled)}))
 
 

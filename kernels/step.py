@@ -20,10 +20,18 @@ from . import codecs, rules
 
 MAX_COUNT = tl.constexpr(2**31 - 1)
 HYPER_COLUMNS = tl.constexpr(8)
-ROW_COLUMNS = tl.constexpr(6)
+ROW_COLUMNS = tl.constexpr(10)
+GRAD = tl.constexpr(2)
+PARAM = tl.constexpr(3)
+MU = tl.constexpr(4)
+NU = tl.constexpr(5)
+KEY = tl.constexpr(9)
+"""Columns of ``fused_optim.table``'s rows, after numel and counter."""
+
 COEFFICIENT_COLUMNS = tl.constexpr(16)
 NUM_COEFFICIENTS = tl.constexpr(13)
-"""Columns of ``fused_optim.reference.Coefficients``; then comes found_inf."""
+"""Columns of ``fused_optim.reference.Coefficients``; then come found_inf and the bits of the
+step number."""
 
 PROLOGUE_LANES = 128
 THREADS = 256
@@ -36,19 +44,22 @@ Coefficients = namedtuple(
 
 
 def chunk_size(*element_bytes: int) -> int:
-    """Elements of one program: as many to a thread as make 16 bytes of the smallest operand."""
-    return THREADS * 16 // min(element_bytes)
+    """Elements of one program: as many to a thread as make 16 bytes of the smallest operand,
+    but 8 for one of single bytes."""
+    return THREADS * 16 // max(min(element_bytes), 2)
 
 
-def step_constants(rule: str, param: str, grad: str, state: str, chunk: int) -> dict[str, Any]:
+def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, chunk: int) -> dict[str, Any]:
     """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name."""
     return {
         "RULE": getattr(rules, rule),
+        "LOAD_GRAD": getattr(codecs, f"load_{grad}"),
         "LOAD_PARAM": getattr(codecs, f"load_{param}"),
         "STORE_PARAM": getattr(codecs, f"store_{param}"),
-        "LOAD_GRAD": getattr(codecs, f"load_{grad}"),
-        "LOAD_STATE": getattr(codecs, f"load_{state}"),
-        "STORE_STATE": getattr(codecs, f"store_{state}"),
+        "LOAD_MU": getattr(codecs, f"load_{mu}"),
+        "STORE_MU": getattr(codecs, f"store_{mu}"),
+        "LOAD_NU": getattr(codecs, f"load_{nu}"),
+        "STORE_NU": getattr(codecs, f"store_{nu}"),
         "CHUNK": chunk,
         "TAIL": THREADS,
     }
@@ -113,32 +124,36 @@ def prologue_kernel(
         divisor *= tl.load(grad_scale).to(DTYPE)
     tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -divisor, divisor), live)
     tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
+    if DTYPE == tl.float32:  # float64 has no format that rounds by the step number
+        tl.store(c + NUM_COEFFICIENTS + 1, count.to(tl.int32).to(tl.float32, bitcast=True), live)
     tl.store(step, count, live & (skip == 0))
 
 
 @triton.jit
 def _update(
     row,
-    offset,
-    mask,
+    at,
     c,
     RULE: tl.constexpr,
+    LOAD_GRAD: tl.constexpr,
     LOAD_PARAM: tl.constexpr,
     STORE_PARAM: tl.constexpr,
-    LOAD_GRAD: tl.constexpr,
-    LOAD_STATE: tl.constexpr,
-    STORE_STATE: tl.constexpr,
+    LOAD_MU: tl.constexpr,
+    STORE_MU: tl.constexpr,
+    LOAD_NU: tl.constexpr,
+    STORE_NU: tl.constexpr,
 ):
-    p = LOAD_PARAM(row + 2, offset, mask)
-    g = LOAD_GRAD(row + 3, offset, mask)
-    mu = LOAD_STATE(row + 4, offset, mask)
-    nu = LOAD_STATE(row + 5, offset, mask)
+    p = LOAD_PARAM(row + PARAM, at)
+    g = LOAD_GRAD(row + GRAD, at)
+    mu = LOAD_MU(row + MU, at)
+    nu = LOAD_NU(row + NU, at)
     if c.grad_divisor != 1:
         g = rules.divide(g, c.grad_divisor)
     p, mu, nu = RULE(p, g, mu, nu, c)
-    STORE_STATE(row + 4, offset, mask, mu)
-    STORE_STATE(row + 5, offset, mask, nu)
-    STORE_PARAM(row + 2, offset, mask, p)
+    # This order takes up to 30 registers less than others where moments are stored in few bits.
+    STORE_NU(row + NU, at, nu, codecs.NU)
+    STORE_PARAM(row + PARAM, at, p, codecs.PARAM)
+    STORE_MU(row + MU, at, mu, codecs.MU)
 
 
 @triton.jit
@@ -147,11 +162,13 @@ def step_kernel(
     chunks,
     coefficients,
     RULE: tl.constexpr,
+    LOAD_GRAD: tl.constexpr,
     LOAD_PARAM: tl.constexpr,
     STORE_PARAM: tl.constexpr,
-    LOAD_GRAD: tl.constexpr,
-    LOAD_STATE: tl.constexpr,
-    STORE_STATE: tl.constexpr,
+    LOAD_MU: tl.constexpr,
+    STORE_MU: tl.constexpr,
+    LOAD_NU: tl.constexpr,
+    STORE_NU: tl.constexpr,
     CHUNK: tl.constexpr,
     TAIL: tl.constexpr,
 ):
@@ -174,17 +191,26 @@ def step_kernel(
         tl.load(k + 11),
         tl.load(k + 12),
     )
+    count = tl.load(k + NUM_COEFFICIENTS + 1)
+    key = tl.load(row + KEY)
     if tl.load(k + NUM_COEFFICIENTS) == 0:
         if chunk >= 0:
-            at = chunk * CHUNK + tl.arange(0, CHUNK)
-            _update(row, at, None, c, RULE, LOAD_PARAM, STORE_PARAM, LOAD_GRAD, LOAD_STATE, STORE_STATE)
+            start = chunk * CHUNK
+            offset = start + tl.arange(0, CHUNK)
+            block = start // codecs.BLOCK + tl.arange(0, CHUNK // codecs.BLOCK)
+            at = codecs.At(start, offset, None, block, None, count, key)
+            _update(
+                row, at, c, RULE, LOAD_GRAD, LOAD_PARAM, STORE_PARAM, LOAD_MU, STORE_MU, LOAD_NU, STORE_NU
+            )
         else:
             start = (-1 - chunk) * CHUNK
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
-                at = start + tl.arange(0, TAIL)
+                offset = start + tl.arange(0, TAIL)
+                block = start // codecs.BLOCK + tl.arange(0, TAIL // codecs.BLOCK)
+                at = codecs.At(start, offset, offset < end, block, block * codecs.BLOCK < end, count, key)
                 _update(
-                    row, at, at < end, c, RULE, LOAD_PARAM, STORE_PARAM, LOAD_GRAD, LOAD_STATE, STORE_STATE
+                    row, at, c, RULE, LOAD_GRAD, LOAD_PARAM, STORE_PARAM, LOAD_MU, STORE_MU, LOAD_NU, STORE_NU
                 )
                 start += TAIL
 

@@ -60,10 +60,11 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     kernels = _kernels()[0]
     assert kernels is not None
     key, device = batch.key, batch.key.device
-    chunk = kernels.chunk_size(key.param.dtype.itemsize, key.grad.dtype.itemsize)
+    formats = (key.param, key.grad, key.mu, key.nu)
+    chunk = kernels.chunk_size(*(format.dtype.itemsize for format in formats))
     table = table_on(batch, chunk)
     n = len(table.counters)
-    coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.state.working, device=device)
+    coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.param.working, device=device)
     prologue_options, options = (
         _options(device, threads) for threads in (kernels.PROLOGUE_LANES, kernels.THREADS)
     )
@@ -78,9 +79,7 @@ def _step(batch: Batch, inputs: Inputs) -> None:
             prologue_options,
         )
         if len(table.chunks):
-            constants = kernels.step_constants(
-                key.rule.name, key.param.name, key.grad.name, key.state.name, chunk
-            )
+            constants = kernels.step_constants(key.rule.name, *(format.name for format in formats), chunk)
             kernels.launch_step(table.rows, table.chunks, coefficients, constants, options)
 
 
