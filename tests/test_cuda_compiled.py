@@ -26,21 +26,46 @@ import torch
 from helpers import assert_same_bits, built_once
 from torch import Tensor
 
+from fused_optim import storage
 from fused_optim.backends.base import Inputs
 from fused_optim.backends.eager import EAGER
 from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rules import RULES
-from fused_optim.storage import FORMATS, Format
-from fused_optim.table import Batch, BatchKey, operands
+from fused_optim.rounding import MU, NU, PARAM, Place
+from fused_optim.storage import FORMATS, Format, Part
+from fused_optim.table import ADDRESSES, ROW_COLUMNS, Batch, BatchKey, operands
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-BY_NAME = {f.name: f for f in FORMATS.values()}
-STATE = {torch.float32: BY_NAME["fp32"], torch.float64: BY_NAME["fp64"]}
-COMBINATIONS = [(p, g) for p in BY_NAME.values() for g in BY_NAME.values() if p.working == g.working]
-combinations = pytest.mark.parametrize(
-    "param, grad", COMBINATIONS, ids=[f"{p.name}-{g.name}" for p, g in COMBINATIONS]
-)
+
+
+class Formats(NamedTuple):
+    """What a kernel is made for beside its rule."""
+
+    param: Format
+    grad: Format
+    mu: Format
+    nu: Format
+
+    def __str__(self) -> str:
+        return "-".join(f.name for f in self[:3])
+
+
+def named(*names: str) -> Formats:
+    return Formats(*(FORMATS[name] for name in names))
+
+
+GRADS = ("fp32", "bf16", "fp16")
+MOMENTS = (("fp32", "fp32"), ("bf16_dither", "bf16_dither"), ("e4m3", "e5m3"))
+PARAMS = (
+    "fp32", "bf16", "fp16", "bf16_master", "fp16_master", "split16", "split8", "bf16_stochastic", "fp16_stochastic"
+)  # fmt: skip
+FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
+COMBINATIONS = [FP64, *(named(p, g, *m) for p in PARAMS for g in GRADS for m in MOMENTS)]
+COVERING = [
+    FP64, *(named(p, GRADS[(i + k) % 3], *m) for i, p in enumerate(PARAMS) for k, m in enumerate(MOMENTS))
+]  # fmt: skip
+"""Each parameter format with each of moments, and either with each of gradients."""
 rules = pytest.mark.parametrize("rule", RULES)
 
 
@@ -78,8 +103,11 @@ class Host:
         return result
 
     def step(self, *names_and_numbers: Any) -> int:
-        numbers = (ctypes.c_int64 * 11)(*names_and_numbers[4:])
-        return self.call("step_on_host", *names_and_numbers[:4], numbers)
+        numbers = (ctypes.c_int64 * 11)(*names_and_numbers[5:])
+        return self.call("step_on_host", *names_and_numbers[:5], numbers)
+
+    def chunk_size(self) -> int:
+        return int(self.library.chunk_size())
 
     def launches(self, n: int) -> list[tuple[int, ...]]:
         """(blocks, threads, stream, device) of the last step's launches."""
@@ -97,7 +125,7 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
         command = [
             compiler,
             "-std=c++17",
-            "-O2",
+            "-O1",
             "-fPIC",
             "-shared",
             "-Wno-unknown-pragmas",
@@ -113,10 +141,10 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 
 class Row(NamedTuple):
     """One parameter of a test: its size, and how many elements past a 16-byte boundary each
-    of parameter, gradient and states lies."""
+    of its tensors lies: gradient, parameter, moments and their second parts, as in the table."""
 
     numel: int
-    offsets: tuple[int, int, int, int] = (0, 0, 0, 0)
+    offsets: tuple[int, ...] = (0,) * 7
     hyper_row: int = 0
     count: int = 0
 
@@ -132,48 +160,53 @@ GUARD = 64
 
 
 class World:
-    """Parameters, gradients and states with NaN around each, and the table of them."""
+    """Parameters, gradients and states with a pattern around each, and the table of them."""
 
-    def __init__(self, rule: str, param: Format, grad: Format, rows: Iterable[Row], seed: int = 0) -> None:
-        self.rng = torch.Generator().manual_seed(seed)
-        state = STATE[param.working]
+    def __init__(self, rule: str, formats: Formats, rows: Iterable[Row], special: bool = False) -> None:
+        self.rng = torch.Generator().manual_seed(0)
         self.buffers: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.steps: list[Tensor] = []
         items = []
-        for row in rows:
-            p, g, mu, nu = (
-                self._inside_nan(row.numel, offset, dtype)
-                for offset, dtype in zip(row.offsets, (param.dtype, grad.dtype, state.dtype, state.dtype))
-            )
-            p.copy_(self._normal(row.numel))
-            mu.copy_(self._normal(row.numel))
-            nu.copy_(self._normal(row.numel).square())
+        for key, row in enumerate(rows):
+            numel, offsets = row.numel, row.offsets
+            g = self._guarded(formats.grad.dtype, numel, offsets[0])
+            stored, extras = [], []
+            for k, (f, operand) in enumerate(((formats.param, PARAM), (formats.mu, MU), (formats.nu, NU))):
+                values = self._values(numel, special).to(f.working)
+                place = Place(torch.tensor(row.count), key, operand)
+                new, new_extra = f.encode(values.square() if operand == NU else values, place)
+                stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
+                extras.append(None if new_extra is None else self._extra(f.extra, numel, offsets[4 + k], new_extra))
             step = torch.tensor(row.count)
-            item = operands(p, g, p, mu, nu, step)
-            item.hyper_row = row.hyper_row
+            item = operands(stored[0], g, *stored, tuple(extras), step)
+            item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
             items.append(item)
             self.grads.append(g)
             self.steps.append(step)
-        self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], param, grad, state), items)
+        self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], *formats), items)
         self.hyper = torch.tensor(HYPER, dtype=torch.float64)
 
-    def _inside_nan(self, numel: int, offset: int, dtype: torch.dtype) -> Tensor:
-        buffer = torch.full((numel + offset + 2 * GUARD,), torch.nan, dtype=dtype)
+    def _guarded(self, dtype: torch.dtype, numel: int, offset: int) -> Tensor:
+        fill = torch.nan if dtype.is_floating_point else 85
+        buffer = torch.full((numel + offset + 2 * GUARD,), fill, dtype=dtype)
         assert buffer.data_ptr() % 16 == 0
         self.buffers.append(buffer)
         return buffer[GUARD + offset : GUARD + offset + numel]
 
-    def _normal(self, numel: int) -> Tensor:
-        return torch.randn(numel, generator=self.rng, dtype=torch.float64)
+    def _extra(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
+        return self._guarded(part.dtype, part.numel(numel), offset).copy_(values)
+
+    def _values(self, numel: int, special: bool) -> Tensor:
+        values = torch.randn(numel, generator=self.rng, dtype=torch.float64)
+        values *= 10 ** (4 * torch.rand(numel, generator=self.rng) - 3)
+        if special and numel >= len(SPECIAL):
+            values[torch.randperm(numel, generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).double()
+        return values
 
     def new_gradients(self, special: bool = False) -> None:
         for g in self.grads:
-            g.copy_(self._normal(len(g)) * 10 ** (4 * torch.rand(len(g), generator=self.rng) - 3))
-            if special and len(g) >= len(SPECIAL):
-                g[torch.randperm(len(g), generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).to(
-                    g.dtype
-                )
+            g.copy_(self._values(len(g), special))
 
     def inputs(self, grad_scale: float | None, found_inf: float | None) -> Inputs:
         return Inputs(self.hyper, *(None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)))
@@ -185,21 +218,23 @@ class World:
     def step(self, host: Host, inputs: Inputs, stream: int = 0, device: int = 0, skipped: int = 0) -> int:
         """One step by the library, of tensors as if ``skipped`` chunks lay before each."""
         key = self.batch.key
-        chunk = host.call("chunk_size", key.param.name, key.grad.name)
+        chunk = host.chunk_size()
         number = self.batch.chunks(chunk)[:, 1]
         chunks = self.batch.chunks(chunk).clone()
         chunks[:, 1] = torch.where(number < 0, number - skipped, number + skipped)
         rows = self.batch.rows.clone()
         rows[:, 0] += skipped * chunk
-        for column, stored in enumerate((key.param, key.grad, key.state, key.state), rows.shape[1] - 4):
-            rows[:, column] -= skipped * chunk * stored.dtype.itemsize
-        size = host.call("coefficients_bytes", key.state.name)
+        formats = (key.grad, key.param, key.mu, key.nu)
+        for i, f in enumerate(formats):
+            rows[:, ADDRESSES.start + i] -= skipped * chunk * f.dtype.itemsize
+            if f.extra is not None:
+                bytes_skipped = skipped * chunk // f.extra.block * f.extra.dtype.itemsize
+                rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
+        size = host.call("coefficients_bytes", key.param.name)
         coefficients = torch.full((len(self.steps) * size + GUARD,), 255, dtype=torch.uint8)
         launched = host.step(
             key.rule.name,
-            key.param.name,
-            key.grad.name,
-            key.state.name,
+            *(f.name for f in (key.param, key.grad, key.mu, key.nu)),
             rows.data_ptr(),
             chunks.data_ptr(),
             len(chunks),
@@ -216,23 +251,22 @@ class World:
 
 
 def rows_of_sizes(chunk: int) -> Iterator[Row]:
-    """Each size aligned, unaligned, and with one operand unaligned."""
-    sizes = (0, 1, 7, 1023, 1024, 1025, chunk - 1, chunk, chunk + 1, 2 * chunk, 12289)
+    """Each size aligned and unaligned, and a full chunk with one operand unaligned."""
+    sizes = (0, 1, 7, 127, 128, 129, 1025, chunk - 1, chunk, chunk + 3, 2 * chunk + 5)
     for i, numel in enumerate(sizes):
         yield Row(numel, hyper_row=i % len(HYPER), count=i)
-        yield Row(numel, (1, 1, 1, 1), hyper_row=(i + 1) % len(HYPER), count=i)
-    for k in range(4):
-        yield Row(chunk + 1, tuple(3 * (k == j) for j in range(4)), hyper_row=k, count=100)
+        yield Row(numel, (1,) * 7, hyper_row=(i + 1) % len(HYPER), count=i)
+    for k in range(7):
+        yield Row(chunk + 1, tuple(3 * (k == j) for j in range(7)), hyper_row=k % len(HYPER), count=100)
 
 
 @rules
-@combinations
-def test_sizes_and_alignments(host: Host, rule: str, param: Format, grad: Format) -> None:
-    chunk = host.call("chunk_size", param.name, grad.name)
-    worlds = [World(rule, param, grad, rows_of_sizes(chunk)) for _ in range(2)]
-    numbers = worlds[0].batch.chunks(chunk)[:, 1]
+@pytest.mark.parametrize("formats", COVERING, ids=str)
+def test_sizes_and_alignments(host: Host, rule: str, formats: Formats) -> None:
+    worlds = [World(rule, formats, rows_of_sizes(host.chunk_size()), special=True) for _ in range(2)]
+    numbers = worlds[0].batch.chunks(host.chunk_size())[:, 1]
     assert 0 < int((numbers >= 0).sum()) < len(numbers)
-    for grad_scale, found_inf, special in ((None, None, False), (3.0, 0.0, True)):
+    for grad_scale, found_inf, special in ((None, None, False), (3.0, 0.0, True), (-0.5, None, False)):
         for world in worlds:
             world.new_gradients(special)
         EAGER.step(worlds[0].batch, worlds[0].inputs(grad_scale, found_inf))
@@ -245,7 +279,7 @@ def test_sizes_and_alignments(host: Host, rule: str, param: Format, grad: Format
 def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
     counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT]
     rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
-    worlds = [World(rule, BY_NAME[name], BY_NAME[name], rows) for _ in range(2)]
+    worlds = [World(rule, named(*[name] * 4), rows) for _ in range(2)]
     for _ in range(64):
         for world in worlds:
             world.new_gradients()
@@ -255,22 +289,29 @@ def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
     assert [int(s) for s in worlds[1].steps] == [min(row.count + 64, MAX_COUNT) for row in rows]
 
 
-@combinations
-def test_64_bit_offsets(host: Host, param: Format, grad: Format) -> None:
-    chunk = host.call("chunk_size", param.name, grad.name)
-    worlds = [World("adamaxw", param, grad, [Row(chunk + 5), Row(chunk + 5, (1, 1, 1, 1))]) for _ in range(2)]
+@pytest.mark.parametrize("formats", COMBINATIONS, ids=str)
+def test_64_bit_offsets(host: Host, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    chunk, before = host.chunk_size(), 2**33
+    rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
+    worlds = [World("adamaxw", formats, rows) for _ in range(2)]
     for world in worlds:
         world.new_gradients()
+    index = storage._index
+    monkeypatch.setattr(storage, "_index", lambda values: index(values) + before)
     EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-    worlds[1].step(host, worlds[1].inputs(None, None), skipped=2**33 // chunk)
+    worlds[1].step(host, worlds[1].inputs(None, None), skipped=before // chunk)
     assert_same_bits(worlds[1].contents(), worlds[0].contents())
 
 
 @rules
 @pytest.mark.parametrize("found_inf", [1.0, -1.0, torch.inf, torch.nan])
-def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float) -> None:
-    param, grad = BY_NAME["bf16"], BY_NAME["fp32"]
-    world = World(rule, param, grad, rows_of_sizes(host.call("chunk_size", "bf16", "fp32")))
+@pytest.mark.parametrize(
+    "formats",
+    [named("bf16", "fp32", "fp32", "fp32"), named("split8", "bf16", "e4m3", "e5m3")],
+    ids=str,
+)
+def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float, formats: Formats) -> None:
+    world = World(rule, formats, rows_of_sizes(host.chunk_size()))
     world.new_gradients(special=True)
     before = world.contents()
     assert world.step(host, world.inputs(65536.0, found_inf)) == 2
@@ -278,9 +319,8 @@ def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float) -> N
 
 
 def test_launches(host: Host) -> None:
-    fp32 = BY_NAME["fp32"]
-    chunk = host.call("chunk_size", "fp32", "fp32")
-    world = World("adamaxw", fp32, fp32, [Row(2 * chunk + 1), Row(0), Row(5)] + [Row(0)] * 200)
+    chunk = host.chunk_size()
+    world = World("adamaxw", FP32, [Row(2 * chunk + 1), Row(0), Row(5)] + [Row(0)] * 200)
     world.new_gradients()
     assert world.step(host, world.inputs(None, None), stream=1234, device=1) == 2
     (prologue, step) = host.launches(2)
@@ -290,20 +330,19 @@ def test_launches(host: Host) -> None:
     assert host.library.current() == 0, "the device that was current is not restored"
     assert [int(s) for s in world.steps] == [1] * 203
 
-    empty = World("adamaxw", fp32, fp32, [Row(0), Row(0)])
+    empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 1
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step("adamaxw", "fp32", "fp32", "fp32", *[0] * 11) == 0
+    assert host.step("adamaxw", *["fp32"] * 4, *[0] * 11) == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
-    world = World("adabelief", BY_NAME["bf16"], BY_NAME["fp32"], [Row(5)])
+    world = World("adabelief", named("bf16", "fp32", "e4m3", "e5m3"), [Row(5)])
     before = world.contents()
     host.library.refuse_launches(True)
     try:
-        with pytest.raises(
-            RuntimeError, match=r"prologue_kernel fp32 on cuda:1 failed: the error's text.*80,90"
-        ):
+        message = r"the prologue of adabelief for parameters in bf16.* on cuda:1 failed: the error's text.*80,90"
+        with pytest.raises(RuntimeError, match=message):
             world.step(host, world.inputs(None, None), device=1)
     finally:
         host.library.refuse_launches(False)
@@ -314,11 +353,14 @@ def test_refused_launches_are_errors(host: Host) -> None:
 
 
 UNKNOWN = [
-    ("adam", "fp32", "fp32", "fp32"),
-    ("adamaxw", "int8", "fp32", "fp32"),
-    ("adamaxw", "fp32", "fp64", "fp32"),
-    ("adamaxw", "fp32", "fp32", "bf16"),
-    ("adamaxw", "fp64", "fp64", "fp32"),
+    ("adam", "fp32", "fp32", "fp32", "fp32"),
+    ("adamaxw", "int8", "fp32", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp64", "fp32", "fp32"),
+    ("adamaxw", "fp32", "bf16_master", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp32", "bf16", "bf16"),
+    ("adamaxw", "fp32", "fp32", "e4m3", "fp32"),
+    ("adamaxw", "fp64", "fp64", "fp32", "fp32"),
+    ("adamaxw", "e4m3", "fp32", "fp32", "fp32"),
 ]
 
 
@@ -330,7 +372,7 @@ def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
 
 def test_the_extension() -> None:
     cuda = pytest.importorskip("fused_optim._cuda", reason="fused_optim._cuda is not built")
-    assert {cuda.chunk_size(p.name, g.name) % 2048 for p, g in COMBINATIONS} == {0}
+    assert cuda.chunk_size() % 2048 == 0
     assert cuda.coefficients_bytes("fp64") == 2 * cuda.coefficients_bytes("fp32") > 0
     assert cuda.device_count() >= 0
     assert (
@@ -339,13 +381,11 @@ def test_the_extension() -> None:
     for names in UNKNOWN:
         with pytest.raises(ValueError, match=".*".join(names)):
             cuda.step(*names, *[0] * 11)
-    with pytest.raises(ValueError, match="fp64.*fp32"):
-        cuda.chunk_size("fp64", "fp32")
-    with pytest.raises(ValueError, match="bf16"):
-        cuda.coefficients_bytes("bf16")
+    with pytest.raises(ValueError, match="e4m3"):
+        cuda.coefficients_bytes("e4m3")
     if cuda.device_count() == 0:
         with pytest.raises(RuntimeError, match="cuda:0 failed"):
-            cuda.step("adamaxw", "fp32", "fp32", "fp32", *[0] * 11)
+            cuda.step("adamaxw", *["fp32"] * 4, *[0] * 11)
 
 
 # The machine code
