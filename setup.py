@@ -101,7 +101,8 @@ class BuildExt(build_ext):
         targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHS]
         targets.append(f"-gencode=arch=compute_{ARCHS[-1]},code=compute_{ARCHS[-1]}")
         command = [nvcc, "-c", "-O3", "-std=c++17", *NVCC_EXACT, *targets]
-        command += ["-Xcompiler=-fPIC,-fvisibility=hidden"]
+        # Compressed, the kernels take a third of their 20 MB.
+        command += ["-Xfatbin=-compress-all", "-Xcompiler=-fPIC,-fvisibility=hidden"]
         sources = sorted(Path("csrc").glob("step_cuda*.cu"))
         objects = [str(folder / f"{source.stem}.o") for source in sources]
 

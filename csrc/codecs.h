@@ -20,6 +20,10 @@
 #include <cuda_fp16.h>
 #endif
 
+#if defined(__CUDA_ARCH__)
+#define FUSED_OPTIM_ADD_TOWARDS_ZERO __fadd_rz
+#endif
+
 namespace fused_optim {
 
 template <class To, class From>
@@ -251,19 +255,32 @@ struct E4M3 : Blocked {
     const float one = bit_cast<float>((8 * b + 8) << 20);
     const uint32_t subnormal = bits_of(bit_cast<float>((code + 8 * b + 8) << 20) - one);
     uint32_t value = code < 8 ? subnormal : (code + 8 * b) << 20;
-    value = code == 126 ? kInfinity : code == 127 ? kNaN : value;
+    value = code >= 126 ? kInfinity + (code - 126) * (kNaN - kInfinity) : value;
     return bit_cast<float>(value | (stored & 0x80u) << 24);
   }
 
-  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& extra) {
-    const uint32_t b = bits_of(x), magnitude = b & kMagnitude, r = random >> 12;
-    const int32_t base = extra, exponent = static_cast<int32_t>(magnitude >> 23);
-    const int32_t normal = static_cast<int32_t>((magnitude + r) >> 20) - 8 * base;
+  // A magnitude below 2^23 units of 2^(base - 149) in these, cut.
+  static FUSED_OPTIM_HD uint32_t fixed_point(uint32_t magnitude, int32_t base) {
+#if defined(FUSED_OPTIM_ADD_TOWARDS_ZERO)
+    // One addition in place of nine integer operations.
+    const uint32_t one = static_cast<uint32_t>(base + 1) << 23;
+    return bits_of(FUSED_OPTIM_ADD_TOWARDS_ZERO(bit_cast<float>(magnitude), bit_cast<float>(one))) - one;
+#else
+    const int32_t exponent = static_cast<int32_t>(magnitude >> 23);
     const uint32_t significand = (magnitude & 0x7fffffu) | (exponent > 0 ? 0x800000u : 0u);
     int32_t shift = base + 1 - (exponent > 1 ? exponent : 1);
     shift = shift < 0 ? 0 : shift > 31 ? 31 : shift;
-    const int32_t subnormal = static_cast<int32_t>(((significand >> shift) + r) >> 20);
-    int32_t code = at_most(exponent > base ? normal : subnormal, 120, base);
+    return significand >> shift;
+#endif
+  }
+
+  static FUSED_OPTIM_HD uint8_t store(float x, uint32_t random, uint8_t& extra) {
+    const uint32_t b = bits_of(x), magnitude = b & kMagnitude;
+    const int32_t base = extra;
+    // Both add up to the code in the highest 12 bits.
+    const uint32_t normal = magnitude - (static_cast<uint32_t>(base) << 23);
+    const uint32_t whole = magnitude >> 23 > extra ? normal : fixed_point(magnitude, base);
+    int32_t code = at_most(static_cast<int32_t>((whole + (random >> 12)) >> 20), 120, base);
     code = magnitude == kInfinity ? 126 : magnitude > kInfinity ? 127 : code;
     return static_cast<uint8_t>(static_cast<uint32_t>(code) | ((b >> 24) & 0x80u));
   }
@@ -278,7 +295,7 @@ struct E5M3 : Blocked {
 
   static FUSED_OPTIM_HD float load(uint8_t code, uint8_t base) {
     uint32_t value = (static_cast<uint32_t>(code) + 8u * base) << 20;
-    value = code == 0 ? 0u : code == 254 ? kInfinity : code == 255 ? kNaN : value;
+    value = code == 0 ? 0u : code >= 254 ? kInfinity + (code - 254u) * (kNaN - kInfinity) : value;
     return bit_cast<float>(value);
   }
 
@@ -286,8 +303,9 @@ struct E5M3 : Blocked {
     const uint32_t magnitude = bits_of(x) & kMagnitude;
     const int32_t base = extra;
     int32_t code = static_cast<int32_t>((magnitude + (random >> 12)) >> 20) - 8 * base;
-    code = at_most(code > 1 ? code : 1, 248, base);
-    code = magnitude == 0 ? 0 : magnitude == kInfinity ? 254 : magnitude > kInfinity ? 255 : code;
+    const int32_t least = magnitude < 1 ? 0 : 1;  // 0 is zero's alone
+    code = at_most(code > least ? code : least, 248, base);
+    code = magnitude == kInfinity ? 254 : magnitude > kInfinity ? 255 : code;
     return static_cast<uint8_t>(code);
   }
 };

@@ -4,7 +4,6 @@
 
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <type_traits>
 
 #include "codecs.h"
@@ -146,28 +145,28 @@ struct Pack {
 // What a codec asks for to round the `n` neighbours from element `index` of a parameter on.
 template <class Codec, Operand operand, int n>
 struct RandomBits {
+  static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
+
   uint32_t index;
-  const Place& place;
+  Place place;
   PhiloxWords words;
 
-  FUSED_OPTIM_DEVICE RandomBits(int64_t index, const Place& place)
-      : index(static_cast<uint32_t>(index)), place(place) {
-    static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
-    if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(index) / 8, place);
+  FUSED_OPTIM_DEVICE void begin(int64_t first, const Place& where) {
+    index = static_cast<uint32_t>(first);
+    place = where;
+    if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(first) / 8, place);
   }
 
   FUSED_OPTIM_DEVICE uint32_t get(int k) const {
-    if constexpr (Codec::random == kDither) {
-      return dither<operand>(index + k, place);
-    } else if constexpr (Codec::random == kPhilox) {
+    if constexpr (Codec::random == kDither) return dither<operand>(index + k, place);
+    if constexpr (Codec::random == kPhilox) {
       const uint32_t i = n == 8 ? k : index % 8;
       // Not word[i / 2]: registers have no address.
       const uint32_t low = i & 2 ? words.word[1] : words.word[0];
       const uint32_t high = i & 2 ? words.word[3] : words.word[2];
       return ((i & 4 ? high : low) >> 16 * (i & 1)) & 0xffffu;
-    } else {
-      return 0;
     }
+    return 0;
   }
 };
 
@@ -176,8 +175,7 @@ template <int lanes>
 FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
 #pragma unroll
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    const uint32_t other = __shfl_xor_sync(0xffffffffu, x, offset);
-    x = other > x ? other : x;
+    x = maximum(__shfl_xor_sync(0xffffffffu, x, offset), x);
   }
   return x;
 }
@@ -201,6 +199,7 @@ struct Elements {
 
   Pack<Stored, n> stored;
   Pack<Extra, kExtraEach<Codec> ? n : 1> extra;
+  RandomBits<Codec, operand, n> random;
   typename Codec::Working value[n];
 
   // What a whole block has in common is read on its own, since it may be needed for longer.
@@ -222,30 +221,30 @@ struct Elements {
     uint32_t result = 0;
     if constexpr (kBlocked<Codec>) {
 #pragma unroll
-      for (int k = 0; k < n; ++k) {
-        const uint32_t magnitude = Codec::magnitude(value[k]);
-        result = magnitude > result ? magnitude : result;
-      }
+      for (int k = 0; k < n; ++k) result = maximum(Codec::magnitude(value[k]), result);
     }
     return result;
   }
 
-  // `index`: of the first element in its parameter; `largest`: of the whole block.
-  FUSED_OPTIM_DEVICE void write(const Array<Codec>& to, int i, int64_t index, const Place& place,
-                                uint32_t largest) {
-    const RandomBits<Codec, operand, n> random(index, place);
-    Extra part{};
-    if constexpr (kBlocked<Codec>) part = Codec::extra_of(largest);
-#pragma unroll
-    for (int k = 0; k < n; ++k) {
+  // Where it takes no more than the element itself.
+  FUSED_OPTIM_DEVICE void encode(int k) {
+    if constexpr (!kBlocked<Codec>) {
+      Extra part;
       stored.item[k] = Codec::store(value[k], random.get(k), part);
       if constexpr (kExtraEach<Codec>) extra.item[k] = part;
     }
+  }
+
+  // `block_largest`: of the whole block.
+  FUSED_OPTIM_DEVICE void write(const Array<Codec>& to, int i, uint32_t block_largest) {
+    if constexpr (kBlocked<Codec>) {
+      Extra base = Codec::extra_of(block_largest);
+#pragma unroll
+      for (int k = 0; k < n; ++k) stored.item[k] = Codec::store(value[k], random.get(k), base);
+      if (i % Codec::block == 0) to.extra[i / Codec::block] = base;
+    }
     stored.write(to.stored + i);
     if constexpr (kExtraEach<Codec>) extra.write(to.extra + i);
-    if constexpr (kBlocked<Codec>) {
-      if (i % Codec::block == 0) to.extra[i / Codec::block] = part;
-    }
   }
 };
 
@@ -256,8 +255,6 @@ struct Arrays {
   Array<Grad> g;
   Array<Mu> mu;
   Array<Nu> nu;
-  int64_t begin;
-  Place place;
 };
 
 // `n` neighbours of each.
@@ -284,7 +281,12 @@ struct Neighbours {
     issue_reads();
   }
 
-  FUSED_OPTIM_DEVICE void update(const Coefficients<T>& c) {
+  // What can be encoded is at once, element by element: with eight values of each operand waiting
+  // some kernels spilled at 64 registers, and now they take 53. `first`: the index in the parameter.
+  FUSED_OPTIM_DEVICE void update(const Coefficients<T>& c, int64_t first, const Place& place) {
+    p.random.begin(first, place);
+    mu.random.begin(first, place);
+    nu.random.begin(first, place);
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       p.decode(k);
@@ -293,13 +295,10 @@ struct Neighbours {
       nu.decode(k);
       if (c.grad_divisor != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
       Rule::update(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
+      p.encode(k);
+      mu.encode(k);
+      nu.encode(k);
     }
-  }
-
-  FUSED_OPTIM_DEVICE void write(const From& to, int i, uint32_t mu_largest, uint32_t nu_largest) {
-    mu.write(to.mu, i, to.begin + i, to.place, mu_largest);
-    nu.write(to.nu, i, to.begin + i, to.place, nu_largest);
-    p.write(to.p, i, to.begin + i, to.place, 0);
   }
 };
 
@@ -320,12 +319,11 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
   const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
   if (skip) return;
   const int64_t begin = (chunk.chunk >= 0 ? chunk.chunk : ~chunk.chunk) * kChunk;
+  const Place place{c.count, static_cast<uint64_t>(row.key)};
   const Arrays<Param, Grad, Mu, Nu> arrays{{row.param, row.param_extra, begin},
                                            {row.grad, 0, begin},
                                            {row.mu, row.mu_extra, begin},
-                                           {row.nu, row.nu_extra, begin},
-                                           begin,
-                                           {c.count, static_cast<uint64_t>(row.key)}};
+                                           {row.nu, row.nu_extra, begin}};
 
   if (chunk.chunk >= 0) {
     constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>;
@@ -335,9 +333,12 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
       Neighbours<Rule, Param, Grad, Mu, Nu, n> x;
       x.read_bases(arrays, i);
       x.read(arrays, i);
-      x.update(c);
-      x.write(arrays, i, largest_of_lanes<Mu::block / n>(x.mu.largest()),
-              largest_of_lanes<Nu::block / n>(x.nu.largest()));
+      x.update(c, begin + i, place);
+      // One after another, since what is written needs no register any more; mu last, since its
+      // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
+      x.p.write(arrays.p, i, 0);
+      x.nu.write(arrays.nu, i, largest_of_lanes<Nu::block / n>(x.nu.largest()));
+      x.mu.write(arrays.mu, i, largest_of_lanes<Mu::block / n>(x.mu.largest()));
     }
   } else {
     // A lane takes one element at a time, and a warp whole blocks. What a block's elements share
@@ -355,12 +356,14 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
 #pragma unroll 1
         for (int i = first + thread % kLanes; i < first + span && i < end; i += kLanes) {
           x.read(arrays, i);
-          x.update(c);
+          x.update(c, begin + i, place);
           if (write) {
-            x.write(arrays, i, mu_largest, nu_largest);
+            x.p.write(arrays.p, i, 0);
+            x.mu.write(arrays.mu, i, mu_largest);
+            x.nu.write(arrays.nu, i, nu_largest);
           } else {
-            mu_largest = maximum(mu_largest, x.mu.largest());
-            nu_largest = maximum(nu_largest, x.nu.largest());
+            mu_largest = maximum(x.mu.largest(), mu_largest);
+            nu_largest = maximum(x.nu.largest(), nu_largest);
           }
         }
         if (write) break;
@@ -370,17 +373,5 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
     }
   }
 }
-
-template <class A, class B>
-constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Working>::value;
-
-// The formats that moments have, of mu and of nu. A line here has a step_cuda_*.cu.
-#define FUSED_OPTIM_MOMENTS(X) X(Fp32, Fp32) X(Fp64, Fp64) X(Bf16Dither, Bf16Dither) X(E4M3, E5M3)
-
-using Kernel = void (*)(CudaTask);
-
-// The step kernel, null where there is none. Defined in cuda_kernels.h.
-template <class Mu, class Nu>
-Kernel find_step_of_moments(const std::string& rule, const std::string& param, const std::string& grad);
 
 }  // namespace fused_optim

@@ -4,16 +4,11 @@
 #include <stdexcept>
 #include <string>
 
-#include "cuda_body.h"
+#include "cuda_kernels.h"
 #include "step_cuda.h"
 
 namespace fused_optim {
 namespace {
-
-template <class T>
-__global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTask task) {
-  prologue_body<T>(task, static_cast<int64_t>(blockIdx.x) * kPrologueThreads + threadIdx.x);
-}
 
 constexpr int64_t kMaxBlocks = 2147483647;
 

@@ -5,6 +5,7 @@
 // may not call it.
 #include <ucontext.h>
 
+#include <cmath>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
@@ -26,6 +27,14 @@ enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice }
 #define __CUDACC_VER_MINOR__ 0
 #define __CUDACC_VER_BUILD__ 0
 #define CUDART_VERSION 0
+
+namespace {
+float __fadd_rz(float x, float y) {  // for 0 <= x <= y
+  const float nearest = x + y;
+  return nearest - y > x ? std::nextafter(nearest, 0.0f) : nearest;
+}
+}  // namespace
+#define FUSED_OPTIM_ADD_TOWARDS_ZERO __fadd_rz
 
 namespace {
 constexpr int kDevices = 2;
