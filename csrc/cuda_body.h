@@ -4,25 +4,34 @@
 
 #include <cstdint>
 #include <cstring>
-#include <string>
 #include <type_traits>
 
 #include "codecs.h"
 #include "rules/all.h"
 #include "table.h"
 
+#if defined(__CUDACC__)
+#define FUSED_OPTIM_DEVICE __device__ __forceinline__
+#else
+#define FUSED_OPTIM_DEVICE inline
+#endif
+
 namespace fused_optim {
 
 constexpr int kThreads = 256;
+constexpr int kLanes = 32;  // of a warp
 constexpr int kPrologueThreads = 128;
 
 // 4,096 elements fill a GPU from a million parameters on, and still set some 100 KiB of
 // traffic against a block's three dependent reads: chunk, row, coefficients.
 constexpr int64_t kChunk = 4096;
 
-// One access. fused_optim.table.VECTOR_BYTES.
+// One access; the longer is fused_optim.table.VECTOR_BYTES.
 struct alignas(16) Vector {
   uint32_t x, y, z, w;
+};
+struct alignas(8) HalfVector {
+  uint32_t x, y;
 };
 
 // Addresses in the device's memory; `grad_scale` and `found_inf` are null for none.
@@ -40,7 +49,7 @@ struct CudaTask {
 // An address that the table holds. From a bare integer the compiler would make generic
 // accesses, which test the address space each time.
 template <class T>
-FUSED_OPTIM_HD T* global(int64_t address) {
+FUSED_OPTIM_DEVICE T* global(int64_t address) {
 #if defined(__CUDA_ARCH__)
   return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
 #else
@@ -51,7 +60,7 @@ FUSED_OPTIM_HD T* global(int64_t address) {
 // What the launch does not write goes through the read-only path and tensors do not: so the
 // machine code tells the two apart, and tests/test_cuda_compiled.py counts each.
 template <class T>
-FUSED_OPTIM_HD T read_only(const T* p) {
+FUSED_OPTIM_DEVICE T read_only(const T* p) {
 #if defined(__CUDA_ARCH__)
   return __ldg(p);
 #else
@@ -59,15 +68,16 @@ FUSED_OPTIM_HD T read_only(const T* p) {
 #endif
 }
 
-FUSED_OPTIM_HD Chunk read_only(const Chunk* p) { return {read_only(&p->row), read_only(&p->chunk)}; }
+FUSED_OPTIM_DEVICE Chunk read_only(const Chunk* p) { return {read_only(&p->row), read_only(&p->chunk)}; }
 
-FUSED_OPTIM_HD Row read_only(const Row* p) {
-  return {read_only(&p->numel), read_only(&p->counter), read_only(&p->param),
-          read_only(&p->grad),  read_only(&p->mu),      read_only(&p->nu)};
+FUSED_OPTIM_DEVICE Row read_only(const Row* p) {
+  return {read_only(&p->numel),       read_only(&p->counter),  read_only(&p->grad),     read_only(&p->param),
+          read_only(&p->mu),          read_only(&p->nu),       read_only(&p->param_extra),
+          read_only(&p->mu_extra),    read_only(&p->nu_extra), read_only(&p->key)};
 }
 
 template <class T>
-FUSED_OPTIM_HD Coefficients<T> read_only(const Coefficients<T>* p) {
+FUSED_OPTIM_DEVICE Coefficients<T> read_only(const Coefficients<T>* p) {
   struct Numbers {
     T value[sizeof(Coefficients<T>) / sizeof(T)];
   } numbers;
@@ -79,15 +89,15 @@ FUSED_OPTIM_HD Coefficients<T> read_only(const Coefficients<T>* p) {
 
 // Keeps what was read above from being read below, so that reads wait together and not one
 // after another.
-FUSED_OPTIM_HD void issue_reads() { asm volatile("" ::: "memory"); }
+FUSED_OPTIM_DEVICE void issue_reads() { asm volatile("" ::: "memory"); }
 
-FUSED_OPTIM_HD bool skips(const CudaTask& task) {
+FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
   return task.found_inf != nullptr && read_only(task.found_inf) != 0.0f;
 }
 
 // Works out the coefficients of counter `i` and advances it.
 template <class T>
-FUSED_OPTIM_HD void prologue_body(const CudaTask& task, int64_t i) {
+FUSED_OPTIM_DEVICE void prologue_body(const CudaTask& task, int64_t i) {
   if (i >= task.n_counters) return;
   const bool skip = skips(task);
   const Counter counter = task.counters[i];
@@ -99,144 +109,269 @@ FUSED_OPTIM_HD void prologue_body(const CudaTask& task, int64_t i) {
   if (!skip) *step = count;
 }
 
-// `n` neighbours of one operand as they lie in memory.
-template <class Codec, int n>
-struct Elements {
-  using Stored = typename Codec::Stored;
-  using Working = typename Codec::Working;
-  static constexpr int vectors = n * sizeof(Stored) / sizeof(Vector);
-  static_assert(vectors * sizeof(Vector) == n * sizeof(Stored), "elements must fill whole vectors");
+template <class Codec>
+constexpr bool kBlocked = Codec::block > 1;
 
-  Vector vector[vectors];
+// Whether each element has an extra of its own.
+template <class Codec>
+constexpr bool kExtraEach = !kBlocked<Codec> && !std::is_same<typename Codec::Extra, NoExtra>::value;
 
-  FUSED_OPTIM_HD void read(const Stored* source) {
+// `n` neighbours as they lie in memory.
+template <class T, int n>
+struct Pack {
+  static constexpr size_t bytes = n * sizeof(T);
+  using Access = std::conditional_t<
+      n == 1, T, std::conditional_t<bytes % sizeof(Vector) == 0, Vector, HalfVector>>;
+  static constexpr int accesses = bytes / sizeof(Access);
+  static_assert(accesses * sizeof(Access) == bytes, "neighbours must fill whole accesses");
+
+  T item[n];
+
+  FUSED_OPTIM_DEVICE void read(const T* source) {
+    Access all[accesses];
 #pragma unroll
-    for (int i = 0; i < vectors; ++i) vector[i] = reinterpret_cast<const Vector*>(source)[i];
+    for (int i = 0; i < accesses; ++i) all[i] = reinterpret_cast<const Access*>(source)[i];
+    memcpy(item, all, bytes);
   }
 
-  FUSED_OPTIM_HD void write(Stored* target) const {
+  FUSED_OPTIM_DEVICE void write(T* target) const {
+    Access all[accesses];
+    memcpy(all, item, bytes);
 #pragma unroll
-    for (int i = 0; i < vectors; ++i) reinterpret_cast<Vector*>(target)[i] = vector[i];
-  }
-
-  FUSED_OPTIM_HD Working get(int i) const {
-    Stored stored[n];
-    memcpy(stored, vector, sizeof(stored));
-    return Codec::load(stored[i]);
-  }
-
-  FUSED_OPTIM_HD void set(int i, Working value) {
-    Stored stored[n];
-    memcpy(stored, vector, sizeof(stored));
-    stored[i] = Codec::store(value);
-    memcpy(vector, stored, sizeof(stored));
+    for (int i = 0; i < accesses; ++i) reinterpret_cast<Access*>(target)[i] = all[i];
   }
 };
 
-// One thread's share of one chunk.
-template <class Rule, class Param, class Grad, class State>
-FUSED_OPTIM_HD void step_body(const CudaTask& task, int64_t block, int thread) {
+// What a codec asks for to round the `n` neighbours from element `index` of a parameter on.
+template <class Codec, Operand operand, int n>
+struct RandomBits {
+  static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
+
+  uint32_t index;
+  Place place;
+  PhiloxWords words;
+
+  FUSED_OPTIM_DEVICE void begin(int64_t first, const Place& where) {
+    index = static_cast<uint32_t>(first);
+    place = where;
+    if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(first) / 8, place);
+  }
+
+  FUSED_OPTIM_DEVICE uint32_t get(int k) const {
+    if constexpr (Codec::random == kDither) return dither<operand>(index + k, place);
+    if constexpr (Codec::random == kPhilox) {
+      const uint32_t i = n == 8 ? k : index % 8;
+      // Not word[i / 2]: registers have no address.
+      const uint32_t low = i & 2 ? words.word[1] : words.word[0];
+      const uint32_t high = i & 2 ? words.word[3] : words.word[2];
+      return ((i & 4 ? high : low) >> 16 * (i & 1)) & 0xffffu;
+    }
+    return 0;
+  }
+};
+
+// The largest of the values that `lanes` neighbouring lanes have; all lanes of the warp must ask.
+template <int lanes>
+FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
+#pragma unroll
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    x = maximum(__shfl_xor_sync(0xffffffffu, x, offset), x);
+  }
+  return x;
+}
+
+// One operand of a chunk.
+template <class Codec>
+struct Array {
+  typename Codec::Stored* stored;
+  typename Codec::Extra* extra;
+
+  FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t extra_address, int64_t begin)
+      : stored(global<typename Codec::Stored>(stored_address) + begin),
+        extra(global<typename Codec::Extra>(extra_address) + begin / Codec::block) {}
+};
+
+// `n` neighbours of one operand.
+template <class Codec, Operand operand, int n>
+struct Elements {
+  using Stored = typename Codec::Stored;
+  using Extra = typename Codec::Extra;
+
+  Pack<Stored, n> stored;
+  Pack<Extra, kExtraEach<Codec> ? n : 1> extra;
+  RandomBits<Codec, operand, n> random;
+  typename Codec::Working value[n];
+
+  // What a whole block has in common is read on its own, since it may be needed for longer.
+  FUSED_OPTIM_DEVICE void read_base(const Array<Codec>& from, int i) {
+    if constexpr (kBlocked<Codec>) extra.read(from.extra + i / Codec::block);
+  }
+
+  FUSED_OPTIM_DEVICE void read(const Array<Codec>& from, int i) {
+    stored.read(from.stored + i);
+    if constexpr (kExtraEach<Codec>) extra.read(from.extra + i);
+  }
+
+  FUSED_OPTIM_DEVICE void decode(int k) {
+    value[k] = Codec::load(stored.item[k], extra.item[kExtraEach<Codec> ? k : 0]);
+  }
+
+  // Of what the block's extra depends on.
+  FUSED_OPTIM_DEVICE uint32_t largest() const {
+    uint32_t result = 0;
+    if constexpr (kBlocked<Codec>) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) result = maximum(Codec::magnitude(value[k]), result);
+    }
+    return result;
+  }
+
+  // Where it takes no more than the element itself.
+  FUSED_OPTIM_DEVICE void encode(int k) {
+    if constexpr (!kBlocked<Codec>) {
+      Extra part;
+      stored.item[k] = Codec::store(value[k], random.get(k), part);
+      if constexpr (kExtraEach<Codec>) extra.item[k] = part;
+    }
+  }
+
+  // `block_largest`: of the whole block.
+  FUSED_OPTIM_DEVICE void write(const Array<Codec>& to, int i, uint32_t block_largest) {
+    if constexpr (kBlocked<Codec>) {
+      Extra base = Codec::extra_of(block_largest);
+#pragma unroll
+      for (int k = 0; k < n; ++k) stored.item[k] = Codec::store(value[k], random.get(k), base);
+      if (i % Codec::block == 0) to.extra[i / Codec::block] = base;
+    }
+    stored.write(to.stored + i);
+    if constexpr (kExtraEach<Codec>) extra.write(to.extra + i);
+  }
+};
+
+// A row's operands from the beginning of a chunk on.
+template <class Param, class Grad, class Mu, class Nu>
+struct Arrays {
+  Array<Param> p;
+  Array<Grad> g;
+  Array<Mu> mu;
+  Array<Nu> nu;
+};
+
+// `n` neighbours of each.
+template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
+struct Neighbours {
   using T = typename Param::Working;
-  using P = typename Param::Stored;
-  using G = typename Grad::Stored;
-  using S = typename State::Stored;
+  using From = Arrays<Param, Grad, Mu, Nu>;
+
+  Elements<Param, kParam, n> p;
+  Elements<Grad, kParam, n> g;
+  Elements<Mu, kMu, n> mu;
+  Elements<Nu, kNu, n> nu;
+
+  FUSED_OPTIM_DEVICE void read_bases(const From& from, int i) {
+    mu.read_base(from.mu, i);
+    nu.read_base(from.nu, i);
+  }
+
+  FUSED_OPTIM_DEVICE void read(const From& from, int i) {
+    p.read(from.p, i);
+    g.read(from.g, i);
+    mu.read(from.mu, i);
+    nu.read(from.nu, i);
+    issue_reads();
+  }
+
+  // What can be encoded is at once, element by element: with eight values of each operand waiting
+  // some kernels spilled at 64 registers, and now they take 53. `first`: the index in the parameter.
+  FUSED_OPTIM_DEVICE void update(const Coefficients<T>& c, int64_t first, const Place& place) {
+    p.random.begin(first, place);
+    mu.random.begin(first, place);
+    nu.random.begin(first, place);
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      p.decode(k);
+      g.decode(k);
+      mu.decode(k);
+      nu.decode(k);
+      if (c.grad_divisor != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
+      Rule::update(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
+      p.encode(k);
+      mu.encode(k);
+      nu.encode(k);
+    }
+  }
+};
+
+// Neighbours that a thread takes of a full chunk: 16 bytes of 16-bit operands, 8 of 8-bit ones.
+// With 16 elements of the latter ones registers would not do.
+template <class T, class... Codec>
+constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : sizeof(Vector) / sizeof(T);
+
+// One thread's share of one chunk.
+template <class Rule, class Param, class Grad, class Mu, class Nu>
+FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int thread) {
+  using T = typename Param::Working;
+  static_assert(!kBlocked<Param> && !kBlocked<Grad>, "blocks are for moments");
   // Asked for first and looked at last: the read hides behind those of the table.
   const bool skip = skips(task);
   const Chunk chunk = read_only(task.chunks + block);
   const Row row = read_only(task.rows + chunk.row);
   const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
-  const bool scaled = c.grad_divisor != T(1);
   if (skip) return;
   const int64_t begin = (chunk.chunk >= 0 ? chunk.chunk : ~chunk.chunk) * kChunk;
-  P* const p = global<P>(row.param) + begin;
-  const G* const g = global<const G>(row.grad) + begin;
-  S* const mu = global<S>(row.mu) + begin;
-  S* const nu = global<S>(row.nu) + begin;
+  const Place place{c.count, static_cast<uint64_t>(row.key)};
+  const Arrays<Param, Grad, Mu, Nu> arrays{{row.param, row.param_extra, begin},
+                                           {row.grad, 0, begin},
+                                           {row.mu, row.mu_extra, begin},
+                                           {row.nu, row.nu_extra, begin}};
 
   if (chunk.chunk >= 0) {
-    // One vector of the narrowest operand.
-    constexpr int n = sizeof(Vector) / (sizeof(P) < sizeof(G) ? sizeof(P) : sizeof(G));
+    constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>;
     static_assert(kChunk % (kThreads * n) == 0, "a chunk must be whole rounds of all threads");
 #pragma unroll 1
     for (int i = thread * n; i < kChunk; i += kThreads * n) {
-      Elements<Param, n> p_elements;
-      Elements<Grad, n> g_elements;
-      Elements<State, n> mu_elements, nu_elements;
-      p_elements.read(p + i);
-      g_elements.read(g + i);
-      mu_elements.read(mu + i);
-      nu_elements.read(nu + i);
-      issue_reads();
-#pragma unroll
-      for (int k = 0; k < n; ++k) {
-        T p_value = p_elements.get(k), mu_value = mu_elements.get(k), nu_value = nu_elements.get(k);
-        T g_value = g_elements.get(k);
-        if (scaled) g_value = g_value / c.grad_divisor;
-        Rule::update(p_value, g_value, mu_value, nu_value, c);
-        p_elements.set(k, p_value);
-        mu_elements.set(k, mu_value);
-        nu_elements.set(k, nu_value);
-      }
-      p_elements.write(p + i);
-      mu_elements.write(mu + i);
-      nu_elements.write(nu + i);
+      Neighbours<Rule, Param, Grad, Mu, Nu, n> x;
+      x.read_bases(arrays, i);
+      x.read(arrays, i);
+      x.update(c, begin + i, place);
+      // One after another, since what is written needs no register any more; mu last, since its
+      // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
+      x.p.write(arrays.p, i, 0);
+      x.nu.write(arrays.nu, i, largest_of_lanes<Nu::block / n>(x.nu.largest()));
+      x.mu.write(arrays.mu, i, largest_of_lanes<Mu::block / n>(x.mu.largest()));
     }
   } else {
+    // A lane takes one element at a time, and a warp whole blocks. What a block's elements share
+    // is known only when all are updated: so blocked formats update twice and write the second time.
+    constexpr bool blocked = kBlocked<Mu> || kBlocked<Nu>;
+    constexpr int span = blocked ? kBlockElements : kLanes;
     const int end = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
+    Neighbours<Rule, Param, Grad, Mu, Nu, 1> x;
 #pragma unroll 1
-    for (int i = thread; i < end; i += kThreads) {
-      const P p_stored = p[i];
-      const G g_stored = g[i];
-      const S mu_stored = mu[i], nu_stored = nu[i];
-      issue_reads();
-      T p_value = Param::load(p_stored), mu_value = State::load(mu_stored), nu_value = State::load(nu_stored);
-      T g_value = Grad::load(g_stored);
-      if (scaled) g_value = g_value / c.grad_divisor;
-      Rule::update(p_value, g_value, mu_value, nu_value, c);
-      p[i] = Param::store(p_value);
-      mu[i] = State::store(mu_value);
-      nu[i] = State::store(nu_value);
+    for (int first = thread / kLanes * span; first < end; first += kThreads / kLanes * span) {
+      uint32_t mu_largest = 0, nu_largest = 0;
+      x.read_bases(arrays, first);
+#pragma unroll 1
+      for (bool write = !blocked;; write = true) {
+#pragma unroll 1
+        for (int i = first + thread % kLanes; i < first + span && i < end; i += kLanes) {
+          x.read(arrays, i);
+          x.update(c, begin + i, place);
+          if (write) {
+            x.p.write(arrays.p, i, 0);
+            x.mu.write(arrays.mu, i, mu_largest);
+            x.nu.write(arrays.nu, i, nu_largest);
+          } else {
+            mu_largest = maximum(x.mu.largest(), mu_largest);
+            nu_largest = maximum(x.nu.largest(), nu_largest);
+          }
+        }
+        if (write) break;
+        mu_largest = largest_of_lanes<kLanes>(mu_largest);
+        nu_largest = largest_of_lanes<kLanes>(nu_largest);
+      }
     }
   }
-}
-
-// The format that moments have: the working precision.
-template <class T>
-using StateOf = std::conditional_t<std::is_same<T, double>::value, Fp64, Fp32>;
-
-template <class Rule, class Param, class Use>
-bool with_grad(const std::string& grad, const std::string& state, const Use& use) {
-  using State = StateOf<typename Param::Working>;
-#define FUSED_OPTIM_CASE(Grad)                                                          \
-  if constexpr (std::is_same<typename Grad::Working, typename Param::Working>::value) { \
-    if (grad == Grad::name && state == State::name) {                                   \
-      use.template run<Rule, Param, Grad, State>();                                     \
-      return true;                                                                      \
-    }                                                                                   \
-  }
-  FUSED_OPTIM_CODECS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
-}
-
-template <class Rule, class Use>
-bool with_param(const std::string& param, const std::string& grad, const std::string& state, const Use& use) {
-#define FUSED_OPTIM_CASE(Param) \
-  if (param == Param::name) return with_grad<Rule, Param>(grad, state, use);
-  FUSED_OPTIM_CODECS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
-}
-
-// Calls `use.run<Rule, Param, Grad, State>()` for the named ones; false where there are none.
-template <class Use>
-bool with_names(const std::string& rule, const std::string& param, const std::string& grad,
-                const std::string& state, const Use& use) {
-#define FUSED_OPTIM_CASE(Rule) \
-  if (rule == Rule::name) return with_param<Rule>(param, grad, state, use);
-  FUSED_OPTIM_RULES(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
 }
 
 }  // namespace fused_optim

@@ -8,7 +8,7 @@ namespace fused_optim {
 
 // Addresses are in the device's memory; 0 for no grad_scale or found_inf, one float32 each.
 struct CudaStep {
-  std::string rule, param_format, grad_format, state_format;
+  std::string rule, param_format, grad_format, mu_format, nu_format;
   int64_t rows, chunks, n_chunks, counters, n_counters, hyper, coefficients, grad_scale, found_inf;
   int64_t stream;
   int device;
@@ -20,10 +20,10 @@ struct CudaStep {
 int step_cuda(const CudaStep& step);
 
 // Elements of a chunk in the table that a step is given.
-int64_t cuda_chunk_size(const std::string& param_format, const std::string& grad_format);
+int64_t cuda_chunk_size();
 
 // Bytes that `coefficients` needs for each counter.
-int64_t cuda_coefficients_bytes(const std::string& state_format);
+int64_t cuda_coefficients_bytes(const std::string& param_format);
 
 // 0 where there is no GPU or no driver.
 int cuda_device_count();

@@ -166,8 +166,10 @@ def _random_words(at):
 @triton.jit
 def load_bf16_master(row, at):
     master = load_fp32(row + EXTRA, at)
-    stored = _load(row, tl.uint16, at)
-    return tl.where(_nearest_bf16(master) == stored, master, _float_of(stored.to(tl.uint32) << 16))
+    param = _load(row, tl.uint16, at).to(tl.uint32) << 16
+    # Half a unit apart at most, unless somebody wrote to the parameter; in int32, which wraps.
+    apart = (_bits_of(master) - param).to(tl.int32, bitcast=True)
+    return tl.where((apart >= -0x8000) & (apart <= 0x8000), master, _float_of(param))
 
 
 @triton.jit
@@ -349,11 +351,11 @@ def load_e4m3(row, at):
 def store_e4m3(row, at, x, OPERAND: tl.constexpr):
     magnitude = _magnitude(x)
     base = _new_base(row, at, magnitude, 14)
-    # The exponent of the value's unit, less 1: the base, or below it the value's own, and then
-    # the significand moves right by the difference.
-    exponent = tl.minimum(tl.maximum((magnitude >> 23) - 1, 0), base)
-    significand = (magnitude - (exponent << 23)) >> tl.minimum(base - exponent, 31)
-    code = (significand + _dither(at, OPERAND, 20).to(tl.int32)) >> 20
+    # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
+    one = (base + 1) << 23
+    subnormal = (tl.abs(x) + _float_of(one)).to(tl.int32, bitcast=True) - one
+    scaled = tl.where(magnitude < one, subnormal, magnitude - (base << 23))
+    code = (scaled + _dither(at, OPERAND, 20).to(tl.int32)) >> 20
     code = tl.minimum(code, tl.minimum(120, 2039 - 8 * base))
     code = _or_special(code, magnitude, 126)
     _store(row, at, (code.to(tl.uint32) | ((_bits_of(x) >> 24) & 0x80)).to(tl.uint8))

@@ -81,15 +81,16 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     cuda = extension("_cuda")[0]
     assert cuda is not None
     key, device = batch.key, batch.key.device
-    table = table_on(batch, cuda.chunk_size(key.param.name, key.grad.name))
+    table = table_on(batch, cuda.chunk_size())
     coefficients = torch.empty(
-        len(batch.counters) * cuda.coefficients_bytes(key.state.name), dtype=torch.uint8, device=device
+        len(batch.counters) * cuda.coefficients_bytes(key.param.name), dtype=torch.uint8, device=device
     )
     cuda.step(
         key.rule.name,
         key.param.name,
         key.grad.name,
-        key.state.name,
+        key.mu.name,
+        key.nu.name,
         table.rows.data_ptr(),
         table.chunks.data_ptr(),
         len(table.chunks),

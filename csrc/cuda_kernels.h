@@ -1,0 +1,42 @@
+// The kernels.
+#pragma once
+
+#include <cuda_runtime.h>
+
+#include <string>
+#include <type_traits>
+
+#include "cuda_body.h"
+
+namespace fused_optim {
+
+template <class T>
+__global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTask task) {
+  prologue_body<T>(task, static_cast<int64_t>(blockIdx.x) * kPrologueThreads + threadIdx.x);
+}
+
+// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where the
+// arithmetic takes pairs. Then some 64 KiB of loads are in flight, or 48 with 8-bit moments,
+// several times what an H100 needs to hide the latency of its memory.
+template <class T>
+constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
+
+template <class Rule, class Param, class Grad, class Mu, class Nu>
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working>)
+    step_kernel(const CudaTask task) {
+  step_body<Rule, Param, Grad, Mu, Nu>(task, blockIdx.x, static_cast<int>(threadIdx.x));
+}
+
+template <class A, class B>
+constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Working>::value;
+
+// The formats that moments have, of mu and of nu. A line here has a step_cuda_*.cu.
+#define FUSED_OPTIM_MOMENTS(X) X(Fp32, Fp32) X(Fp64, Fp64) X(Bf16Dither, Bf16Dither) X(E4M3, E5M3)
+
+using Kernel = void (*)(CudaTask);
+
+// The step kernel, null where there is none. Defined in cuda_find.h.
+template <class Mu, class Nu>
+Kernel find_step_of_moments(const std::string& rule, const std::string& param, const std::string& grad);
+
+}  // namespace fused_optim
