@@ -46,7 +46,8 @@ PYBIND11_MODULE(_cuda, m) {
         py::arg("nu_format"), py::arg("rows"), py::arg("chunks"), py::arg("n_chunks"), py::arg("counters"),
         py::arg("n_counters"), py::arg("hyper"), py::arg("coefficients"), py::arg("grad_scale"),
         py::arg("found_inf"), py::arg("stream"), py::arg("device"));
-  m.def("chunk_size", &fused_optim::cuda_chunk_size, "Elements of a chunk in the table that a step is given.");
+  m.def("chunk_size", &fused_optim::cuda_chunk_size,
+        "Elements of a chunk in the table that a step is given.");
   m.def("coefficients_bytes", &fused_optim::cuda_coefficients_bytes,
         "Bytes of device memory that a step needs for each counter.", py::arg("param_format"));
   m.def("device_count", &fused_optim::cuda_device_count, "GPUs that there are; 0 without a driver.");

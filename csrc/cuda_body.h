@@ -153,6 +153,8 @@ struct RandomBits {
 
   FUSED_OPTIM_DEVICE void begin(int64_t first, const Place& where) {
     index = static_cast<uint32_t>(first);
+    // Else nu's hashes are kept for mu, which takes eight registers: some kernels spill.
+    if constexpr (operand == kNu && kBlocked<Codec>) asm volatile("" : "+r"(index));
     place = where;
     if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(first) / 8, place);
   }

@@ -1,4 +1,6 @@
 #include "cuda_find.h"
 
-template fused_optim::Kernel fused_optim::find_step_of_moments<fused_optim::Bf16Dither, fused_optim::Bf16Dither>(
-    const std::string&, const std::string&, const std::string&);
+namespace fused_optim {
+template Kernel find_step_of_moments<Bf16Dither, Bf16Dither>(const std::string&, const std::string&,
+                                                             const std::string&);
+}

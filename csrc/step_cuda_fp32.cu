@@ -1,4 +1,5 @@
 #include "cuda_find.h"
 
-template fused_optim::Kernel fused_optim::find_step_of_moments<fused_optim::Fp32, fused_optim::Fp32>(
-    const std::string&, const std::string&, const std::string&);
+namespace fused_optim {
+template Kernel find_step_of_moments<Fp32, Fp32>(const std::string&, const std::string&, const std::string&);
+}

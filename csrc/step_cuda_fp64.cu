@@ -1,4 +1,5 @@
 #include "cuda_find.h"
 
-template fused_optim::Kernel fused_optim::find_step_of_moments<fused_optim::Fp64, fused_optim::Fp64>(
-    const std::string&, const std::string&, const std::string&);
+namespace fused_optim {
+template Kernel find_step_of_moments<Fp64, Fp64>(const std::string&, const std::string&, const std::string&);
+}
