@@ -7,6 +7,8 @@ and PNG plots. `bench all` measures everything in a few minutes on two CPU cores
 
 from __future__ import annotations
 
+import json
+
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +17,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from . import environment, plan, report
+from . import compare, cuda_report, environment, kernels, plan, report
 from .formats import FORMATS
 from .measure import QUICK, Effort, default_threads
 from .plan import Filter, Options, Run
@@ -76,7 +78,9 @@ def measure(name: str, runs: Sequence[Run], options: Options, out: Path, plots: 
     paths = report.write(out, name, described, records)
     if plots:
         paths += draw(records, described, out)
-    print(f"{described['kind']}: {described['device']}, {described['threads']} threads; commit {described['commit']}")
+    print(
+        f"{described['kind']}: {described['device_name']}, {described['threads']} threads; commit {described['commit']}"
+    )
     print("wrote " + ", ".join(map(str, paths)))
     if not any("median" in record for record in records):
         raise typer.Exit(1)
@@ -162,3 +166,73 @@ def all_(
     options = _options(device, Effort() if full else QUICK, threads, False, verbose)
     runs = (plan.full_set if full else plan.quick_set)(options.device)
     measure(options.device, runs, options, out, plots)
+
+
+@app.command("compare")
+def compare_(
+    before: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON of an earlier run.")],
+    after: Annotated[Path, typer.Argument(exists=True, dir_okay=False, help="JSON of a later run.")],
+    every: Annotated[bool, typer.Option("--every", help="Show what did not change, too.")] = False,
+) -> None:
+    """What got slower or faster from BEFORE to AFTER, beyond the noise.
+
+    A change is one where the spans between the 20th and the 80th percentile do not meet and the
+    medians differ by more than 5%. The exit code is 1 if anything got slower or was lost.
+    """
+    try:
+        results = [report.read(path) for path in (before, after)]
+        found = compare.changes(*results)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    rows = [
+        [c.what, report.number(c.before), report.number(c.after), c.unit, f"{c.ratio:.2f}", c.verdict]
+        for c in sorted(found, key=lambda c: -c.ratio)
+        if every or c.verdict != "same"
+    ]
+    if rows:
+        report.print_table(f"{before} -> {after}", ["case", "before", "after", "unit", "ratio", ""], rows)
+    lost = compare.lost(*results)
+    for line in lost:
+        print(f"lost: {line}")
+    moved = [c for c in found if "roof:" in c.what and c.verdict != "same"]
+    if moved:
+        print("The roofs changed too: the machine was not the same, and nothing above is certain.")
+    worse = [c for c in found if c.verdict in ("slower", "more") and c not in moved]
+    print(
+        f"{len(found)} cases in both: {len(worse)} worse, {sum(c.verdict == 'same' for c in found)} the same"
+    )
+    if worse or lost:
+        raise typer.Exit(1)
+
+
+@app.command("kernels")
+def kernels_(
+    target: Annotated[list[str] | None, _strings(f"One of {', '.join(kernels.TARGETS)}.")] = None,
+    out: Out = OUT,
+) -> None:
+    """What the kernels compile to, for GPUs that need not be there: registers, spills, the width of
+    each access, bytes and instructions a parameter, occupancy.
+
+    The exit code is 1 if one has what it must not have: a spill, too many registers, an access that
+    is not vectorised, contracted or approximate arithmetic.
+    """
+    targets = _one_of("--target", target, kernels.TARGETS) or kernels.TARGETS
+    rows = kernels.triton_rows(targets)
+    missing = cuda_report.why_not()
+    if missing is None:
+        rows += kernels.cuda_rows(targets)
+    else:
+        print(f"no report of the CUDA kernels: {missing}")
+    out.mkdir(parents=True, exist_ok=True)
+    for name in targets:
+        chosen = [row for row in rows if row["target"] == name]
+        report.print_table(f"{name}: {chosen[0]['compiler']}", kernels.HEADS, list(map(kernels.cells, chosen)))
+        path = out / f"kernels_{name.replace(':', '_')}.json"
+        path.write_text(json.dumps({"target": name, "kernels": chosen}, indent=1) + "\n")
+        print(f"wrote {path}")
+    bad = [row for row in rows if row["problems"]]
+    for row in bad:
+        print(f"{row['target']} {' '.join(kernels.cells(row)[:2])}: {'; '.join(row['problems'])}")
+    print(f"{len(rows)} kernels, {len(bad)} with problems")
+    if bad:
+        raise typer.Exit(1)

@@ -69,7 +69,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
     changed = _said("git", "status", "--porcelain", "--untracked-files=no")
     described = {
         "kind": "GPU" if device == "cuda" else "CPU",
-        "device": device_name(device),
+        "device_name": device_name(device),
         "processor": processor(),
         "threads": threads,
         "cpus": os.cpu_count(),

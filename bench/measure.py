@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from . import environment
-from .providers import Provider, providers
+from .providers import providers
 from .roof import ROOFS, Roof, streams_for
 from .worker import Case, Failed, Ready, Setting, serve
 from .workloads import Workload, fitted
@@ -56,7 +56,7 @@ def _context() -> Any:
     if "forkserver" not in multiprocessing.get_all_start_methods():
         return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.worker"])
+    context.set_forkserver_preload(["bench.preload"])
     return context
 
 
@@ -230,7 +230,9 @@ def interleave(workers: list[Worker], effort: Effort, say: Say, rng: random.Rand
             worker.run(n)
 
 
-def compare_cases(cases: Sequence[Case], effort: Effort, setting: Setting, say: Say = lambda _: None) -> list[Record]:
+def compare_cases(
+    cases: Sequence[Case], effort: Effort, setting: Setting, say: Say = lambda _: None
+) -> list[Record]:
     """Measure cases of one comparison against each other."""
     if not cases:
         return []
@@ -277,16 +279,6 @@ def first_steps(case: Case, effort: Effort, setting: Setting, say: Say = lambda 
 def size_for(full: Workload, device: str) -> Workload:
     """A workload that leaves room for a few processes beside it."""
     return fitted(full, int(0.15 * environment.memory(device)) // 24)
-
-
-def roofs_for(chosen: Iterable[Provider]) -> list[Roof]:
-    """Copy, triad and the loops with streams as the chosen providers have them."""
-    wanted = {"roof: copy", "roof: triad"}
-    for provider in chosen:
-        states = 4.0 if "8bit" not in f"{provider.format} {provider.name}" else 1.0
-        states = 2.0 if provider.format.endswith("bf16") else states
-        wanted.add(streams_for(2 * states).name)
-    return [roof for name, roof in ROOFS.items() if name in wanted]
 
 
 def default_threads() -> int:

@@ -6,8 +6,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from .measure import QUICK, Effort, Record, compare_cases, first_steps, head, roofs_for, size_for
+from .measure import QUICK, Effort, Record, compare_cases, first_steps, head, size_for
 from .providers import Provider, providers
+from .roof import ROOFS
 from .worker import Case, Setting, demo_workload
 from .workloads import Workload, workload
 
@@ -16,7 +17,8 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Filter:
-    """Which providers: each list empty for all, names by any part of them."""
+    """Which providers: each list empty for all, names by any part of them; ``slow_start`` with
+    those that compile for long."""
 
     providers: tuple[str, ...] = ()
     rules: tuple[str, ...] = ()
@@ -24,6 +26,7 @@ class Filter:
     formats: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     extra: Path | None = None
+    slow_start: bool = True
 
     def chosen(self, device: str) -> list[Provider]:
         return [p for p in providers(self.extra).values() if self._takes(p, device)]
@@ -65,7 +68,7 @@ class Options:
 
     device: str
     setting: Setting
-    effort: Effort = Effort()
+    effort: Effort
     cold: bool = True
 
 
@@ -106,7 +109,9 @@ MEASURES = {
     "first-step": Measure(
         "The first step of a process, with what it compiles: caches empty, and filled.", ("148x64",)
     ),
-    "train": Measure("Whole training steps of the demo's GPT, and the optimizer's share of them.", ("demo-gpt",)),
+    "train": Measure(
+        "Whole training steps of the demo's GPT, and the optimizer's share of them.", ("demo-gpt",)
+    ),
 }
 
 _OURS_AND_TORCH = ("fused_optim", "torch AdamW fused")
@@ -159,6 +164,8 @@ def _workload(run: Run, name: str, options: Options) -> Workload:
 def _why_skipped(provider: Provider, run: Run, load: Workload) -> str | None:
     if provider.most_tensors is not None and len(load.shapes) > provider.most_tensors:
         return f"it compiles each tensor's step: minutes for {len(load.shapes)} tensors"
+    if provider.slow_start and not run.filter.slow_start:
+        return "it compiles for a good part of a minute: see --full"
     if not provider.follows_gradients and (load.new_gradients or run.measure == "train"):
         return "its gradients are arrays of its own"
     return None
@@ -184,7 +191,6 @@ def execute(
 def _comparison(run: Run, name: str, dtype: str, options: Options, say: Progress) -> list[Record]:
     load = _workload(run, name, options)
     cases, absent = [], []
-    chosen: list[Provider] = []
     for provider in run.filter.chosen(options.device):
         case = Case(
             load, dtype, options.device, provider.name, run.measure, options.cold, extra=run.filter.extra
@@ -196,14 +202,11 @@ def _comparison(run: Run, name: str, dtype: str, options: Options, say: Progress
             absent.append({**head(case), "status": status, "why": why_not or skipped})
         else:
             cases.append(case)
-            chosen.append(provider)
     if run.measure == "first-step":
         return [first_steps(case, options.effort, options.setting, say) for case in cases] + absent
     if run.measure == "step":
-        roofs = [roof for roof in roofs_for(chosen) if roof.why_not(options.device, dtype) is None]
-        cases = [
-            Case(load, dtype, options.device, roof.name, "step", options.cold) for roof in roofs
-        ] + cases
+        roofs = [roof for roof in ROOFS.values() if roof.why_not(options.device, dtype) is None]
+        cases = [Case(load, dtype, options.device, roof.name, "step", options.cold) for roof in roofs] + cases
     return compare_cases(cases, options.effort, options.setting, say) + absent
 
 

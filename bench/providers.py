@@ -54,6 +54,7 @@ class Provider:
         dtypes: parameters that it takes.
         error: the largest root mean square error of its update, relative to the update.
         most_tensors: with more it would take minutes to compile.
+        slow_start: it compiles for a good part of a minute before its first step.
         follows_gradients: it uses ``p.grad`` as it is at each step.
         wall_clock: on a GPU, torch's events do not see its stream.
         rule, backend, format, layout: of fused_optim's own.
@@ -67,6 +68,7 @@ class Provider:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     error: float = 1e-4
     most_tensors: int | None = None
+    slow_start: bool = False
     follows_gradients: bool = True
     wall_clock: bool = False
     rule: str = ""
@@ -195,6 +197,7 @@ def _ours() -> Iterator[Provider]:
 
 # torch
 
+
 def _torch_adamw(**options: Any) -> Callable[[Groups], Stepper]:
     return lambda groups: TorchStepper(torch.optim.AdamW(_groups(groups), **_DECAYED, **options))
 
@@ -238,6 +241,7 @@ def _plain_adabelief(
 
 # Other packages
 
+
 def _adabelief_pytorch(groups: Groups) -> Stepper:
     from adabelief_pytorch import AdaBelief
 
@@ -253,12 +257,16 @@ def _pytorch_optimizer(groups: Groups) -> Stepper:
 
 
 def _timm(groups: Groups) -> Stepper:
-    # timm's models want a torchvision of the same build as torch; its optimizers want nothing.
-    spec = importlib.util.find_spec("timm")
-    assert spec is not None
-    timm = ModuleType("timm")
-    timm.__path__ = list(spec.submodule_search_locations or [])
-    sys.modules.setdefault("timm", timm)
+    # timm's models want a torchvision built with this torch; its optimizers do not. Packages
+    # that stand for the real ones let them be imported alone.
+    if "timm" not in sys.modules:
+        spec = importlib.util.find_spec("timm")
+        assert spec is not None and spec.origin is not None
+        for name, folder in (("timm", ""), ("timm.optim", "optim")):
+            package = ModuleType(name)
+            package.__spec__ = importlib.util.spec_from_loader(name, None)
+            package.__path__ = [str(Path(spec.origin).parent / folder)]
+            sys.modules[name] = package
     from timm.optim.adabelief import AdaBelief
 
     return TorchStepper(AdaBelief(_groups(groups), **_DECAYED, decoupled_decay=True, rectify=False))
@@ -385,6 +393,7 @@ PEERS = (
         "adabelief",
         lambda groups: TorchStepper(_PlainAdaBelief(_groups(groups))),
         most_tensors=20,
+        slow_start=True,
     ),
     Provider("adabelief-pytorch", "adabelief", _adabelief_pytorch, ("adabelief_pytorch",)),
     Provider("pytorch_optimizer AdaBelief", "adabelief", _pytorch_optimizer, ("pytorch_optimizer",)),
@@ -392,10 +401,10 @@ PEERS = (
     Provider("torch-optimi AdamW", "adamw", _optimi, ("optimi",)),
     Provider("flashoptim AdamW", "adamw", _flashoptim, ("flashoptim",), devices=("cuda",), error=_8BIT),
     Provider("bitsandbytes AdamW8bit", "adamw", _bitsandbytes, ("bitsandbytes",), error=_8BIT),
-    Provider("torchao AdamW8bit", "adamw", _torchao, ("torchao",), most_tensors=20, error=_8BIT),
+    Provider("torchao AdamW8bit", "adamw", _torchao, ("torchao",), most_tensors=20, slow_start=True, error=_8BIT),
     Provider("Optax adabelief jit", "adabelief", _optax_adabelief, **_OPTAX),
     Provider("Optax adamaxw jit", "adamaxw", _optax_adamaxw, **_OPTAX),
-    Provider("DeepSpeedCPUAdam", "adamw", _deepspeed, ("deepspeed",), devices=("cpu",)),
+    Provider("DeepSpeedCPUAdam", "adamw", _deepspeed, ("deepspeed",), devices=("cpu",), slow_start=True),
     Provider("apex FusedAdam", "adamw", _apex, ("apex",), devices=("cuda",)),
     Provider(
         "TransformerEngine FusedAdam",

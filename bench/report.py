@@ -32,7 +32,7 @@ def write(folder: Path, name: str, environment: dict[str, Any], records: Sequenc
     results = {"environment": environment, "records": [_rounded(r) for r in records]}
     as_json.write_text(json.dumps(results, indent=1) + "\n")
     columns = list(dict.fromkeys(key for record in records for key in record))
-    flat = {key: json.dumps(v) if isinstance(v, dict) else v for key, v in environment.items()}
+    flat = {**environment, "versions": " ".join(f"{k}={v}" for k, v in environment["versions"].items())}
     with open(as_csv, "w", newline="") as file:
         table = csv.DictWriter(file, [*columns, *flat])
         table.writeheader()
@@ -69,13 +69,14 @@ def number(value: Any) -> str:
 
 
 def _cells(record: Record) -> list[str]:
-    if "median" not in record:
-        return [record["provider"], "", "", "", "", "", f"{record['status']}: {record['why']}"]
     spread = f"{number(record['p20'])} .. {number(record['p80'])}" if "p20" in record else ""
-    share = f"{record['optimizer_share']:.1%} optimizer" if "optimizer_share" in record else ""
-    cached = f"{number(record['cached_ms'])} ms with caches" if "cached_ms" in record else ""
+    note = record["checked"]
+    if "optimizer_share" in record:
+        note = f"{number(record['optimizer_ms'])} ms of it in the optimizer, {record['optimizer_share']:.1%}"
+    if "cached_ms" in record:
+        note = f"{number(record['cached_ms'])} with filled caches, then {number(record['second_ms'])} a step"
     if record["measure"] == "memory":
-        share = f"holds {record['bytes_per_parameter']:.2f} bytes/parameter"
+        note = f"beside {record['bytes_per_parameter']:.2f} bytes held for parameter, gradient and states"
     return [
         record["provider"],
         number(record["median"]),
@@ -83,30 +84,49 @@ def _cells(record: Record) -> list[str]:
         number(record.get("gb_per_s")),
         f"{record['of_roof']:.2f}" if "of_roof" in record else "",
         f"{record['times_fastest_peer']:.2f}" if "times_fastest_peer" in record else "",
-        share or cached or record["checked"],
+        note,
     ]
 
 
-def tables(records: Iterable[Record]) -> Iterator[tuple[str, list[str], list[list[str]]]]:
-    """(title, heads, rows) of each comparison, the fastest first and what is absent last."""
+Table_ = tuple[str, list[str], list[list[str]]]
+"""Title, heads, rows."""
+
+
+def tables(records: Iterable[Record]) -> Iterator[tuple[Table_, list[str]]]:
+    """Each comparison as a table, the fastest first, and what was not measured, by reason."""
 
     def comparison(record: Record) -> tuple[str, ...]:
-        return (record["measure"], record["title"], record["dtype"], record["device"], record["unit"])
+        return (record["measure"], record["title"], record["dtype"], record["unit"])
 
-    for key, group in groupby(records, comparison):
-        measure, title, dtype, device, unit = key
-        lines = sorted(group, key=lambda r: (not r["roof"], "median" not in r, r.get("median", 0)))
-        heads = [f"{measure}: {title}, {dtype}, {device}", unit, "20% .. 80%", "GB/s"]
-        heads += ["of roof", "x fastest peer", "checked against, or why not"]
-        yield f"{measure}: {title}, {dtype}", heads, [_cells(line) for line in lines]
+    for (measure, title, dtype, unit), group in groupby(records, comparison):
+        lines = list(group)
+        measured = [line for line in lines if "median" in line]
+        measured.sort(key=lambda line: (not line["roof"], line["median"]))
+        heads = ["provider", unit, "20% .. 80%", "GB/s", "of roof", "x fastest peer"]
+        heads.append("note" if measure in ("train", "first-step", "memory") else "checked against")
+        rows = [_cells(line) for line in measured]
+        # A column that is empty in all rows says nothing.
+        kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
+        table = ([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
+        without: dict[str, list[str]] = {}
+        for line in lines:
+            if "median" not in line:
+                without.setdefault(f"{line['status']}: {line['why']}", []).append(line["provider"])
+        missing = [f"{reason} ({_short(names)})" for reason, names in without.items()]
+        yield (f"{measure}: {title}, {dtype}", *table), missing
+
+
+def _short(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def show(records: Sequence[Record]) -> None:
     """Print the tables."""
-    for title, heads, rows in tables(records):
-        # A column that is empty in all rows says nothing.
-        kept = [i for i in range(len(heads)) if i == 0 or any(row[i] for row in rows)]
-        print_table(title, ["provider", *(heads[i] for i in kept[1:])], [[row[i] for i in kept] for row in rows])
+    for table, missing in tables(records):
+        print_table(*table)
+        for line in missing:
+            print(f"  {line}")
+        print()
 
 
 def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
