@@ -8,7 +8,6 @@ and PNG plots. `bench all` measures everything in a few minutes on two CPU cores
 from __future__ import annotations
 
 import json
-
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -226,7 +225,9 @@ def kernels_(
     out.mkdir(parents=True, exist_ok=True)
     for name in targets:
         chosen = [row for row in rows if row["target"] == name]
-        report.print_table(f"{name}: {chosen[0]['compiler']}", kernels.HEADS, list(map(kernels.cells, chosen)))
+        report.print_table(
+            f"{name}: {chosen[0]['compiler']}", kernels.HEADS, list(map(kernels.cells, chosen))
+        )
         path = out / f"kernels_{name.replace(':', '_')}.json"
         path.write_text(json.dumps({"target": name, "kernels": chosen}, indent=1) + "\n")
         print(f"wrote {path}")

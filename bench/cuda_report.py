@@ -27,7 +27,9 @@ def cuobjdump() -> str | None:
     """The toolkit's, or the one that Triton's wheel carries."""
     triton = importlib.util.find_spec("triton")
     folders = [str(Path(nvcc() or "nvcc").resolve().parent), "/usr/local/cuda/bin"]
-    folders += [f"{p}/backends/nvidia/bin" for p in (triton.submodule_search_locations or ())] if triton else []
+    folders += (
+        [f"{p}/backends/nvidia/bin" for p in (triton.submodule_search_locations or ())] if triton else []
+    )
     return shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
 
 
@@ -143,6 +145,12 @@ def _named(row: dict[str, Any], rules: dict[str, str]) -> dict[str, Any]:
     """With rule and formats in place of the template's arguments."""
     rule, *formats = row.pop("arguments")
     if row["kernel"] != "step":
-        return {**row, "rule": "", "param": {"float": "fp32", "double": "fp64"}[rule], "grad": "", "state": ""}
+        return {
+            **row,
+            "rule": "",
+            "param": {"float": "fp32", "double": "fp64"}[rule],
+            "grad": "",
+            "state": "",
+        }
     param, grad, *states = [name.lower() for name in formats]
     return {**row, "rule": rules[rule], "param": param, "grad": grad, "state": " ".join(states)}

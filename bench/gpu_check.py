@@ -15,6 +15,7 @@ import argparse
 import importlib.util
 import json
 import os
+import shlex
 import shutil
 import signal
 import subprocess
@@ -68,30 +69,33 @@ def _python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
-def _pytest(*arguments: str) -> tuple[str, ...]:
-    return _python("-m", "pytest", "-q", "-x" if "-x" in arguments else "--maxfail=20", *arguments)
-
-
 def parts(out: Path, gpu: bool) -> list[Part]:
     """What is tried, the cheapest proofs first."""
-    nvcc = os.environ.get("CUDA_HOME") or shutil.which("nvcc")
+    nvcc = _beside_nvcc("nvcc") or shutil.which("nvcc")
     sanitizer = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
     device = "cuda" if gpu else "cpu"
     backends = "triton,cuda" if gpu else "triton,cpu"
     tests = None if _has("pytest") else "pytest is not installed"
     interpreter = () if gpu else (("TRITON_INTERPRET", "1"),)
-    build = "cuda" if nvcc and gpu else "auto" if gpu else "cpu"
-    # Editable builds and wheels both need setuptools and pybind11, which an image may lack; what
-    # was built before is then used as it is.
-    no_build = None if _has("pybind11") and _has("setuptools") else "pybind11 or setuptools is not installed"
+    # Installed into a folder of its own: the machine's Python is left as it is.
+    install = f"{shlex.quote(sys.executable)} -m pip install -q --no-index --no-deps --no-build-isolation"
+    install += f" --upgrade --target {shlex.quote(str(out / 'site'))} {shlex.quote(str(ROOT))}"
+    wanted = "cuda" if nvcc and gpu else "cpu"
+    missing = [name for name in ("pip", "setuptools", "pybind11") if not _has(name)]
+    no_build = f"not installed: {', '.join(missing)}" if missing else None
     return [
         Part(
             "build",
-            "the package builds with what is here",
-            120,
-            _python("setup.py", "build_ext", "--inplace"),
+            f"the package builds with what is here ({wanted})",
+            150,
+            # Without compilers there are still the Triton kernels, for the parts that follow.
+            (
+                "sh",
+                "-c",
+                f"FUSED_OPTIM_BUILD={wanted} {install} || {{ FUSED_OPTIM_BUILD=none {install}; exit 1; }}",
+            ),
             no_build,
-            (("FUSED_OPTIM_BUILD", build),),
+            architectures(gpu),
         ),
         Part(
             "self-check",
@@ -111,7 +115,22 @@ def parts(out: Path, gpu: bool) -> list[Part]:
             "tests",
             "tests that want a GPU: capture and replay, streams, devices, no waiting",
             120,
-            _pytest("tests/test_on_gpu.py", "-p", "no:cacheprovider"),
+            # The installed package, not the sources, which have no compiled part.
+            _python(
+                "-m",
+                "pytest",
+                "-q",
+                "-rs",
+                "-p",
+                "no:cacheprovider",
+                "-o",
+                f"pythonpath={ROOT / 'tests'}",
+                "--rootdir",
+                str(ROOT),
+                "-c",
+                str(ROOT / "pyproject.toml"),
+                str(ROOT / "tests" / "test_on_gpu.py"),
+            ),
             tests,
             interpreter,
         ),
@@ -136,6 +155,16 @@ def parts(out: Path, gpu: bool) -> list[Part]:
     ]
 
 
+def architectures(gpu: bool) -> tuple[tuple[str, str], ...]:
+    """This GPU's alone: nvcc takes half a minute for each."""
+    if not gpu:
+        return ()
+    import torch
+
+    major, minor = torch.cuda.get_device_capability()
+    return (("FUSED_OPTIM_CUDA_ARCHS", f"{major}{minor}"),)
+
+
 def _beside_nvcc(name: str) -> str | None:
     nvcc = shutil.which("nvcc")
     folders = [os.environ.get("CUDA_HOME", "") + "/bin", "/usr/local/cuda/bin"]
@@ -151,11 +180,14 @@ def run(part: Part, seconds: float, folder: Path) -> Outcome:
         return Outcome(part, "not tried", 0, "no time is left")
     log = folder / f"{part.name}.log"
     begin = time.monotonic()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(_path()), "PYTHONUNBUFFERED": "1"}
+    paths = [str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+    environment["GPU_CHECK_SECONDS"] = str(seconds)
     with open(log, "wb") as file:
         process = subprocess.Popen(
             part.command,
-            cwd=ROOT,
+            # Not the sources' folder, which Python would import from first.
+            cwd=folder,
             env={**environment, **dict(part.environment)},
             stdout=file,
             stderr=subprocess.STDOUT,
@@ -173,16 +205,13 @@ def run(part: Part, seconds: float, folder: Path) -> Outcome:
     return Outcome(part, verdict, time.monotonic() - begin, lines[-1].strip() if lines else "no output")
 
 
-def _path() -> list[str]:
-    return [str(ROOT), *filter(None, os.environ.get("PYTHONPATH", "").split(os.pathsep))]
-
-
-def machine(gpu: bool) -> list[str]:
-    """What the summary says of the machine."""
-    command = _python("-c", "import json, bench.environment as e; print(json.dumps(e.describe(%r, 0)))")
-    text = command[-1] % ("cuda" if gpu else "cpu")
+def machine(gpu: bool, folder: Path) -> list[str]:
+    """What the summary says of the machine: read in a process, for the package may be broken."""
+    device = "cuda" if gpu else "cpu"
+    code = f"import json, bench.environment as e; print(json.dumps(e.describe({device!r}, 0)))"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder / "site"), str(ROOT)])}
     ran = subprocess.run(
-        [*command[:-1], text], cwd=ROOT, capture_output=True, text=True, check=False, timeout=120
+        _python("-c", code), cwd=folder, env=environment, capture_output=True, text=True, check=False
     )
     try:
         found = json.loads(ran.stdout)
@@ -201,7 +230,9 @@ def summary(outcomes: list[Outcome], about: list[str], dry: bool, folder: Path) 
         last = o.last.replace("|", "/")[:160]
         lines.append(f"| {o.part.name} | {o.verdict} | {o.seconds:.0f} | {o.part.what} | {last} |")
     lines.append("")
-    lines.append("Every part passed." if not failed else f"{len(failed)} of {len(outcomes)} parts did not pass.")
+    lines.append(
+        "Every part passed." if not failed else f"{len(failed)} of {len(outcomes)} parts did not pass."
+    )
     for o in failed:
         log = folder / f"{o.part.name}.log"
         if log.exists():
@@ -244,7 +275,7 @@ def main(say: Callable[[str], None] = print) -> int:
         outcome = run(part, min(part.seconds, deadline - time.monotonic()), folder)
         outcomes.append(outcome)
         say(f"  {outcome.verdict}, {outcome.seconds:.0f} s: {outcome.last[:200]}")
-    text = summary(outcomes, machine(gpu), arguments.dry_run, folder)
+    text = summary(outcomes, machine(gpu, folder), arguments.dry_run, folder)
     (folder / "summary.md").write_text(text)
     say(f"wrote {folder / 'summary.md'}")
     return int(any(o.verdict != "passed" for o in outcomes))

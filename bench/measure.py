@@ -8,6 +8,7 @@ for a while is slower for all.
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
 import statistics
 import tempfile
@@ -47,7 +48,9 @@ class Effort:
     timeout: float = 300.0
 
 
-QUICK = Effort(rounds=7, turn=0.02, most=2.0)
+QUICK = Effort(rounds=7, turn=0.02, most=1.0)
+AT_ONCE = max(1, (os.cpu_count() or 1) // 4)
+"""Processes that are made and checked together; they are measured one at a time."""
 
 
 def _context() -> Any:
@@ -71,10 +74,15 @@ class Worker:
         self.process = context.Process(target=serve, args=(case, setting, theirs), daemon=True)
         self.process.start()
         theirs.close()
-        self.said = self._answer()
+        self.said: Any = None
         self.values: list[float] = []
         self.shares: list[float] = []
         self.spent = 0.0
+
+    def wait(self) -> Any:
+        """What it says when it is ready, or why it is not."""
+        self.said = self._answer()
+        return self.said
 
     def _answer(self) -> Any:
         try:
@@ -241,12 +249,15 @@ def compare_cases(
         workers: list[Worker] = []
         try:
             ready: dict[str, Ready] = {}
-            for case in lot:
-                say(f"{case.workload.name} {case.dtype}: checking {case.provider}")
-                worker = Worker(case, setting, effort.timeout)
-                workers.append(worker)
-                if isinstance(worker.said, Ready):
-                    ready[case.provider] = worker.said
+            for i in range(0, len(lot), AT_ONCE):
+                started = [Worker(case, setting, effort.timeout) for case in lot[i : i + AT_ONCE]]
+                workers += started
+                for worker in started:
+                    case = worker.case
+                    say(f"{case.workload.name} {case.dtype}: checking {case.provider}")
+                    said = worker.wait()
+                    if isinstance(said, Ready):
+                        ready[case.provider] = said
             interleave(workers, effort, say, random.Random(0))
             lines += [record_of(worker, ready.get(worker.case.provider)) for worker in workers]
         finally:
@@ -259,6 +270,7 @@ def first_steps(case: Case, effort: Effort, setting: Setting, say: Say = lambda 
     """The first step of a process, with empty and then with filled compile caches."""
     say(f"{case.workload.name} {case.dtype}: first step of {case.provider}")
     check = Worker(replace(case, measure="step"), setting, effort.timeout)
+    check.wait()
     check.stop()
     line = {**head(case), "status": "measured"}
     if isinstance(check.said, Failed):
@@ -269,6 +281,7 @@ def first_steps(case: Case, effort: Effort, setting: Setting, say: Say = lambda 
         own_caches = replace(setting, environment={**setting.environment, **caches})
         for key in ("median", "cached_ms"):
             worker = Worker(case, own_caches, effort.timeout)
+            worker.wait()
             worker.stop()
             if isinstance(worker.said, Failed):
                 return {**head(case), "status": worker.said.status, "why": worker.said.why}

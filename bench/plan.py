@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from .formats import FORMATS
 from .measure import QUICK, Effort, Record, compare_cases, first_steps, head, size_for
 from .providers import Provider, providers
 from .roof import ROOFS
@@ -118,22 +119,71 @@ _OURS_AND_TORCH = ("fused_optim", "torch AdamW fused")
 
 
 def quick_set(device: str) -> list[Run]:
-    """What ``all`` measures: every kind of figure, in minutes on two CPU cores."""
-    top = 28 if device == "cuda" else 24
-    fast = Filter(_OURS_AND_TORCH)
-    list_only = Filter(layouts=("list",), formats=("fp32",))
-    sizes = tuple(f"2^{k}" for k in range(16, top, 4))
+    """What ``all`` measures: every kind of figure, in minutes; what matters most comes first."""
+    return gpu_set() if device == "cuda" else cpu_set()
+
+
+_FP32 = ("fp32",)
+_LIST = ("list",)
+
+
+def cpu_set() -> list[Run]:
+    """For two cores: peers that start fast, and sizes beyond the caches but no larger."""
+    both = ("float32", "bfloat16")
+    every = Filter(layouts=_LIST, slow_start=False)
+    plain = Filter(layouts=_LIST, formats=_FP32, slow_start=False)
+    few = Filter(_OURS_AND_TORCH, formats=_FP32)
     return [
-        Run("step", (f"2^{top}",), ("float32", "bfloat16")),
-        Run("step", sizes, filter=Filter(_OURS_AND_TORCH, layouts=("list",), formats=("fp32",))),
-        Run("step", ("10000x64",), filter=list_only),
-        Run("step", ("10x64", "100x64", "1000x64"), filter=list_only),
-        Run("step", ("gpt2", "500-groups"), filter=fast),
-        Run("host", ("1x1", "148x1", "1000x1"), filter=fast),
-        Run("memory", ("2^22",), filter=list_only),
-        Run("launches", ("148x64",), filter=list_only),
-        Run("first-step", ("148x64",), filter=fast),
-        Run("train", ("demo-gpt",), filter=fast),
+        Run("step", ("2^24",), both, every),
+        Run("step", ("10000x64",), filter=plain),
+        Run("step", ("gpt2", "500-groups"), filter=few),
+        Run("step", ("2^16", "2^20"), filter=replace(few, layouts=_LIST)),
+        Run("step", ("10x64", "1000x64"), filter=plain),
+        Run("host", ("1x1", "148x1", "1000x1"), filter=few),
+        Run("memory", ("2^22",), filter=plain),
+        Run("launches", ("148x64",), filter=few),
+        Run("first-step", ("148x64",), filter=replace(few, layouts=_LIST)),
+        Run("train", ("demo-gpt",), filter=few),
+    ]
+
+
+def gpu_set() -> list[Run]:
+    """For a GPU and a few minutes, where making a process takes seconds."""
+    both = ("float32", "bfloat16")
+    few = Filter((*_OURS_AND_TORCH, "torch Adamax foreach"), formats=_FP32, layouts=_LIST)
+    triton = replace(few, backends=("triton",))
+    layouts = replace(triton, providers=_OURS_AND_TORCH, layouts=())
+    formats = tuple(name for name in FORMATS if name != "fp32")
+    return [
+        Run("step", ("2^28",), both, few),
+        Run("step", ("gpt2", "10000x64"), filter=few),
+        Run("host", ("1x1", "148x1", "1000x1"), filter=layouts),
+        Run("launches", ("148x64",), filter=few),
+        Run("step", ("2^16", "2^20", "2^24"), filter=triton),
+        Run("step", ("2^28",), ("bfloat16",), Filter(("fused_optim",), (), ("triton",), formats, _LIST)),
+        Run("step", ("10x64", "100x64", "1000x64"), filter=triton),
+        Run("memory", ("2^24",), filter=few),
+        Run("train", ("demo-gpt",), filter=layouts),
+        Run("first-step", ("148x64",), filter=few),
+        Run("step", ("500-groups", "resnet50", "lora", "llama-7b"), filter=triton),
+        Run("step", ("2^26",), both, Filter(layouts=_LIST, formats=_FP32)),
+    ]
+
+
+def rehearsal_set() -> list[Run]:
+    """Every measure on next to nothing, with the interpreter where it is chosen."""
+    few = Filter(_OURS_AND_TORCH, layouts=("list",), formats=("fp32",))
+    both = ("float32", "bfloat16")
+    return [
+        Run("step", ("2^10", "2^12"), both, few),
+        Run("step", ("2x64", "5x64"), filter=few),
+        Run("host", ("2x1", "5x1"), filter=few),
+        *(Run(measure, ("3x64",), filter=few) for measure in ("memory", "launches", "first-step")),
+        Run(
+            "train",
+            ("demo-gpt",),
+            filter=Filter(("fused_optim AdaBelief cpu fp32 list", "torch AdamW fused")),
+        ),
     ]
 
 

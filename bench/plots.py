@@ -204,7 +204,7 @@ def roofline(
     points = [r for r in largest if not r["roof"] and "bytes_moved" in r]
     if not points:
         return None
-    figure, axes = _figure("Roofline: every optimizer is bound by memory", described)
+    figure, axes = _figure("Roofline: speed of the arithmetic, and what the memory allows", described)
     intensities = []
     for r in points:
         operations = OPERATIONS[algorithms(r["provider"])]

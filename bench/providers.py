@@ -136,7 +136,9 @@ _DECAYED: dict[str, Any] = {**_COMMON, "weight_decay": HYPER.weight_decay}
 # fused_optim
 
 OUR_RULES = {"adabelief": "AdaBelief", "adamaxw": "AdamaxW"}
-OUR_BACKENDS = {"triton": ("cuda",), "cuda": ("cuda",), "cpu": ("cpu",), "eager": ("cpu", "cuda")}
+# Triton's interpreter, where it is chosen, runs on the CPU: to rehearse, not to be timed.
+_TRITON = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+OUR_BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",), "eager": ("cpu", "cuda")}
 LAYOUTS = ("list", "flat")
 
 
@@ -401,7 +403,9 @@ PEERS = (
     Provider("torch-optimi AdamW", "adamw", _optimi, ("optimi",)),
     Provider("flashoptim AdamW", "adamw", _flashoptim, ("flashoptim",), devices=("cuda",), error=_8BIT),
     Provider("bitsandbytes AdamW8bit", "adamw", _bitsandbytes, ("bitsandbytes",), error=_8BIT),
-    Provider("torchao AdamW8bit", "adamw", _torchao, ("torchao",), most_tensors=20, slow_start=True, error=_8BIT),
+    Provider(
+        "torchao AdamW8bit", "adamw", _torchao, ("torchao",), most_tensors=20, slow_start=True, error=_8BIT
+    ),
     Provider("Optax adabelief jit", "adabelief", _optax_adabelief, **_OPTAX),
     Provider("Optax adamaxw jit", "adamaxw", _optax_adamaxw, **_OPTAX),
     Provider("DeepSpeedCPUAdam", "adamw", _deepspeed, ("deepspeed",), devices=("cpu",), slow_start=True),

@@ -129,6 +129,16 @@ def show(records: Sequence[Record]) -> None:
         print()
 
 
+def as_markdown(records: Sequence[Record]) -> str:
+    """All tables, and what was not measured."""
+    parts = []
+    for (title, heads, rows), missing in tables(records):
+        parts.append(f"### {title}\n\n{markdown(heads, rows)}\n")
+        parts += [f"- {line}" for line in missing]
+        parts.append("")
+    return "\n".join(parts)
+
+
 def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     if RICH:
         table = Table(title=title, title_justify="left", title_style="bold")
