@@ -42,7 +42,7 @@ class Filter:
         if device not in provider.devices:
             return False
         # eager is the judge and slow by purpose: only where it is asked for.
-        if provider.backend == "eager" and not (self.backends or self.providers):
+        if provider.backend == "eager" and "eager" not in " ".join((*self.backends, *self.providers)):
             return False
         pairs = (
             (provider.rule, self.rules),

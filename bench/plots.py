@@ -9,7 +9,7 @@ from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, NullLocator
 
 from .measure import Record
 
@@ -115,6 +115,8 @@ def _against_tensors(
         axes.plot(*zip(*points), label=short(name), **styles[name])
     axes.set_xscale("log")
     axes.set_yscale("log")
+    axes.set_xticks(sorted({x for points in series.values() for x, _ in points}), minor=False)
+    axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("number of tensors")

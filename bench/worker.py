@@ -306,8 +306,7 @@ def count_launches(made: Made, n: int) -> list[float]:
         if gpu:
             names = [e.name for e in events if e.device_type == torch.autograd.DeviceType.CUDA]
         else:
-            names = [e.name for e in events if e.name.startswith("aten::") and e.cpu_parent is None]
-            names += [e.name for e in events if e.name.startswith("aten::") and _top_level(e)]
+            names = [e.name for e in events if e.name.startswith("aten::") and _top_level(e)]
         counts.append(float(len(names) + (0 if gpu else len(calls))))
     return counts
 
@@ -319,7 +318,7 @@ def _top_level(event: Any) -> bool:
         if parent.name.startswith("aten::"):
             return False
         parent = parent.cpu_parent
-    return event.cpu_parent is not None
+    return True
 
 
 def _count_backend_calls(made: Made) -> list[str]:
