@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-exhaustive lint bench check clean
+.PHONY: demo test test-exhaustive lint bench gpu-check check clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -42,9 +42,19 @@ lint: $(VENV)/installed
 check: $(VENV)/installed
 	$(BIN)/python -m fused_optim
 
-bench: $(VENV)/installed
-	$(BIN)/python -m bench.cpu --json bench/results/cpu.json
-	$(BIN)/python -m bench.readme
+# What the benchmark compares with, as far as the index has it. DeepSpeed builds with the torch
+# that is there.
+$(VENV)/peers: pyproject.toml | $(VENV)/installed
+	$(BIN)/python -c "import tomllib; print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies']['bench'], sep='\n')" > $(VENV)/peers.txt
+	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -r $(VENV)/peers.txt
+	touch $@
+
+bench: $(VENV)/installed $(VENV)/peers
+	$(BIN)/python -m bench all --out bench_output
+
+# With the machine's own Python: an image for a GPU has a torch that fits it, and perhaps no network.
+gpu-check:
+	$(PYTHON) -m bench.gpu_check
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output
+	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output bench_output gpu_check_output

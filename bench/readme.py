@@ -1,38 +1,90 @@
-"""Write the README's table of measurements from ``bench/results/cpu.json``.
+"""Write the README's figures from ``bench/results/``: never typed, and only what was measured.
 
 python -m bench.readme
 """
 
 from __future__ import annotations
 
-import json
 import re
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parents[1]
+from . import report
+from .environment import ROOT
+from .measure import Record
+
+RESULTS = ROOT / "bench" / "results"
+TORCH = "torch AdamW fused"
+HEADS = ("step", "AdaBelief", "AdamaxW", "of the roof", TORCH, "times", "fastest peer", "times")
+WANTED = re.compile(r"2\^2[4-9]|2\^30|gpt2|10000x64|500-groups|llama-7b")
 
 
-def table(results: dict[str, Any]) -> str:
-    head = (
-        f"CPU: {results['cpu']}, {results['threads']} threads, torch {results['torch']}, {results['date']}; medians of "
-        f"{results['repeats']} interleaved runs, float32 (`make bench`)."
-    )
-    rows = [f"| {name} | {ratio:.2f} |" for name, ratio in results["ratios"].items()]
-    return "\n".join([head, "", "| ratio | measured |", "|---|---|", *rows])
+def _ms(record: Record | None) -> str:
+    return f"{report.number(record['median'])} ms" if record else ""
+
+
+def _times(peer: Record | None, ours: list[Record]) -> str:
+    return " / ".join(f"{peer['median'] / r['median']:.2f}" for r in ours) if peer else ""
+
+
+def _row(lines: list[Record]) -> list[str] | None:
+    """One comparison: both rules as a list of tensors with states in the working precision."""
+    measured = [r for r in lines if "median" in r]
+    ours: dict[str, Record] = {}
+    for r in measured:
+        if r["layout"] == "list" and r["format"] == "fp32" and r["backend"] != "eager":
+            # Where two backends were measured, the faster.
+            ours[r["rule"]] = min(r, ours.get(r["rule"], r), key=lambda r: r["median"])
+    if set(ours) != {"adabelief", "adamaxw"}:
+        return None
+    pair = [ours["adabelief"], ours["adamaxw"]]
+    peers = [r for r in measured if not r["rule"] and not r["roof"]]
+    torch = next((r for r in peers if r["provider"] == TORCH), None)
+    best = min(peers, key=lambda r: r["median"], default=None)
+    roof = " / ".join(f"{r['of_roof']:.2f}" for r in pair if "of_roof" in r)
+    return [
+        f"{lines[0]['title']}, {lines[0]['dtype']}",
+        *map(_ms, pair),
+        roof,
+        _ms(torch),
+        _times(torch, pair),
+        f"{best['provider']}, {_ms(best)}" if best else "",
+        _times(best, pair),
+    ]
+
+
+def section(results: dict[str, Any]) -> str:
+    """The table of one file, and what it was measured on."""
+    about = results["environment"]
+    kind = f"{about['kind']}: {about['device_name']}"
+    if about["kind"] == "CPU":
+        kind += f", {about['threads']} threads"
+    else:
+        kind += f", driver {about.get('driver', 'unknown')}"
+    versions = about["versions"]
+    head = f"{kind}; torch {versions['torch']}; commit {about['commit']}, {about['date']}. Medians."
+    if "note" in about:
+        head += f" {about['note'].capitalize()}."
+    steps = [r for r in results["records"] if r["measure"] == "step" and WANTED.fullmatch(r["workload"])]
+    rows = [_row(list(group)) for _, group in groupby(steps, lambda r: (r["title"], r["dtype"]))]
+    return f"{head}\n\n{report.markdown(HEADS, [row for row in rows if row])}"
 
 
 def updated(text: str) -> str:
     """The README with the figures of the last results."""
-    results = json.loads((ROOT / "bench" / "results" / "cpu.json").read_text())
+    paths = [RESULTS / f"{device}.json" for device in ("cuda", "cpu")]
+    found = "\n\n".join(section(report.read(path)) for path in paths if path.exists())
+    if not paths[0].exists():
+        found = f"No GPU figure has been measured yet: these are CPU figures.\n\n{found}"
     begin, end = "<!-- measured -->", "<!-- /measured -->"
     pattern = re.compile(f"{begin}.*{end}", re.DOTALL)
     assert pattern.search(text), f"README.md has no {begin} ... {end}"
-    return pattern.sub(lambda _: f"{begin}\n{table(results)}\n{end}", text)
+    return pattern.sub(lambda _: f"{begin}\n{found}\n{end}", text)
 
 
 def main() -> None:
-    readme = ROOT / "README.md"
+    readme: Path = ROOT / "README.md"
     readme.write_text(updated(readme.read_text()))
 
 

@@ -136,6 +136,28 @@ def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 
 
+def widths(pattern: str, text: str) -> dict[str, int]:
+    """How many accesses there are of each width in bytes; the pattern's groups are the number of
+    values (or nothing) and the bits of one."""
+    found: dict[int, int] = {}
+    for number, bits in re.findall(pattern, text):
+        width = int(number or 1) * int(bits) // 8
+        found[width] = found.get(width, 0) + 1
+    return {str(width): found[width] for width in sorted(found, reverse=True)}
+
+
+def body_length(operations: list[str], load: str, store: str) -> int:
+    """Instructions of a full chunk: from its first wide load to its last wide store."""
+    loads = [i for i, operation in enumerate(operations) if re.match(load, operation)]
+    stores = [i for i, operation in enumerate(operations) if re.match(store, operation)]
+    return stores[-1] - loads[0] + 1 if loads and stores else 0
+
+
+def sass_operations(disassembly: str) -> list[str]:
+    """The instructions of a disassembly, without addresses, predicates and operands."""
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", disassembly, re.MULTILINE)
+
+
 def nvidia_report(compiled: Any) -> dict[str, Any]:
     ptx = compiled.asm["ptx"]
     cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
@@ -145,11 +167,19 @@ def nvidia_report(compiled: Any) -> dict[str, Any]:
         usage = subprocess.run(
             [cuobjdump, "-res-usage", file.name], capture_output=True, text=True, check=True
         ).stdout
+        sass = subprocess.run(
+            [cuobjdump, "-sass", file.name], capture_output=True, text=True, check=True
+        ).stdout
     finally:
         os.unlink(file.name)
     found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
     assert found is not None, usage
     return {
+        "threads": 32 * compiled.metadata.num_warps,
+        "shared_bytes": compiled.metadata.shared,
+        "loads": widths(r"ld\.global[.\w]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx),
+        "stores": widths(r"st\.global[.\w]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx),
+        "instructions": body_length(sass_operations(sass), r"LDG\S*\.128", r"STG\S*\.128"),
         "registers": int(found[1]),
         "spill_bytes": int(found[2]) + int(found[3]) + count(r"\b(?:ld|st)\.local", ptx),
         "wide_loads": count(r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx),
@@ -183,8 +213,23 @@ def amd_report(compiled: Any) -> dict[str, Any]:
         + 7 * count(r"\bv_rsq_f64", assembly)
     )
     guards = count(r"fcmp (?:uno|ord) (?:float|double)", llir) + 2 * count(r"fcmp (?:uno|ord) <2 x", llir)
+    operations = re.findall(r"^\t([a-z]\w+)", assembly, re.MULTILINE)
+    dwords = {"dwordx4": 16, "dwordx3": 12, "dwordx2": 8, "dword": 4, "ushort": 2, "short": 2}
+
+    def accesses(kind: str) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for name in re.findall(rf"\bglobal_{kind}_(\w+)", assembly):
+            width = str(next((n for key, n in dwords.items() if name.startswith(key)), 1))
+            found[width] = found.get(width, 0) + 1
+        return dict(sorted(found.items(), key=lambda item: -int(item[0])))
+
     vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
     return {
+        "threads": 64 * compiled.metadata.num_warps,
+        "shared_bytes": compiled.metadata.shared,
+        "loads": accesses("load"),
+        "stores": accesses("store"),
+        "instructions": body_length(operations, "global_load_dwordx4", "global_store_dwordx4"),
         "registers": field("vgpr_count"),
         "spill_bytes": field("vgpr_spill_count")
         + field("sgpr_spill_count")
