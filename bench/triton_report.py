@@ -236,10 +236,12 @@ def amd_report(compiled: Any) -> dict[str, Any]:
         + field("private_segment_fixed_size"),
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
-        "half_wide_loads": count(r"= load <8 x i8>, ptr addrspace\(1\)", llir),
-        "half_wide_stores": count(r"store <8 x i8> .*, ptr addrspace\(1\)", llir),
-        "byte_loads": count(r"= load <1 x i8>, ptr addrspace\(1\)", llir),
-        "byte_stores": count(r"store <1 x i8> .*, ptr addrspace\(1\)", llir),
+        # Triton 3.6's LLVM cuts these up and joins them again in the assembly, where the table's
+        # addresses are in scalar registers.
+        "half_wide_loads": count(r"\bglobal_load_dwordx2 v\[\S+, v\[\S+, off", assembly),
+        "half_wide_stores": count(r"\bglobal_store_dwordx2 v\[\S+, v\[\S+, off", assembly),
+        "byte_loads": count(r"\bglobal_load_[us]byte(?:_d16(?:_hi)?)?\b", assembly),
+        "byte_stores": count(r"\bglobal_store_byte(?:_d16_hi)?\b", assembly),
         "wide_store_instructions": count(r"\bglobal_store_dwordx4\b", assembly),
         "contracted": fused - expanded,
         "approximate": count(r"\bf(?:div|sqrt) (?:\w+ )*(?:afn|arcp|fast)\b|llvm\.amdgcn\.rcp\b", llir),

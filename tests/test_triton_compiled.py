@@ -95,7 +95,8 @@ def problems(row: dict[str, Any]) -> list[str]:
         # for its 8 single bytes: an operand that is accessed more narrowly is missing in this count.
         if row[f"wide_{access}"] != sum(elements * n // 16 for n in parts if n > 1):
             found.append(f"{row[f'wide_{access}']} wide {access}")
-        if row[f"half_wide_{access}"] != parts.count(1):
+        # (One float64 of the tail is 64 bits too, which shows on AMD.)
+        if row["param"] != "fp64" and row[f"half_wide_{access}"] != parts.count(1):
             found.append(f"{row[f'half_wide_{access}']} half wide {access}")
         # The tail's elements, and a base for each of a thread's blocks.
         if row[f"byte_{access}"] != parts.count(1) + 2 * blocked:
