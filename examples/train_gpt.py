@@ -1,8 +1,8 @@
 """Train a small byte-level GPT on the sources of Python's standard library.
 
-    python examples/train_gpt.py --optimizer adabelief
-    python examples/train_gpt.py --optimizer adamaxw --checkpoint gpt.pt
-    python examples/train_gpt.py --optimizer adamaxw --checkpoint gpt.pt --resume
+python examples/train_gpt.py --optimizer adabelief
+python examples/train_gpt.py --optimizer adamaxw --checkpoint gpt.pt
+python examples/train_gpt.py --optimizer adamaxw --checkpoint gpt.pt --resume
 """
 
 from __future__ import annotations

@@ -308,6 +308,7 @@ class Batch:
                 rows += (o.param.numel(), i, *addresses, o.random_key)
             previous = o
         self.rows = int64_tensor(rows).view(-1, len(ROW_COLUMNS))
+        self.numel = sum(o.param.numel() for o in items)
         self.counters = int64_tensor([x for o in items for x in (o.step.data_ptr(), o.hyper_row)]).view(-1, 2)
         self._chunks: dict[int, Tensor] = {}
         self.on_device: dict[str, Tensor] = {}

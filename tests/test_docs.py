@@ -43,7 +43,7 @@ def test_the_bytes_of_formats_are_those_of_their_tensors() -> None:
     assert len(rows) >= 10
     for dtype_name, arguments, kept, moved, _ in rows:
         dtype = getattr(torch, dtype_name)
-        given = eval(f"dict({arguments.strip('`')})")  # noqa: S307 (our own page)
+        given = eval(f"dict({arguments.strip('`')})")
         formats = formats_of(
             dtype,
             given.get("state_format", "fp32"),

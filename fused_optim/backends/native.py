@@ -61,7 +61,7 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
         len(batch.counters),
         inputs.hyper.data_ptr(),
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
-        torch.get_num_threads(),
+        min(torch.get_num_threads(), 1 + batch.numel // CPU_CHUNK),
     )
 
 
