@@ -120,14 +120,16 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU step of fused_optim.";
   m.def("isas", &fused_optim::supported_isas, "Instruction sets that this machine has, best first.");
   m.def("step", &fused_optim::step, "One step of every row of a table.");
-  py::class_<fused_optim::Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
-      .def(py::init<py::list, py::dict, py::object>())
-      .def("ask", [](fused_optim::Watch& watch, py::list param_lists, py::dict state) {
-        return static_cast<int>(watch.ask(param_lists, state));
-      });
-  m.attr("PERHAPS_NOT") = static_cast<int>(fused_optim::Watch::kPerhapsNot);
-  m.attr("UNCHANGED") = static_cast<int>(fused_optim::Watch::kUnchanged);
-  m.attr("GRADS_MOVED") = static_cast<int>(fused_optim::Watch::kGradsMoved);
+  using fused_optim::Watch;
+  py::class_<Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
+      .def(py::init<py::list, py::dict, const std::vector<size_t>&, py::object>())
+      .def("works", &Watch::works)
+      .def("ask", [](Watch& watch, py::list param_lists, py::dict state, bool ask_python,
+                     int threads) { return static_cast<int>(watch.ask(param_lists, state, ask_python, threads)); })
+      .def("bump_versions", &Watch::bump_versions);
+  m.attr("PERHAPS_NOT") = static_cast<int>(Watch::kPerhapsNot);
+  m.attr("UNCHANGED") = static_cast<int>(Watch::kUnchanged);
+  m.attr("GRADS_MOVED") = static_cast<int>(Watch::kGradsMoved);
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else

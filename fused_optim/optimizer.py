@@ -325,9 +325,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                     backend.step(batch, inputs)
                     for o in batch.staged:
                         o.store_sources()
-        # Compiled backends write behind autograd's back; a backward pass through an older graph
-        # must still notice.
-        torch.autograd.graph.increment_version(plan.params)
+        plan.bump_versions()
         if self._flatten:
             plan.step_versions = [t._version for t in plan.steps]
         if capturing:

@@ -1,20 +1,24 @@
 """The plan of a step, the batches to launch, and whether it is still right.
 
 Asking each tensor where it is costs more than stepping it when tensors are small, so
-there are two ways to ask: ``_cpu.Watch``, in C++ where it was built, which knows only
-"unchanged" and "perhaps not", and the fingerprint in Python, which decides.
+there are two ways to ask: ``_cpu.Watch``, in C++ where it was built, which follows gradients
+that are like the old ones and knows "unchanged" and "perhaps not", and the fingerprint in
+Python, which decides.
 """
 
 from __future__ import annotations
 
+import weakref
 from itertools import chain
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.overrides import has_torch_function
 
-from .backends import Backend, extension
-from .table import Batch, misaligned
+from .backends import BACKENDS, Backend, extension
+from .table import GRAD_COLUMN, ROW_COLUMNS, Batch, misaligned
 
 State = dict[Tensor, dict[str, Any]]
 
@@ -89,6 +93,12 @@ class Plan:
         self.step_versions: list[int] = []
         """Of ``steps``, after our own write to them."""
         self._movable = not any(o.slot for _, batch in batches for o in batch.items)
+        self._readers = [
+            o
+            for backend, batch in batches
+            for o in (batch.items if backend is BACKENDS["eager"] else batch.staged)
+        ]
+        """Operands whose gradient is read as a tensor and not at an address of the table."""
         self._remember(_Fingerprint(groups, state), groups, state)
 
     def _remember(self, fingerprint: _Fingerprint, groups: list[dict[str, Any]], state: State) -> None:
@@ -96,26 +106,51 @@ class Plan:
         self._lists = [group["params"] for group in groups]
         self._state = state
         self._watch = None
+        self._plain = all(type(p) in (Tensor, Parameter) for p in fingerprint.params)
         native = extension("_cpu")[0]
-        # The watch cannot see lazy conjugates and negatives, of which real gradients have none.
+        # The watch cannot see lazy conjugates, of which real tensors have none.
         if native is not None and not any(
-            t.is_complex() or t.is_neg() for t in (*fingerprint.params, *fingerprint.grads)
+            t.is_complex() or t.is_neg()
+            for t in (*fingerprint.params, *fingerprint.grads, *fingerprint.values)
         ):
-            self._watch = native.Watch(self._lists, state, torch.Tensor)
+            with torch.inference_mode(False):
+                self._scratch = torch.empty(0, device="cpu")
+            watch = native.Watch(self._lists, state, self._grad_cells(), self._scratch)
+            self._watch = watch if watch.works() else None
         del fingerprint.grads
+
+    def _grad_cells(self) -> list[int]:
+        """Where the tables keep the gradients' addresses; 0 where these are others' or neighbours
+        share a row."""
+        cells = [0] * len(self.params)
+        if self._movable:
+            for _, batch in self.batches:
+                first = batch.rows.data_ptr() + 8 * GRAD_COLUMN
+                for i, o in enumerate(batch.items):
+                    if o.grad_copy is None:
+                        cells[o.position] = first + 8 * len(ROW_COLUMNS) * i
+        return cells
 
     def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the plan describes these tensors; gradients that have only moved are
         followed."""
         if self._watch is not None and state is self._state and self._fingerprint.options == _options(groups):
             native: Any = extension("_cpu")[0]
-            answer = self._watch.ask([group["params"] for group in groups], state)
-            if answer == native.UNCHANGED:
-                return True
-            if answer == native.GRADS_MOVED:
-                grads = [p.grad for p in self.params if p.grad is not None]
-                if not any(map(Tensor.is_neg, grads)):
-                    return self._follow(grads)
+            answer = self._watch.ask(
+                [group["params"] for group in groups],
+                state,
+                not self._plain or has_torch_function((self._scratch,)),
+                torch.get_num_threads(),
+            )
+            if answer != native.UNCHANGED:
+                for _, batch in self.batches:
+                    batch.on_device.pop("rows", None)
+            if answer != native.PERHAPS_NOT:
+                for o in self._readers:
+                    grad = self.params[o.position].grad
+                    assert grad is not None
+                    o.grad_source = weakref.ref(grad)
+                return answer == native.UNCHANGED or self._movable
         every_grad = (p.grad for group in groups for p in group["params"])
         if any(g is not None and g.layout is not torch.strided for g in every_grad):
             return False
@@ -128,10 +163,18 @@ class Plan:
     def _follow(self, grads: list[Tensor]) -> bool:
         """Take gradients of the same dtype and layout; False if they need another plan."""
         addresses = list(map(Tensor.data_ptr, grads))
-        moved = addresses != self._fingerprint.grad_addresses
+        # The watch may have followed some of them.
+        moved = self._movable or addresses != self._fingerprint.grad_addresses
         if moved and (not self._movable or any(map(misaligned, grads))):
             return False
         for _, batch in self.batches:
             batch.take_grads([grads[o.position] for o in batch.items], moved)
-        self._fingerprint.grad_addresses = addresses
         return True
+
+    def bump_versions(self) -> None:
+        """Tell autograd that the parameters were written to: a compiled backend writes behind
+        its back, and a backward pass through an older graph must still notice."""
+        if self._watch is not None:
+            self._watch.bump_versions(torch.get_num_threads())
+        else:
+            torch.autograd.graph.increment_version(self.params)
