@@ -7,6 +7,7 @@ import copy
 import io
 import pickle
 import warnings
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -30,6 +31,7 @@ from torch import Tensor
 from torch.optim import lr_scheduler
 
 from fused_optim import AdaBelief, AdamaxW
+from fused_optim.backends import extension
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -1138,6 +1140,282 @@ def test_new_gradients_at_each_step_are_followed_without_a_new_plan(make: Make) 
         optimizer.step()
         assert optimizer._plan is plan
         del keep
+
+
+# What the watch over all tensors must not miss
+
+
+MANY = 258
+"""Parameters: more than one thread's portion."""
+
+
+class Beside:
+    """An optimizer, and its twin on twins of its parameters, which cannot miss a change, for it
+    makes a new plan at each step."""
+
+    def __init__(self, make: Make, backend: str) -> None:
+        n = 5 if backend == "eager" else MANY  # eager takes its time
+        self.params, self.twins = parameters([(2, 3)] * n), parameters([(2, 3)] * n)
+        self.optimizer, self.twin = make(self.params), make(self.twins)
+        self.ends = (0, n - 1)
+        self.steps = 0
+
+    def both(self) -> list[tuple[Any, Parameters]]:
+        return [(self.optimizer, self.params), (self.twin, self.twins)]
+
+    def step(self, change: Callable[[Any, Parameters], None] = lambda *_: None, new: bool = True) -> None:
+        """With new gradients, or the old ones, and after a change to both."""
+        for optimizer, params in self.both():
+            if new:
+                set_gradients(params, self.steps)
+            change(optimizer, params)
+        self.twin._drop_plan()  # type: ignore[attr-defined]
+        self.optimizer.step()
+        self.twin.step()
+        self.steps += 1
+        assert_same_bits(snapshot(self.optimizer), snapshot(self.twin), "step")
+
+
+compiled = pytest.mark.skipif(extension("_cpu")[0] is None, reason=extension("_cpu")[1] or "built")
+
+
+@pytest.fixture
+def two_threads() -> Any:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+def change_of(what: str, i: int) -> Callable[[Any, Parameters], None]:
+    """A change to parameter ``i``, its gradient or its state."""
+
+    def moved(t: Tensor) -> None:
+        t.data = t.data.clone()
+
+    def change(optimizer: Any, params: Parameters) -> None:
+        p = params[i]
+        state, second = optimizer.state[p], list(optimizer.state[p])[-1]
+        if what == "parameter moved":
+            moved(p)
+        elif what == "parameter swapped":
+            torch.utils.swap_tensors(p, torch.nn.Parameter(gradient(p, 7)))
+            set_gradients([p], 8)
+        elif what == "parameter replaced":
+            params[i] = optimizer.param_groups[0]["params"][i] = torch.nn.Parameter(gradient(p, 9))
+            optimizer.state[params[i]] = optimizer.state.pop(p)
+            set_gradients([params[i]], 10)
+        elif what == "gradient replaced":
+            p.grad = gradient(p, 11)
+        elif what == "gradient moved":
+            moved(p.grad)
+        elif what == "gradient dropped":
+            p.grad = None
+        elif what == "gradient lazily negated in its place":
+            p.grad = torch._neg_view(p.grad)
+        elif what == "state replaced":
+            state["exp_avg"] = gradient(p, 12)
+        elif what == "state moved":
+            moved(state[second])
+        elif what == "step replaced":
+            state["step"] = torch.tensor(5)
+        elif what == "step moved":
+            moved(state["step"])
+        elif what == "state started anew":
+            del optimizer.state[p]
+        elif what == "state a new dict":
+            optimizer.state[p] = {**state, "exp_avg": gradient(p, 13)}
+
+    return change
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        "parameter moved",
+        "parameter swapped",
+        "parameter replaced",
+        "gradient replaced",
+        "gradient moved",
+        "gradient dropped",
+        "gradient lazily negated in its place",
+        "state replaced",
+        "state moved",
+        "step replaced",
+        "step moved",
+        "state started anew",
+        "state a new dict",
+    ],
+)
+def test_a_change_anywhere_is_noticed(make: Make, backend: str, two_threads: None, what: str) -> None:
+    beside = Beside(make, backend)
+    for _ in range(2):
+        beside.step()
+    for i in beside.ends:
+        beside.step(new=False)  # all gradients are there and where they were
+        beside.step(change_of(what, i), new=False)
+        beside.step()
+
+
+def kinds_of_gradients() -> dict[str, Callable[[Tensor], Tensor]]:
+    return {
+        "float64": lambda g: g.double(),
+        "bfloat16": lambda g: g.bfloat16(),
+        "other strides": lambda g: g.t().contiguous().t(),
+        "broadcast": lambda g: g[:1].expand_as(g),
+        "lazily negated": lambda g: torch._neg_view(g),
+        "half aligned": lambda g: torch.cat([g.new_zeros(1), g.flatten()])[1:].view_as(g),
+        "a subclass": lambda g: torch.nn.Buffer(g.clone()),
+        "read back": lambda g: torch.from_numpy(g.numpy().copy()),
+    }
+
+
+@pytest.mark.parametrize("kind", kinds_of_gradients())
+def test_new_gradients_of_another_kind(make: Make, backend: str, two_threads: None, kind: str) -> None:
+    beside = Beside(make, backend)
+    for _, params in beside.both():
+        for p in params:
+            p.grad_dtype = None  # any
+    for _ in range(2):
+        beside.step()
+    for i in beside.ends:
+
+        def change(_: Any, params: Parameters, i: int = i) -> None:
+            params[i].grad = kinds_of_gradients()[kind](params[i].grad)
+
+        beside.step(change)
+        beside.step(change)
+    beside.step()
+
+
+def test_a_sparse_gradient_after_dense_ones(
+    make: Make, two_threads: None, capfd: pytest.CaptureFixture[str]
+) -> None:
+    params = parameters([(2, 3)] * MANY)
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    set_gradients(params, 2)
+    params[-1].grad = gradient(params[-1], 3).to_sparse()
+    with raises_with(RuntimeError, f"parameter {MANY - 1} of group 0 is sparse"):
+        optimizer.step()
+    assert capfd.readouterr().err == ""
+
+
+@compiled
+def test_new_gradients_are_followed_by_address(two_threads: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And without Python's help, where they are like the old ones."""
+    params, twins = parameters([(3,)] * MANY), parameters([(3,)] * MANY)
+    optimizer, twin = AdaBelief(params, backend="cpu"), AdaBelief(twins, backend="eager")
+    train(optimizer, params, 1)
+    plan = optimizer._plan
+    with monkeypatch.context() as patch:
+        patch.setattr("fused_optim.plan._Fingerprint", None)
+        for seed in range(1, 4):
+            keep = [p.grad for p in params]  # so that no address is used again
+            train(optimizer, params, 1, first=seed)
+            del keep
+    assert optimizer._plan is plan
+    train(twin, twins, 4)
+    assert_same_bits(snapshot(optimizer), snapshot(twin))
+
+
+def test_new_gradients_at_old_addresses_need_no_new_plan(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        params = parameters()
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 1)
+        plan = optimizer._plan
+        for _ in range(3):
+            for p in params:
+                p.grad = p.grad.view_as(p.grad)
+            optimizer.step()
+        assert optimizer._plan is plan
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_gradients_are_not_kept(make: Make) -> None:
+    params = parameters()
+    optimizer = make(params)
+    train(optimizer, params, 3)
+    grads = [weakref.ref(p.grad) for p in params]
+    optimizer.zero_grad()
+    assert [g() for g in grads] == [None] * len(params)
+
+
+@compiled
+@pytest.mark.parametrize("steps", [1, 3])
+def test_versions_go_up_by_one_a_step(two_threads: None, steps: int) -> None:
+    params = parameters([(3,)] * MANY)
+    optimizer = AdaBelief(params, backend="cpu")
+    set_gradients(params, 0, skip=[1, 257])
+    before = [p._version for p in params]
+    for _ in range(steps):
+        optimizer.step()
+    gone_up = [p._version - v for p, v in zip(params, before)]
+    assert gone_up == [0 if i in (1, 257) else steps for i in range(MANY)]
+
+
+def test_inference_tensors_have_no_version(make: Make) -> None:
+    with torch.inference_mode():
+        params = [torch.ones(3) for _ in range(3)]
+        optimizer = make(params)
+        for seed in range(3):
+            set_gradients(params, seed)
+            optimizer.step()
+    twins = [torch.ones(3) for _ in range(3)]
+    want = make(twins)
+    train(want, twins, 3)
+    assert_same_bits(params, twins)
+
+
+class Answers(torch.overrides.TorchFunctionMode):
+    """Gives a parameter another gradient than C++ knows of."""
+
+    def __init__(self, p: Tensor, grad: Tensor) -> None:
+        super().__init__()
+        self.p, self.grad = p, grad
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function == Tensor.grad.__get__ and args[0] is self.p:  # type: ignore[attr-defined]
+            return self.grad
+        return function(*args, **(kwargs or {}))
+
+
+class Doubled(torch.nn.Parameter):
+    twice = False
+
+    @property
+    def grad(self) -> Any:
+        grad = Tensor.grad.__get__(self)  # type: ignore[attr-defined]
+        return self.kept if self.twice and grad is not None else grad
+
+    @grad.setter
+    def grad(self, value: Any) -> None:
+        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
+        self.kept = None if value is None else 2 * value
+
+
+def test_what_python_says_of_p_grad_counts(make: Make) -> None:
+    params, twins = parameters(), parameters()
+    doubled = Doubled(torch.ones(3))
+    twin = torch.nn.Parameter(torch.ones(3))
+    optimizer, want = make([*params, doubled]), make([*twins, twin])
+    for seed in range(6):
+        set_gradients([*params, doubled], seed)
+        set_gradients([*twins, twin], seed)
+        doubled.twice = seed >= 4
+        if doubled.twice:
+            twin.grad = 2 * twin.grad
+        if seed == 2:
+            twins[1].grad = gradient(params[1], 99)
+            with Answers(params[1], gradient(params[1], 99)):
+                optimizer.step()
+        else:
+            optimizer.step()
+        want.step()
+        assert_same_bits([*params, doubled.data], [*twins, twin.data], str(seed))
 
 
 def test_a_state_whose_storage_was_freed_is_refused(make: Make) -> None:
