@@ -142,11 +142,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU step of fused_optim.";
   m.def("isas", &fused_optim::supported_isas, "Instruction sets that this machine has, best first.");
   m.def("step", &fused_optim::step, "One step of every row of a table.");
-<<<<<<< HEAD
   m.def("encode", &fused_optim::encode, "Values into a format that is not the working precision's own.");
   m.def("decode", &fused_optim::decode, "What encode stored, back to values.");
-=======
->>>>>>> watch
   using fused_optim::Watch;
   py::class_<Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
       .def(py::init<py::list, py::dict, const std::vector<size_t>&, py::object>())
