@@ -1,4 +1,4 @@
-"""What nvcc makes of ``csrc/step_cuda.cu``, with no GPU: the CUDA half of ``bench kernels``."""
+"""What nvcc makes of ``csrc/cuda_kernels.h``, with no GPU: the CUDA half of ``bench kernels``."""
 
 from __future__ import annotations
 
@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
+from .formats import STATES, TRIPLES
 from .triton_report import body_length, sass_operations
 
 THREADS = 256
+RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
 
 
 def nvcc() -> str | None:
@@ -91,9 +93,10 @@ def report(archs: tuple[str, ...], source: Path = ROOT / "csrc") -> list[dict[st
     """One row for each step kernel and architecture, as ``triton_report`` prints them."""
     targets = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder, "step_cuda.o")
-        command = [nvcc(), "-c", "-O3", "-std=c++17", *_flags(), *targets, "-Xcompiler=-fPIC", "-Xptxas=-v"]
-        log = _demangled(_output(*command, source / "step_cuda.cu", "-o", built))
+        kernels, built = Path(folder, "kernels.cu"), Path(folder, "kernels.o")
+        kernels.write_text(_instances(source))
+        command = [nvcc(), "-c", "-O3", "-std=c++17", *_flags(), *targets, "-Xptxas=-v", f"-I{source}"]
+        log = _demangled(_output(*command, kernels, "-o", built))
         sass = _demangled(_output(cuobjdump(), "-sass", built))
         ptx = _demangled(_output(cuobjdump(), "-ptx", built))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -131,26 +134,36 @@ def report(archs: tuple[str, ...], source: Path = ROOT / "csrc") -> list[dict[st
                 "flushed": len(re.findall(r"\.ftz\b", function)),
                 "nan_dropping_max": len(re.findall(r"\bmax\.f(?:32|64)", function)),
             }
-    rules = _rules(source)
-    return [_named(row, rules) for row in rows.values()]
+    names = {cls: name for name, cls in _classes(source).items()}
+    return [_named(row, names) for row in rows.values()]
 
 
-def _rules(source: Path) -> dict[str, str]:
-    """The rules' names by those of their classes."""
-    text = "".join(path.read_text() for path in (source / "rules").glob("*.h"))
-    return dict(re.findall(r'struct (\w+) \{\s+static constexpr const char\* name = "(\w+)"', text))
+def _classes(source: Path) -> dict[str, str]:
+    """The classes of rules and codecs, by their names."""
+    text = "".join(path.read_text() for path in (*(source / "rules").glob("*.h"), source / "codecs.h"))
+    found = re.findall(r'struct (\w+)[^{};]*\{\s+static constexpr const char\* name = "(\w+)"', text)
+    return {name: cls for cls, name in found}
 
 
-def _named(row: dict[str, Any], rules: dict[str, str]) -> dict[str, Any]:
-    """With rule and formats in place of the template's arguments."""
-    rule, *formats = row.pop("arguments")
+def _instances(source: Path) -> str:
+    """C++ that has a kernel for each rule and each of TRIPLES."""
+    classes = _classes(source)
+    lines = ['#include "cuda_kernels.h"', "namespace fused_optim {"]
+    for working in ("float", "double"):
+        lines.append(f"template __global__ void prologue_kernel<{working}>(CudaTask);")
+    for rule in RULES:
+        for param, grad, state in TRIPLES:
+            arguments = ", ".join(classes[name] for name in (rule, param, grad, *STATES[state]))
+            lines.append(f"template __global__ void step_kernel<{arguments}>(CudaTask);")
+    return "\n".join([*lines, "}", ""])
+
+
+def _named(row: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+    """With rule and formats in place of the template's arguments. ``names``: those of classes."""
+    first, *others = row.pop("arguments")
     if row["kernel"] != "step":
-        return {
-            **row,
-            "rule": "",
-            "param": {"float": "fp32", "double": "fp64"}[rule],
-            "grad": "",
-            "state": "",
-        }
-    param, grad, *states = [name.lower() for name in formats]
-    return {**row, "rule": rules[rule], "param": param, "grad": grad, "state": " ".join(states)}
+        working = {"float": "fp32", "double": "fp64"}[first]
+        return {**row, "rule": "", "param": working, "grad": "", "state": ""}
+    param, grad, *moments = (names[cls] for cls in others)
+    (state,) = (name for name, pair in STATES.items() if pair == tuple(moments))
+    return {**row, "rule": names[first], "param": param, "grad": grad, "state": state}

@@ -47,3 +47,48 @@ FORMATS = {
     )
 }
 """``fp32``, states in the working precision, is what every optimizer has without arguments."""
+
+TRIPLES = (
+    ("fp32", "fp32", "fp32"),
+    ("bf16", "bf16", "fp32"),
+    ("fp16", "fp16", "fp32"),
+    ("fp32", "bf16", "fp32"),
+    ("bf16", "fp32", "fp32"),
+    ("fp64", "fp64", "fp64"),
+    ("bf16_master", "bf16", "fp32"),
+    ("fp16_master", "fp16", "fp32"),
+    ("split16", "bf16", "fp32"),
+    ("split8", "bf16", "fp32"),
+    ("bf16_stochastic", "bf16", "fp32"),
+    ("fp16_stochastic", "fp16", "fp32"),
+    ("fp32", "fp32", "bf16"),
+    ("fp32", "fp32", "8bit"),
+    ("bf16", "bf16", "bf16"),
+    ("split16", "bf16", "bf16"),
+    ("split8", "bf16", "8bit"),
+    ("bf16_stochastic", "bf16", "8bit"),
+)
+"""What the compiled kernels' reports look at: codecs of (parameter, gradient), and STATES."""
+STATES = {
+    "fp32": ("fp32", "fp32"),
+    "fp64": ("fp64", "fp64"),
+    "bf16": ("bf16_dither", "bf16_dither"),
+    "8bit": ("e4m3", "e5m3"),
+}
+"""The moments' codecs."""
+PART_BYTES = {
+    "fp32": (4,),
+    "fp64": (8,),
+    "bf16": (2,),
+    "fp16": (2,),
+    "bf16_master": (2, 4),
+    "fp16_master": (2, 4),
+    "split16": (2, 2),
+    "split8": (2, 1),
+    "bf16_stochastic": (2,),
+    "fp16_stochastic": (2,),
+    "bf16_dither": (2,),
+    "e4m3": (1,),
+    "e5m3": (1,),
+}
+"""Bytes of an element by parts, by its codec; without the bases of the 8-bit ones."""

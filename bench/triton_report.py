@@ -25,50 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from .formats import PART_BYTES, STATES, TRIPLES
+
 RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
-FORMATS = (
-    ("fp32", "fp32", "fp32"),
-    ("bf16", "bf16", "fp32"),
-    ("fp16", "fp16", "fp32"),
-    ("fp32", "bf16", "fp32"),
-    ("bf16", "fp32", "fp32"),
-    ("fp64", "fp64", "fp64"),
-    ("bf16_master", "bf16", "fp32"),
-    ("fp16_master", "fp16", "fp32"),
-    ("split16", "bf16", "fp32"),
-    ("split8", "bf16", "fp32"),
-    ("bf16_stochastic", "bf16", "fp32"),
-    ("fp16_stochastic", "fp16", "fp32"),
-    ("fp32", "fp32", "bf16"),
-    ("fp32", "fp32", "8bit"),
-    ("bf16", "bf16", "bf16"),
-    ("split16", "bf16", "bf16"),
-    ("split8", "bf16", "8bit"),
-    ("bf16_stochastic", "bf16", "8bit"),
-)
-"""(parameter, gradient, states)."""
-STATES = {
-    "fp32": ("fp32", "fp32"),
-    "fp64": ("fp64", "fp64"),
-    "bf16": ("bf16_dither", "bf16_dither"),
-    "8bit": ("e4m3", "e5m3"),
-}
-PART_BYTES = {
-    "fp32": (4,),
-    "fp64": (8,),
-    "bf16": (2,),
-    "fp16": (2,),
-    "bf16_master": (2, 4),
-    "fp16_master": (2, 4),
-    "split16": (2, 2),
-    "split8": (2, 1),
-    "bf16_stochastic": (2,),
-    "fp16_stochastic": (2,),
-    "bf16_dither": (2,),
-    "e4m3": (1,),
-    "e5m3": (1,),
-}
-"""Bytes of an element, by parts; without the bases of the 8-bit formats."""
 DEFAULT_KERNELS = Path(__file__).parents[1] / "kernels"
 
 
@@ -266,7 +225,7 @@ def main() -> None:
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
     arguments = parser.parse_args()
     step = load_kernels(arguments.kernels)
-    chosen = [f for f in FORMATS if not arguments.formats or ":".join(f) in arguments.formats]
+    chosen = [f for f in TRIPLES if not arguments.formats or ":".join(f) in arguments.formats]
     for text in arguments.target or ["cuda:90"]:
         target = parse_target(text)
         report = nvidia_report if target.backend == "cuda" else amd_report

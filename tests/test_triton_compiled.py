@@ -21,7 +21,9 @@ import pytest
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from bench.triton_report import FORMATS, PART_BYTES, RULES, STATES
+from bench.formats import TRIPLES
+from bench.kernels import problems
+from bench.triton_report import RULES
 
 ROOT = Path(__file__).parents[1]
 OLD = Path(os.environ.get("FUSED_OPTIM_TRITON_3_6", ROOT / ".venv" / "triton-3.6"))
@@ -60,59 +62,6 @@ def report(version: str, *arguments: str) -> list[dict[str, Any]]:
     return rows
 
 
-def register_limit(row: dict[str, Any]) -> int:
-    """Of 65,536 registers, 64 leave room for four blocks of 256 threads, 80 for three and 128 for
-    two. Hashes, bases and codes of 8 elements are what takes more than 80; the newest ptxas takes
-    up to 40 more for them than the one before, on sm_90 and sm_100."""
-    if row["state"] in ("bf16", "8bit"):
-        return {"bf16": 112, "8bit": 120}[row["state"]]
-    return {("fp32", "fp32"): 64, ("bf16", "bf16"): 72, ("split8", "bf16"): 88}.get(
-        (row["param"], row["grad"]), 80
-    )
-
-
-def spill_limit(row: dict[str, Any]) -> int:
-    """ptxas spills up to four words, on its own, where that makes room for one more block."""
-    return 16 if row["state"] == "8bit" or row["param"].endswith("stochastic") else 0
-
-
-def problems(row: dict[str, Any]) -> list[str]:
-    """What a kernel has that it must not have."""
-    found = [name for name in ("contracted", "approximate", "flushed", "nan_dropping_max") if row[name]]
-    if row["kernel"] == "prologue":
-        return found
-    if row["spill_bytes"] > spill_limit(row):
-        found.append(f"{row['spill_bytes']} bytes spilled")
-    if row["target"].startswith("cuda") and row["registers"] > register_limit(row):
-        found.append(f"{row['registers']} registers")
-    param, (mu, nu) = PART_BYTES[row["param"]], (PART_BYTES[name] for name in STATES[row["state"]])
-    stored = [*param, *mu, *nu]
-    loaded = [*stored, *PART_BYTES[row["grad"]]]
-    elements = 16 // max(2, min(loaded[0], loaded[-1], *mu))
-    blocked = 2 * (row["state"] == "8bit")
-    for access, parts in (("loads", loaded), ("stores", stored)):
-        # One 128-bit access for each 16 bytes that a thread has of an operand, and one of 64 bits
-        # for its 8 single bytes: an operand that is accessed more narrowly is missing in this count.
-        if row[f"wide_{access}"] != sum(elements * n // 16 for n in parts if n > 1):
-            found.append(f"{row[f'wide_{access}']} wide {access}")
-        # (One float64 of the tail is 64 bits too, which shows on AMD.)
-        if row["param"] != "fp64" and row[f"half_wide_{access}"] != parts.count(1):
-            found.append(f"{row[f'half_wide_{access}']} half wide {access}")
-        # The tail's elements, and a base for each of a thread's blocks.
-        if row[f"byte_{access}"] != parts.count(1) + 2 * blocked:
-            found.append(f"{row[f'byte_{access}']} byte {access}")
-    if row.get("wide_store_instructions", row["wide_stores"]) != row["wide_stores"]:
-        found.append(f"{row['wide_store_instructions']} dwordx4 stores")
-    if (
-        row["rule"] == "adamaxw"
-        and row["target"].startswith("cuda")
-        and row["param"] != "fp64"
-        and not row["nan_keeping_max"]
-    ):
-        found.append("no max that keeps NaN")
-    return found
-
-
 def formats(*names: str) -> tuple[str, ...]:
     return tuple(f"--formats={name}" for name in names)
 
@@ -128,7 +77,7 @@ def test_compiled_kernels(version: str, target: str) -> None:
 @pytest.mark.parametrize("version", VERSIONS)
 @pytest.mark.parametrize("rule", RULES)
 def test_every_format(version: str, rule: str) -> None:
-    others = [":".join(f) for f in FORMATS if ":".join(f) not in (*PLAIN, *HEAVY)]
+    others = [":".join(f) for f in TRIPLES if ":".join(f) not in (*PLAIN, *HEAVY)]
     rows = report(version, "--target", "cuda:90", "--rule", rule, *formats(*others))
     assert len(rows) == len(others) + 2
     assert [(row, problem) for row in rows if (problem := problems(row))] == []
@@ -141,19 +90,19 @@ def test_contraction_is_caught(target: str) -> None:
 
 
 LOSSES = {
-    "narrow accesses": ("codecs.py", "pointer = tl.multiple_of(pointer, 16)", "pass", "wide loads"),
+    "narrow accesses": ("codecs.py", "pointer = tl.multiple_of(pointer, 16)", "pass", "128-bit loads"),
     "masked full chunks": (
         "step.py",
         "codecs.At(start, offset, None,",
         "codecs.At(start, offset, offset < tl.load(row),",
-        "wide loads",
+        "128-bit loads",
     ),
-    "narrow bytes": ("codecs.py", "pointer = tl.multiple_of(pointer, 16)", "pass", "half wide stores"),
+    "narrow bytes": ("codecs.py", "pointer = tl.multiple_of(pointer, 16)", "pass", "64-bit stores of bytes"),
     "a base for each element": (
         "codecs.py",
         "_of_elements(tl.load(_bases(row, at), at.block_mask).to(tl.int32))",
         "tl.load(_pointer(row + EXTRA, tl.uint8, at) + at.offset // BLOCK, at.mask).to(tl.int32)",
-        "byte loads",
+        "byte loads where",
     ),
     "approximate division": ("rules.py", "return tl.div_rn(x, y)", "return x / y", "approximate"),
     "approximate square root": ("rules.py", "return tl.sqrt_rn(x)", "return tl.sqrt(x)", "approximate"),
