@@ -143,7 +143,8 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
         spans.append((str(p.device), start, start + (last + 1) * p.element_size(), name, p))
     spans.sort(key=lambda span: span[:3])
     for i, (device, _, end, name, p) in enumerate(spans):
-        for other_device, other_start, _, other_name, other in spans[i + 1 :]:
+        for k in range(i + 1, len(spans)):
+            other_device, other_start, _, other_name, other = spans[k]
             if other_device != device or other_start >= end:
                 break
             if (is_dense(p) and is_dense(other)) or _share_a_byte(p, other):
