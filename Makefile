@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test lint bench check clean
+.PHONY: demo test lint bench check studies clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +41,15 @@ check: $(VENV)/installed
 bench: $(VENV)/installed
 	$(BIN)/python -m bench.cpu --json bench/results/cpu.json
 	$(BIN)/python -m bench.readme
+
+$(VENV)/studies: $(VENV)/installed
+	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[studies]"
+	touch $@
+
+# Training is in processes of one thread; what is finished is not done again.
+studies: $(VENV)/studies
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies fidelity
+	$(BIN)/python -m studies training
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output

@@ -1,7 +1,8 @@
-"""Run a study; each saves what it has finished, goes on from there, and writes its tables.
+"""Run a study, then write the tables and plots of docs/formats.md.
 
-python -m studies fidelity
-python -m studies training
+python -m studies fidelity     what second moments keep, ours and others'
+python -m studies training     losses in every format; goes on from the runs that are finished
+python -m studies report       tables and plots alone
 """
 
 from __future__ import annotations
@@ -16,16 +17,20 @@ def main() -> None:
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
     parser.add_argument("study", choices=("fidelity", "training", "report"))
-    parser.add_argument("--steps", type=int, default=1500, help="steps of a training run")
-    parser.add_argument("--gpt-seeds", type=int, default=4, help="0 for none")
-    parser.add_argument("--digits-seeds", type=int, default=6, help="0 for none")
-    parser.add_argument("--workers", type=int, default=2, help="training runs at a time, one thread each")
+    parser.add_argument("--elements", type=int, default=1024, help="fidelity: of each scenario")
+    parser.add_argument("--steps", type=int, default=1500, help="training: of each run")
+    parser.add_argument("--gpt-seeds", type=int, default=4, help="training: 0 for none")
+    parser.add_argument("--digits-seeds", type=int, default=6, help="training: 0 for none")
+    parser.add_argument("--workers", type=int, default=2, help="training: runs at a time, one thread each")
     args = parser.parse_args()
 
-    if args.study == "training":
-        from . import training
+    from . import fidelity, report, training
 
+    if args.study == "fidelity":
+        fidelity.study(args.elements)
+    if args.study == "training":
         training.study({"gpt": args.gpt_seeds, "digits": args.digits_seeds}, args.steps, args.workers)
+    report.write()
 
 
 if __name__ == "__main__":

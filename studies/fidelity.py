@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -63,7 +65,7 @@ class Gradients:
         decades: scales of neighbouring elements are spread evenly over so many powers of ten.
     """
 
-    elements: int = 4096
+    elements: int
     mean: float = 0.0
     decades: float = 2.0
     seed: int = 0
@@ -237,13 +239,12 @@ def ratio(decoded: Tensor, true: Tensor) -> Ratio:
     return Ratio(logs.mean().exp().item(), logs.std().item(), zeros)
 
 
+NEAREST = "to nearest"
 STATIONARY = {"stationary": False, f"stationary, {SPARSE}": True}
 COLUMNS = [*STATIONARY, *(s.title for s in SCENARIOS)]
 
 
-def measure(
-    subjects: Subjects, gradients: Gradients, progress: bool = False
-) -> dict[str, dict[str, list[Ratio]]]:
+def measure(subjects: Subjects, gradients: Gradients, title: str = "") -> dict[str, dict[str, list[Ratio]]]:
     """Feed everything the same gradients.
 
     Returns:
@@ -254,7 +255,7 @@ def measure(
     everything = {id(s): s for pair in subjects.values() for s in pair}.values()
     fallen = falling(gradients.elements)
     sparse = torch.tensor([s.part == SPARSE for s in SCENARIOS])
-    bar = tqdm(gradients, total=BEFORE + AFTER, desc="fidelity", disable=not progress)
+    bar = tqdm(gradients, total=BEFORE + AFTER, desc=title, disable=None if title else True)
     for step, grad in enumerate(bar, 1):
         for subject in everything:
             subject.step(grad)
@@ -278,15 +279,19 @@ def bounds(state_format: str, column: str) -> tuple[float, float]:
     return (0.95, 1.05) if column in STATIONARY else (0.7, 1.3)
 
 
-def our_subjects(elements: int, rules: Sequence[str] = tuple(OPTIMIZERS)) -> Subjects:
-    """Each rule in each format, with dither and rounded to nearest."""
+def our_subjects(elements: int, rules: Sequence[str] = tuple(OPTIMIZERS), nearest: bool = True) -> Subjects:
+    """Each rule in each format, with dither and, if asked for, rounded to nearest."""
     subjects: Subjects = {}
     for rule in rules:
         truth = Ours(rule, "fp32", elements)
         for state_format in ("bf16", "8bit"):
             name = f"{OPTIMIZERS[rule].__name__} {state_format}"
             subjects[name] = (Ours(rule, state_format, elements), truth)
-            subjects[f"{name}, to nearest"] = (Recursion(rule, state_format, elements, nearest=True), truth)
+            if nearest:
+                subjects[f"{name}, {NEAREST}"] = (
+                    Recursion(rule, state_format, elements, nearest=True),
+                    truth,
+                )
     return subjects
 
 
@@ -297,3 +302,27 @@ def peer_subjects(elements: int) -> Subjects:
         "bitsandbytes 8-bit Adam": (Bitsandbytes(elements), true),
         "torchao 8-bit Adam": (Torchao(elements), true),
     }
+
+
+STEADINESS = (0, 1, 10, 100)
+"""Means of an element's gradients over the standard deviation of their noise."""
+
+
+def study(elements: int, path: Path = RESULTS) -> None:
+    """Measure everything that runs here and write it to ``path``."""
+    gradients = Gradients(elements)
+    found = {"ours": measure(our_subjects(elements), gradients, "ours")}
+    for mean in STEADINESS[1:]:
+        subjects = our_subjects(elements, nearest=False)
+        found[f"mean {mean}"] = measure(subjects, replace(gradients, mean=mean), f"ours, mean {mean}")
+    found["mean 0"] = {name: found["ours"][name] for name in found["mean 1"]}
+    # The peers come last: one of them compiles first.
+    found["peers"] = measure(peer_subjects(elements), gradients, "peers")
+    results = {
+        "date": f"{date.today()}",
+        "elements": elements * len(SCENARIOS),
+        "versions": {name: version(name) for name in ("torch", "bitsandbytes", "torchao")},
+        "found": found,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(results))

@@ -9,7 +9,6 @@ nothing but how parameters, gradients and states are stored.
 from __future__ import annotations
 
 import json
-import math
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -17,11 +16,11 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.func import functional_call
 from tqdm import tqdm
@@ -68,14 +67,12 @@ class Task:
     """A model and its data.
 
     Attributes:
-        title: what a reader calls it.
         make_model: to be called after seeding.
         batch: the inputs and targets of (seed, step).
         validation: inputs and targets, the same every time.
         config: schedule, weight decay, gradient clipping.
     """
 
-    title: str
     make_model: Callable[[], nn.Module]
     batch: Callable[[int, int], tuple[Tensor, Tensor]]
     validation: list[tuple[Tensor, Tensor]]
@@ -88,7 +85,6 @@ def gpt_task(rule: str, steps: int) -> Task:
     train_data, val_data = load_data()
     wide = Config(context=config.context, batch_size=128)
     return Task(
-        "GPT on Python's standard library",
         lambda: GPT(config),
         lambda seed, step: get_batch(train_data, config, 1 + seed, step),
         [get_batch(val_data, wide, 0, i) for i in range(2)],
@@ -98,6 +94,8 @@ def gpt_task(rule: str, steps: int) -> Task:
 
 def digits_task(rule: str, steps: int) -> Task:
     """scikit-learn's digits under noise and a convolutional net; a third is held out."""
+    from sklearn.datasets import load_digits
+
     data = load_digits()
     images = torch.tensor(data.images / 16, dtype=torch.float32)[:, None]
     labels = torch.tensor(data.target)
@@ -125,10 +123,11 @@ def digits_task(rule: str, steps: int) -> Task:
         )
 
     config = Config(optimizer=rule, steps=steps, device="cpu")
-    return Task("CNN on digits", make_model, batch, [noisy(val, generator) for _ in range(4)], config)
+    return Task(make_model, batch, [noisy(val, generator) for _ in range(4)], config)
 
 
 TASKS = {"gpt": gpt_task, "digits": digits_task}
+TITLES = {"gpt": "GPT", "digits": "digits"}
 
 
 def train(run: Run) -> dict[str, Any]:
@@ -209,7 +208,7 @@ def study(seeds: dict[str, int], steps: int, workers: int, path: Path = RESULTS)
     context = get_context("spawn")
     with (
         ProcessPoolExecutor(workers, context, _start_worker) as pool,
-        tqdm(total=len(missing), desc="runs", smoothing=0) as bar,
+        tqdm(total=len(missing), desc="runs", smoothing=0, mininterval=5) as bar,
     ):
         for future in as_completed([pool.submit(train, run) for run in missing]):
             record = future.result()
@@ -223,4 +222,4 @@ def study(seeds: dict[str, int], steps: int, workers: int, path: Path = RESULTS)
 def final_loss(record: dict[str, Any]) -> float:
     """The mean of the last evaluations."""
     losses = [loss for _, loss in record["val"][-EVALUATIONS:]]
-    return math.fsum(losses) / len(losses)
+    return fmean(losses)

@@ -9,6 +9,7 @@ from helpers import assert_same_bits
 
 from studies.fidelity import (
     COLUMNS,
+    NEAREST,
     OPTIMIZERS,
     STATIONARY,
     Gradients,
@@ -34,7 +35,7 @@ def test_states_follow_and_to_nearest_they_do_not(rule: str) -> None:
             assert last.zeros == 0, (name, column)
             if not low <= last.geometric_mean <= high:
                 outside.append((column, last))
-        if name.endswith("to nearest"):
+        if name.endswith(NEAREST):
             # A stalled state shows where the gradients fall, not before.
             assert {column for column, _ in outside} >= set(COLUMNS) - set(STATIONARY), (name, columns)
         else:
