@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-exhaustive lint bench gpu-check check clean
+.PHONY: demo test test-exhaustive lint bench gpu-check studies check clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -55,6 +55,15 @@ bench: $(VENV)/installed $(VENV)/peers
 # With the machine's own Python: an image for a GPU has a torch that fits it, and perhaps no network.
 gpu-check:
 	$(PYTHON) -m bench.gpu_check
+
+$(VENV)/studies: $(VENV)/installed
+	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[studies]"
+	touch $@
+
+# Training is in processes of one thread; what is finished is not done again.
+studies: $(VENV)/studies
+	OMP_NUM_THREADS=1 $(BIN)/python -m studies fidelity
+	$(BIN)/python -m studies training
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output bench_output gpu_check_output

@@ -1,0 +1,53 @@
+"""Second moments in bf16 and 8 bits follow float32 ones; rounded to nearest they do not."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+from helpers import assert_same_bits
+
+from studies.fidelity import (
+    COLUMNS,
+    NEAREST,
+    OPTIMIZERS,
+    STATIONARY,
+    Gradients,
+    Ours,
+    Recursion,
+    bounds,
+    measure,
+    our_subjects,
+)
+
+ELEMENTS = 512
+
+
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_states_follow_and_to_nearest_they_do_not(rule: str) -> None:
+    found = measure(our_subjects(ELEMENTS, [rule]), Gradients(ELEMENTS))
+    for name, columns in found.items():
+        state_format = "bf16" if "bf16" in name else "8bit"
+        outside = []
+        for column in COLUMNS:
+            low, high = bounds(state_format, column)
+            last = columns[column][-1]
+            assert last.zeros == 0, (name, column)
+            if not low <= last.geometric_mean <= high:
+                outside.append((column, last))
+        if name.endswith(NEAREST):
+            # A stalled state shows where the gradients fall, not before.
+            assert {column for column, _ in outside} >= set(COLUMNS) - set(STATIONARY), (name, columns)
+        else:
+            assert not outside, name
+
+
+@pytest.mark.parametrize("state_format", ["bf16", "8bit"])
+@pytest.mark.parametrize("rule", OPTIMIZERS)
+def test_what_rounds_to_nearest_differs_in_nothing_else(rule: str, state_format: str) -> None:
+    ours = Ours(rule, state_format, ELEMENTS)
+    dithered = Recursion(rule, state_format, ELEMENTS, nearest=False)
+    for grad in itertools.islice(Gradients(ELEMENTS), 100):
+        ours.step(grad)
+        dithered.step(grad)
+    assert_same_bits(dithered.second_moment(), ours.second_moment())
