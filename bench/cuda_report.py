@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
-from .triton_report import body_length, sass_operations
+from .triton_report import FORMATS, RULES, STATES, body_length, ordinary_path, sass_operations
 
 THREADS = 256
 
@@ -49,6 +49,11 @@ def _output(*command: object) -> str:
     if ran.returncode != 0:
         raise RuntimeError(f"{command[0]} fails: {(ran.stdout + ran.stderr).strip()[-1000:]}")
     return ran.stdout + ran.stderr
+
+
+def architectures() -> set[str]:
+    """Targets that nvcc compiles for."""
+    return {f"cuda:{arch}" for arch in re.findall(r"compute_(\d+)", _output(nvcc(), "--list-gpu-arch"))}
 
 
 def _demangled(text: str) -> str:
@@ -87,13 +92,42 @@ def _accesses(operations: list[str], name: str) -> dict[str, int]:
     return {str(width): found[width] for width in sorted(found, reverse=True)}
 
 
+def _names(source: Path, folder: str, pattern: str) -> dict[str, str]:
+    """The classes of rules or codecs by their names."""
+    text = "".join(path.read_text() for path in source.glob(folder))
+    return {name: cls for cls, name in re.findall(pattern, text)}
+
+
+def _rules(source: Path) -> dict[str, str]:
+    return _names(source, "rules/*.h", r'struct (\w+) \{\s+static constexpr const char\* name = "(\w+)"')
+
+
+def _codecs(source: Path) -> dict[str, str]:
+    return _names(source, "codecs.h", r'struct (\w+) : \w+ \{\s+static constexpr const char\* name = "(\w+)"')
+
+
+def _instances(source: Path) -> str:
+    """A source file with the kernels of ``triton_report``'s rules and formats: all that there are would
+    take minutes."""
+    rules, codecs = _rules(source), _codecs(source)
+    lines = ['#include "cuda_kernels.h"', "namespace fused_optim {"]
+    for working in ("float", "double"):
+        lines.append(f"template __global__ void prologue_kernel<{working}>(const CudaTask);")
+    for rule in RULES:
+        for param, grad, state in FORMATS:
+            names = ", ".join(codecs[name] for name in (param, grad, *STATES[state]))
+            lines.append(f"template __global__ void step_kernel<{rules[rule]}, {names}>(const CudaTask);")
+    return "\n".join([*lines, "}", ""])
+
+
 def report(archs: tuple[str, ...], source: Path = ROOT / "csrc") -> list[dict[str, Any]]:
     """One row for each step kernel and architecture, as ``triton_report`` prints them."""
     targets = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
     with tempfile.TemporaryDirectory() as folder:
-        built = Path(folder, "step_cuda.o")
+        built, instances = Path(folder, "kernels.o"), Path(folder, "kernels.cu")
+        instances.write_text(_instances(source))
         command = [nvcc(), "-c", "-O3", "-std=c++17", *_flags(), *targets, "-Xcompiler=-fPIC", "-Xptxas=-v"]
-        log = _demangled(_output(*command, source / "step_cuda.cu", "-o", built))
+        log = _demangled(_output(*command, f"-I{source}", instances, "-o", built))
         sass = _demangled(_output(cuobjdump(), "-sass", built))
         ptx = _demangled(_output(cuobjdump(), "-ptx", built))
     rows: dict[tuple[str, str], dict[str, Any]] = {}
@@ -120,6 +154,7 @@ def report(archs: tuple[str, ...], source: Path = ROOT / "csrc") -> list[dict[st
                 "loads": _accesses(operations, "LDG"),
                 "stores": _accesses(operations, "STG"),
                 "instructions": body_length(operations, r"LDG\S*\.128", r"STG\S*\.128"),
+                "path": ordinary_path(function),
             }
     for part in re.split(r"^\.version", ptx, flags=re.MULTILINE)[1:]:
         arch = re.search(r"^\.target sm_(\w+)", part, re.MULTILINE)
@@ -131,26 +166,17 @@ def report(archs: tuple[str, ...], source: Path = ROOT / "csrc") -> list[dict[st
                 "flushed": len(re.findall(r"\.ftz\b", function)),
                 "nan_dropping_max": len(re.findall(r"\bmax\.f(?:32|64)", function)),
             }
-    rules = _rules(source)
-    return [_named(row, rules) for row in rows.values()]
+    return [_named(row, source) for row in rows.values()]
 
 
-def _rules(source: Path) -> dict[str, str]:
-    """The rules' names by those of their classes."""
-    text = "".join(path.read_text() for path in (source / "rules").glob("*.h"))
-    return dict(re.findall(r'struct (\w+) \{\s+static constexpr const char\* name = "(\w+)"', text))
-
-
-def _named(row: dict[str, Any], rules: dict[str, str]) -> dict[str, Any]:
+def _named(row: dict[str, Any], source: Path) -> dict[str, Any]:
     """With rule and formats in place of the template's arguments."""
     rule, *formats = row.pop("arguments")
     if row["kernel"] != "step":
-        return {
-            **row,
-            "rule": "",
-            "param": {"float": "fp32", "double": "fp64"}[rule],
-            "grad": "",
-            "state": "",
-        }
-    param, grad, *states = [name.lower() for name in formats]
-    return {**row, "rule": rules[rule], "param": param, "grad": grad, "state": " ".join(states)}
+        param = {"float": "fp32", "double": "fp64"}[rule]
+        return {**row, "rule": "", "param": param, "grad": "", "state": ""}
+    rules = {cls: name for name, cls in _rules(source).items()}
+    codecs = {cls: name for name, cls in _codecs(source).items()}
+    param, grad, *states = [codecs[cls] for cls in formats]
+    state = next(name for name, pair in STATES.items() if list(pair) == states)
+    return {**row, "rule": rules[rule], "param": param, "grad": grad, "state": state}
