@@ -14,7 +14,7 @@ from typing import Any
 
 from .environment import ROOT
 from .formats import STATES, TRIPLES
-from .triton_report import body_length, sass_operations
+from .triton_report import body_length, ordinary_path, sass_operations
 
 THREADS = 256
 RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
@@ -123,6 +123,7 @@ def report(archs: tuple[str, ...], source: Path = ROOT / "csrc") -> list[dict[st
                 "loads": _accesses(operations, "LDG"),
                 "stores": _accesses(operations, "STG"),
                 "instructions": body_length(operations, r"LDG\S*\.128", r"STG\S*\.128"),
+                "path": ordinary_path(function),
             }
     for part in re.split(r"^\.version", ptx, flags=re.MULTILINE)[1:]:
         arch = re.search(r"^\.target sm_(\w+)", part, re.MULTILINE)

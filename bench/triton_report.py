@@ -112,6 +112,52 @@ def body_length(operations: list[str], load: str, store: str) -> int:
     return stores[-1] - loads[0] + 1 if loads and stores else 0
 
 
+PIPES = {
+    "alu": r"LOP|IADD|VIADD|VIMNMX|IMNMX|SHF|ISETP|FSETP|SEL|FSEL|FMNMX|PRMT|LEA|SGXT|BMSK|IABS|F2FP|PLOP",
+    "imad": r"IMAD",
+    "fma": r"FFMA|FMUL|FADD|HFMA|HADD|HMUL",
+    "special": r"MUFU|FCHK|I2F|F2I|F2F|POPC|FLO|I2I",
+}
+"""Execution units of a multiprocessor that may be busier than its issue slots, by what runs there."""
+
+
+def ordinary_path(disassembly: str) -> dict[str, int]:
+    """Instructions that a warp issues in a full chunk: ``before`` its first wide load, and from there to
+    the last wide store ``all`` of them and those of each of PIPES.
+
+    What the listing holds beside them is passed over: a branch is taken if it skips a call, and no
+    wide access. Calls are the rare cases of divisions and square roots, and every division by a
+    number that is 1 is skipped whole.
+    """
+    found = re.findall(
+        r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\S+\s+)?([A-Z][\w.]*)([^;]*);", disassembly, re.MULTILINE
+    )
+    operations = [(int(at, 16), bool(when), name, rest) for at, when, name, rest in found]
+    index = {at: i for i, (at, *_) in enumerate(operations)}
+    wide = [i for i, (*_, name, _) in enumerate(operations) if re.match(r"(?:LDG|STG)\S*\.128", name)]
+    if not wide:
+        return {}
+    # Eight single bytes are stored with 64 bits; so is one float64, but of the tail.
+    bytes_too = any(re.match(r"STG\S*\.[SU]8", name) for *_, name, _ in operations)
+    last = r"STG\S*\.(?:128|64)" if bytes_too else r"STG\S*\.128"
+    stores = [i for i, (*_, name, _) in enumerate(operations) if re.match(last, name)]
+    counts = dict.fromkeys(("before", "all", *PIPES), 0)
+    counts["before"] = i = wide[0]
+    while i <= stores[-1]:
+        _, conditional, name, rest = operations[i]
+        counts["all"] += 1
+        for pipe, pattern in PIPES.items():
+            counts[pipe] += bool(re.match(pattern, name))
+        target = re.search(r"0x([0-9a-f]+)\s*$", rest)
+        i += 1
+        if name == "BRA" and target and (to := index.get(int(target[1], 16), 0)) > i:
+            skipped = range(i, to)
+            calls = any(operations[j][2].startswith("CALL") for j in skipped)
+            if not conditional or (calls and not any(j in skipped for j in [*wide, *stores])):
+                i = to
+    return counts
+
+
 def sass_operations(disassembly: str) -> list[str]:
     """The instructions of a disassembly, without addresses, predicates and operands."""
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", disassembly, re.MULTILINE)
@@ -139,6 +185,7 @@ def nvidia_report(compiled: Any) -> dict[str, Any]:
         "loads": widths(r"ld\.global[.\w]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx),
         "stores": widths(r"st\.global[.\w]*?(?:\.v(\d))?\.[bfsu](\d+)", ptx),
         "instructions": body_length(sass_operations(sass), r"LDG\S*\.128", r"STG\S*\.128"),
+        "path": ordinary_path(sass),
         "registers": int(found[1]),
         "spill_bytes": int(found[2]) + int(found[3]) + count(r"\b(?:ld|st)\.local", ptx),
         "wide_loads": count(r"ld\.global[.\w]*\.(?:v4\.b32|v2\.b64)", ptx),
