@@ -286,19 +286,24 @@ def _of_elements(base):
 
 @triton.jit
 def _load_base(row, at):
-    return _of_elements(tl.load(_bases(row, at), at.block_mask).to(tl.int32))
+    return tl.load(_bases(row, at), at.block_mask).to(tl.int32)
+
+
+@triton.jit
+def _power_of_two(exponent):
+    return _float_of((exponent + 127) << 23)
 
 
 @triton.jit
 def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
-    """For each block the exponent that is ORDERS below that of its largest finite value: stored,
-    and for each element."""
+    """For each block the exponent that is ORDERS below that of its largest finite value, stored."""
     N: tl.constexpr = magnitude.shape[0] // BLOCK
-    finite = tl.where(magnitude < INF, magnitude, 0)
+    # One exponent more makes infinities and NaN negative.
+    finite = (magnitude.to(tl.uint32) + 0x00800000).to(tl.int32)
     if at.mask is not None:
         finite = tl.where(at.mask, finite, 0)
     largest = tl.max(tl.reshape(finite, [N, BLOCK]), 1)
-    base = tl.maximum((largest >> 23) - ORDERS, 0)
+    base = tl.maximum((largest >> 23) - (ORDERS + 1), 0)
     # 16 threads hold a block in a full chunk and one of them stores: stored as one value a block,
     # bases go through shared memory. ``+ lane`` tells the compiler which threads are neighbours.
     lane = tl.arange(0, 16)[None, :]
@@ -307,7 +312,7 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
         first = first & at.block_mask[:, None]
     stored = tl.broadcast_to(base.to(tl.uint8)[:, None], [N, 16])
     tl.store(_bases(row, at)[:, None] + lane, stored, first)
-    return _of_elements(base)
+    return base
 
 
 @triton.jit
@@ -319,43 +324,46 @@ def _or_special(code, magnitude, INFINITY: tl.constexpr):
 @triton.jit
 def load_e5m3(row, at):
     code = _load(row, tl.uint8, at).to(tl.int32)
-    bits = (code + 8 * _load_base(row, at)) << 20
+    bits = (code << 20) + _of_elements(_load_base(row, at) << 23)
     bits = tl.where(code == 0, 0, bits)
-    return _float_of(tl.where(code >= 254, INF | ((code & 1) << 22), bits))
+    return _float_of(tl.where(code >= 254, ((code - 254) << 22) + INF, bits))
 
 
 @triton.jit
 def store_e5m3(row, at, x, OPERAND: tl.constexpr):
     magnitude = _magnitude(x)
     base = _new_base(row, at, magnitude, 30)
-    code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - 8 * base
+    code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - _of_elements(8 * base)
     # At least 1, but for zero; at most 248 and the largest finite float32's, 2039.
-    code = tl.minimum(tl.maximum(code, tl.minimum(magnitude, 1)), tl.minimum(248, 2039 - 8 * base))
+    limit = _of_elements(tl.minimum(248, 2039 - 8 * base))
+    code = tl.minimum(tl.maximum(code, tl.minimum(magnitude, 1)), limit)
     code = _or_special(code, magnitude, 254)
     _store(row, at, code.to(tl.uint8))
 
 
+# A finite code, shifted, is a float32 of the value under base 0, subnormal values too: the base is a
+# power of two to multiply by, in two factors since float32 has none above 2^127.
+
+
 @triton.jit
 def load_e4m3(row, at):
-    stored = _load(row, tl.uint8, at).to(tl.uint32)
-    code = stored.to(tl.int32) & 0x7F
+    stored = _load(row, tl.int8, at).to(tl.int32)
+    x = (stored << 20) & -0x78100000
     base = _load_base(row, at)
-    one = _float_of((8 * base + 8) << 20)
-    subnormal = _float_of((code + 8 * base + 8) << 20) - one
-    bits = tl.where(code < 8, subnormal.to(tl.int32, bitcast=True), (code + 8 * base) << 20)
-    bits = tl.where(code >= 126, INF | ((code & 1) << 22), bits)
-    return _float_of(bits.to(tl.uint32) | ((stored & 0x80) << 24))
+    half = tl.minimum(base, 127)
+    y = _float_of(x) * _of_elements(_power_of_two(half)) * _of_elements(_power_of_two(base - half))
+    special = ((x << 2) + (INF - (126 << 22))) | (x & -0x80000000)
+    return tl.where((x & 0x7FFFFFFF) >= (126 << 20), _float_of(special), y)
 
 
 @triton.jit
 def store_e4m3(row, at, x, OPERAND: tl.constexpr):
     magnitude = _magnitude(x)
     base = _new_base(row, at, magnitude, 14)
-    # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
-    one = (base + 1) << 23
-    subnormal = (tl.abs(x) + _float_of(one)).to(tl.int32, bitcast=True) - one
-    scaled = tl.where(magnitude < one, subnormal, magnitude - (base << 23))
-    code = (scaled + _dither(at, OPERAND, 20).to(tl.int32)) >> 20
-    code = tl.minimum(code, tl.minimum(120, 2039 - 8 * base))
+    # The larger power first: a product that it rounds is zero after the other.
+    half = tl.minimum(base, 126)
+    y = tl.abs(x) * _of_elements(_power_of_two(half - base)) * _of_elements(_power_of_two(-half))
+    code = (_magnitude(y) + _dither(at, OPERAND, 20).to(tl.int32)) >> 20
+    code = tl.minimum(code, _of_elements(tl.minimum(120, 2039 - 8 * base)))
     code = _or_special(code, magnitude, 126)
     _store(row, at, (code.to(tl.uint32) | ((_bits_of(x) >> 24) & 0x80)).to(tl.uint8))

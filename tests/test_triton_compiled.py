@@ -100,8 +100,8 @@ LOSSES = {
     "narrow bytes": ("codecs.py", "pointer = tl.multiple_of(pointer, 16)", "pass", "64-bit stores of bytes"),
     "a base for each element": (
         "codecs.py",
-        "_of_elements(tl.load(_bases(row, at), at.block_mask).to(tl.int32))",
-        "tl.load(_pointer(row + EXTRA, tl.uint8, at) + at.offset // BLOCK, at.mask).to(tl.int32)",
+        "_of_elements(_load_base(row, at) << 23)",
+        "(tl.load(_pointer(row + EXTRA, tl.uint8, at) + at.offset // BLOCK, at.mask).to(tl.int32) << 23)",
         "byte loads where",
     ),
     "approximate division": ("rules.py", "return tl.div_rn(x, y)", "return x / y", "approximate"),
