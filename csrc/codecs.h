@@ -169,6 +169,13 @@ struct Fp16Master : Fp16 {
   }
 };
 
+// The float32 of a bfloat16 and the rest. A zero has no negative rest unless somebody wrote it to
+// the parameter: then there is none, since its sum with the old one would be a NaN.
+FUSED_OPTIM_HD float joined(uint16_t x, int32_t remainder) {
+  const bool written = (x & 0x7fffu) == 0 && remainder < 0;
+  return bit_cast<float>((static_cast<uint32_t>(x) << 16) + static_cast<uint32_t>(written ? 0 : remainder));
+}
+
 // A float32 as a bfloat16, rounded half away from zero, and the rest.
 struct Split16 : Codec {
   static constexpr const char* name = "split16";
@@ -176,7 +183,7 @@ struct Split16 : Codec {
   using Extra = int16_t;
 
   static FUSED_OPTIM_HD float load(uint16_t x, int16_t remainder) {
-    return bit_cast<float>((static_cast<uint32_t>(x) << 16) + static_cast<uint32_t>(static_cast<int32_t>(remainder)));
+    return joined(x, remainder);
   }
 
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, int16_t& remainder) {
@@ -195,7 +202,7 @@ struct Split8 : Codec {
   static constexpr Random random = kDither;
 
   static FUSED_OPTIM_HD float load(uint16_t x, int8_t remainder) {
-    return bit_cast<float>((static_cast<uint32_t>(x) << 16) + (static_cast<uint32_t>(static_cast<int32_t>(remainder)) << 8));
+    return joined(x, static_cast<int32_t>(remainder) * 256);
   }
 
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, int8_t& remainder) {

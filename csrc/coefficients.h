@@ -30,8 +30,9 @@ struct Coefficients {
 
 FUSED_OPTIM_HD double integer_power(double base, int64_t exponent) {
   double result = 1.0;
-  for (; exponent != 0; exponent >>= 1) {
-    if (exponent & 1) result = result * base;
+  // 31 bits, as everywhere: a negative number, which only a broken state holds, ends too.
+  for (int64_t left = exponent & kMaxCount; left != 0; left >>= 1) {
+    if (left & 1) result = result * base;
     base = base * base;
   }
   return result;

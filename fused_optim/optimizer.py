@@ -25,7 +25,7 @@ from .plan import Plan
 from .reference import MAX_COUNT, Hyperparameters
 from .rounding import MU, NU, random_key
 from .rules import Rule
-from .state import BASE, check_saved, copy_state, master, moment, state_parts, without_obsolete
+from .state import BASE, check_base, check_saved, copy_state, master, moment, state_parts, without_obsolete
 from .storage import MASTER_WEIGHTS, STATE_FORMATS, Formats, Part, check_formats, formats_of, plain_format
 from .table import (
     Batch,
@@ -60,6 +60,14 @@ def _number(name: str, value: Any, below: float = math.inf) -> float:
 def _plain(value: Any) -> Any:
     """A tensor of one element as a number: schedulers keep ``initial_lr`` as they find ``lr``."""
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+def _checked_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int):
+        raise TypeError(f"seed must be an integer, got {seed!r} of type {type(seed).__name__}")
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be in [0, 2^32), got {seed}")
+    return seed
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -198,11 +206,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @seed.setter
     def seed(self, seed: int) -> None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an integer, got {seed!r} of type {type(seed).__name__}")
-        if not 0 <= seed < 2**32:
-            raise ValueError(f"seed must be in [0, 2^32), got {seed}")
-        self._seed = seed
+        self._seed = _checked_seed(seed)
         self._drop_plan()
 
     def _formats_of(self, p: Tensor) -> Formats:
@@ -659,6 +663,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
                     f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
                 )
+        for key in keys:
+            check_base(x.name, x.param, state, key, RuntimeError)
         for part in self._parts(x.param, self.param_groups[x.group]):
             if part.key in state:
                 check_address(f"state {part.key!r} of parameter {x.name}", state[part.key])
@@ -812,7 +818,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             loaded = self._loaded_states(saved["state"], groups)
             steps = [int(state["step"]) for state in loaded.values()]
             count = int(saved.get("count", max(steps, default=0)))
-            seed = int(saved.get("seed", seed))
+            seed = _checked_seed(saved.get("seed", seed))
             return {**saved, "param_groups": groups, "state": {}}
 
         def install(_: torch.optim.Optimizer) -> None:

@@ -95,6 +95,7 @@ def master(format: Format, state: dict[str, Any], param: Tensor, dense: Tensor) 
     key = format.extra.key
     if _fits(state.get(key), format.extra, dense):
         return {key: state[key]}
+    param = param.detach()
     values = param.to(torch.float32)
     remainder = state.get("remainder")
     if state.get("master") is not None:
@@ -114,6 +115,18 @@ def copy_state(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
+def check_base(name: str, p: Tensor, state: dict[str, Any], key: str, error: type[Exception]) -> None:
+    """Raise where an 8-bit moment has no base that it could be read with."""
+    value, base, blocks = state.get(key), state.get(key + BASE), -(-p.numel() // BLOCK)
+    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
+        return
+    if not isinstance(base, Tensor) or base.dtype != torch.uint8 or base.shape != (blocks,):
+        raise error(
+            f"the state {key!r} of parameter {name} has dtype uint8, that of the 8-bit format, and "
+            f"no {key + BASE!r} of dtype uint8 and shape {(blocks,)} beside it"
+        )
+
+
 def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, str], optimizer: str) -> None:
     """Raise a ValueError where a saved state cannot become that of ``p``, naming both."""
     for key in keys:
@@ -123,15 +136,10 @@ def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, st
                 f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
                 f"was it saved by another optimizer than {optimizer}?"
             )
-        if value.dtype == torch.uint8:
-            blocks = -(-p.numel() // BLOCK)
-            base = state.get(key + BASE)
-            if not isinstance(base, Tensor) or base.dtype != torch.uint8 or base.shape != (blocks,):
-                raise ValueError(
-                    f"the saved state {key!r} of parameter {name} has dtype uint8, that of the 8-bit format, and "
-                    f"no {key + BASE!r} of dtype uint8 and shape {(blocks,)} beside it"
-                )
-        elif value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point()):
+        check_base(name, p, state, key, ValueError)
+        if value.dtype != torch.uint8 and (
+            value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point())
+        ):
             raise ValueError(
                 f"the saved state {key!r} of parameter {name} has dtype {value.dtype}, the parameter {p.dtype}"
             )

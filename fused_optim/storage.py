@@ -163,9 +163,17 @@ def _encode_master(dtype: torch.dtype) -> Callable[..., Encoded]:
     return lambda values, place: (values.to(dtype), values)
 
 
+def _joined(stored: Tensor, remainder: Tensor) -> Tensor:
+    """The float32 of a bfloat16 and the rest, int64. A zero has no negative rest unless somebody
+    wrote it to the parameter: then there is none, since its sum with the old one would be a NaN."""
+    half = _half_bits(stored)
+    written = (half & 0x7FFF == 0) & (remainder < 0)
+    return float_of(((half << 16) + torch.where(written, 0, remainder)) & MASK)
+
+
 def _decode_split16(stored: Tensor, remainder: Tensor | None) -> Tensor:
     assert remainder is not None
-    return float_of(((_half_bits(stored) << 16) + remainder) & MASK)
+    return _joined(stored, remainder.to(torch.int64))
 
 
 def _split(b: Tensor) -> tuple[Tensor, Tensor]:
@@ -185,7 +193,7 @@ def _encode_split16(values: Tensor, place: Place | None) -> Encoded:
 
 def _decode_split8(stored: Tensor, remainder: Tensor | None) -> Tensor:
     assert remainder is not None
-    return float_of(((_half_bits(stored) << 16) + (remainder.to(torch.int64) << 8)) & MASK)
+    return _joined(stored, remainder.to(torch.int64) << 8)
 
 
 def _encode_split8(values: Tensor, place: Place | None) -> Encoded:

@@ -193,9 +193,15 @@ def store_fp16_master(row, at, x, OPERAND: tl.constexpr):
 
 
 @triton.jit
+def _joined(high, rest):
+    # A zero has no negative rest unless somebody wrote it to the parameter: then there is none.
+    written = ((high & 0x7FFF) == 0) & (rest < 0)
+    return _float_of((high << 16) + tl.where(written, 0, rest).to(tl.uint32))
+
+
+@triton.jit
 def load_split16(row, at):
-    high = _load(row, tl.uint16, at).to(tl.uint32) << 16
-    return _float_of(high + _load(row + EXTRA, tl.int16, at).to(tl.uint32))
+    return _joined(_load(row, tl.uint16, at).to(tl.uint32), _load(row + EXTRA, tl.int16, at).to(tl.int32))
 
 
 @triton.jit
@@ -207,8 +213,8 @@ def store_split16(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def load_split8(row, at):
-    high = _load(row, tl.uint16, at).to(tl.uint32) << 16
-    return _float_of(high + (_load(row + EXTRA, tl.int8, at).to(tl.uint32) << 8))
+    rest = _load(row + EXTRA, tl.int8, at).to(tl.int32) << 8
+    return _joined(_load(row, tl.uint16, at).to(tl.uint32), rest)
 
 
 @triton.jit

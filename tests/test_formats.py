@@ -473,3 +473,62 @@ def test_a_parameter_in_another_order_has_the_bits_of_a_contiguous_one(layout: s
         return [p.detach().contiguous(), *(t for key, t in sorted(optimizer.state[p].items()))]
 
     assert_same_bits(run(True), run(False))
+
+
+@rules
+@backends
+@pytest.mark.parametrize("master", ["fp32", "split16", "split8"])
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_zero_written_to_a_parameter_is_a_zero(cls: type, backend: str, master: str, zero: float) -> None:
+    (p,) = params = parameters([(300,)], BF16)
+    optimizer = cls(params, lr=1e-3, master_weights=master, backend=backend)
+    train(optimizer, params, 3)
+    with torch.no_grad():
+        p.fill_(zero)
+    optimizer.step()
+    assert bool((p.detach().abs() < 0.1).all())
+
+
+@backends
+@pytest.mark.parametrize("base", [None, torch.zeros(2, dtype=torch.uint8), torch.zeros(3)])
+def test_a_base_that_somebody_spoiled_is_refused_by_step(backend: str, base: Tensor | None) -> None:
+    (p,) = params = parameters([(300,)], BF16)
+    optimizer = AdaBelief(params, state_format="8bit", backend=backend)
+    train(optimizer, params, 2)
+    del optimizer.state[p]["exp_avg_base"]
+    if base is not None:
+        optimizer.state[p]["exp_avg_base"] = base
+    before = p.detach().clone()
+    with raises_with(RuntimeError, "parameter 0 of group 0", "exp_avg_base", "(3,)"):
+        optimizer.step()
+    assert torch.equal(p.detach(), before)
+
+
+def test_a_loaded_master_is_no_part_of_a_graph() -> None:
+    source = parameters(SHAPES, BF16)
+    optimizer = AdaBelief(source, backend="cpu")
+    train(optimizer, source, 1)
+    (*params,) = parameters(SHAPES, BF16)
+    loaded = AdaBelief(params, master_weights="fp32", backend="cpu")
+    loaded.load_state_dict(optimizer.state_dict())
+    assert not any(loaded.state[p]["master"].requires_grad for p in params)
+    copy.deepcopy(loaded)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", None])
+def test_a_saved_seed_is_checked(seed: Any) -> None:
+    optimizer = AdaBelief(parameters(SHAPES, BF16), stochastic_rounding=True, backend="cpu")
+    optimizer.seed = 7
+    with raises_with((TypeError, ValueError), "seed", repr(seed)):
+        optimizer.load_state_dict({**optimizer.state_dict(), "seed": seed})
+    assert optimizer.seed == 7
+
+
+@backends
+def test_a_negative_step_number_ends(backend: str) -> None:
+    (p,) = params = parameters([(300,)], BF16)
+    optimizer = AdaBelief(params, state_format="8bit", backend=backend)
+    train(optimizer, params, 1)
+    optimizer.state[p]["step"].fill_(-5)
+    optimizer.step()
+    assert optimizer.state[p]["step"] == -4
