@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument("study", choices=("fidelity", "training", "report"))
     parser.add_argument("--elements", type=int, default=1024, help="fidelity: of each scenario")
     parser.add_argument("--steps", type=int, default=1500, help="training: of each run")
-    parser.add_argument("--gpt-seeds", type=int, default=8, help="training: 0 for none")
+    parser.add_argument("--gpt-seeds", type=int, default=16, help="training: 0 for none")
     parser.add_argument("--digits-seeds", type=int, default=8, help="training: 0 for none")
     parser.add_argument("--workers", type=int, default=2, help="training: runs at a time, one thread each")
     args = parser.parse_args()

@@ -179,9 +179,7 @@ def draw_training(runs: dict[training.Run, dict[str, Any]], path: Path) -> None:
                 label = f"{training.RULES[rule]} {name}"
                 width = 3 if name == training.REFERENCE else 1.2
                 left.plot(*zip(*points), style, color=color, label=label, linewidth=width, alpha=0.7)
-        left.set(
-            title=f"{training.TITLES[task]}: validation loss, mean over seeds", xlabel="step", yscale="log"
-        )
+        left.set(title=f"{training.TITLES[task]}: validation loss, mean over seeds", xlabel="step")
         left.set_ylabel("validation loss (nats)")
         left.legend(frameon=False, ncols=2, fontsize=8)
         mine = [c for c in compared if c.task == task]
