@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -126,9 +127,15 @@ def finish(axes: Axes) -> None:
     axes.grid(alpha=0.25)
 
 
+def plain_ticks(axes: Axes, ticks: Sequence[float]) -> None:
+    """A logarithmic axis with these numbers, as one writes them."""
+    axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
+    axes.minorticks_off()
+
+
 def draw_fidelity(results: dict[str, Any], path: Path) -> None:
-    """Decoded over true after gradients fell hundredfold, step by step."""
-    column = fidelity.Scenario(fidelity.BLOCKS, 100).title
+    """Decoded over true after the gradients of half of each block fell hundredfold, step by step."""
+    column = fidelity.Scenario(fidelity.HALF, 100).title
     figure = Figure(figsize=(12, 4), layout="constrained")
     panels = figure.subplots(1, 3, sharey=True)
     groups = [
@@ -145,9 +152,11 @@ def draw_fidelity(results: dict[str, Any], path: Path) -> None:
             steps = [fidelity.CHECK_EVERY * (k + 1) for k in range(len(ratios))]
             style = "--" if fidelity.NEAREST in name else "-"
             label = name.removeprefix(title).strip()
-            axes.plot(steps, [r[0] for r in ratios], style, label=label, color=f"C{i}")
+            width = 4 if style == "--" and "bf16" in name else 1.8
+            axes.plot(steps, [r[0] for r in ratios], style, label=label, color=f"C{i}", linewidth=width)
         axes.axhline(1, color="gray", linewidth=0.8)
-        axes.set(title=title, xlabel="steps after the gradients fell hundredfold", yscale="log")
+        axes.set(title=title, xlabel="steps after half of a block's gradients fell hundredfold", yscale="log")
+        plain_ticks(axes, (0.3, 0.5, 1, 2, 5, 10))
         axes.legend(frameon=False)
         finish(axes)
     panels[0].set_ylabel("second moment, decoded / true")
@@ -170,9 +179,7 @@ def draw_training(runs: dict[training.Run, dict[str, Any]], path: Path) -> None:
                 label = f"{training.RULES[rule]} {name}"
                 width = 3 if name == training.REFERENCE else 1.2
                 left.plot(*zip(*points), style, color=color, label=label, linewidth=width, alpha=0.7)
-        left.set(
-            title=f"{training.TITLES[task]}: validation loss, mean over seeds", xlabel="step", yscale="log"
-        )
+        left.set(title=f"{training.TITLES[task]}: validation loss, mean over seeds", xlabel="step")
         left.set_ylabel("validation loss (nats)")
         left.legend(frameon=False, ncols=2, fontsize=8)
         mine = [c for c in compared if c.task == task]
@@ -187,8 +194,8 @@ def draw_training(runs: dict[training.Run, dict[str, Any]], path: Path) -> None:
         right.invert_yaxis()
         right.axvline(0, color="gray", linewidth=0.8)
         right.axvspan(-1, 1, color="tab:green", alpha=0.08)
-        right.set_title(f"{training.TITLES[task]}: difference from fp32, seed by seed")
-        right.set_xlabel("% of the loss; dot and bar: mean, two standard errors; green: 1%")
+        right.set_title(f"{training.TITLES[task]}: paired difference from fp32")
+        right.set_xlabel("% of the loss; ticks: seeds, bar: mean ± 2 standard errors")
         finish(left)
         finish(right)
     figure.savefig(path, dpi=130)

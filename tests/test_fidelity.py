@@ -7,6 +7,7 @@ import itertools
 import pytest
 from helpers import assert_same_bits
 
+from studies import report
 from studies.fidelity import (
     COLUMNS,
     NEAREST,
@@ -51,3 +52,8 @@ def test_what_rounds_to_nearest_differs_in_nothing_else(rule: str, state_format:
         ours.step(grad)
         dithered.step(grad)
     assert_same_bits(dithered.second_moment(), ours.second_moment())
+
+
+def test_the_page_has_what_was_measured() -> None:
+    text = report.PAGE.read_text()
+    assert report.updated(text) == text
