@@ -21,15 +21,6 @@ def divide(x, y):
 
 
 @triton.jit
-def divide_unless_one(x, y):
-    """``y`` is one number for a whole row. What is divided by 1 stays the same, bit for bit, and a
-    division takes ten instructions: then there is none."""
-    if y != 1:
-        x = divide(x, y)
-    return x
-
-
-@triton.jit
 def square_root(x):
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
@@ -61,18 +52,16 @@ def belief(g, m, s, c):
 @triton.jit
 def adabelief(p, g, m, s, c):
     m, s = belief(g, m, s, c)
-    m_hat = divide_unless_one(m, c.bias_correction1)
-    u = divide(m_hat, square_root(divide_unless_one(s, c.bias_correction2)) + c.eps)
+    m_hat = divide(m, c.bias_correction1)
+    u = divide(m_hat, square_root(divide(s, c.bias_correction2)) + c.eps)
     return apply_update(p, u, c), m, s
 
 
 @triton.jit
 def adabelief_nesterov(p, g, m, s, c):
     m, s = belief(g, m, s, c)
-    # The gradient first, which is not needed any more: else bfloat16 takes 78 registers, not 64.
-    g = divide_unless_one(g, c.bias_correction1)
-    m_hat = c.beta1 * divide_unless_one(m, c.bias_correction1_next) + c.one_minus_beta1 * g
-    u = divide(m_hat, square_root(divide_unless_one(s, c.bias_correction2)) + c.eps)
+    m_hat = c.beta1 * divide(m, c.bias_correction1_next) + c.one_minus_beta1 * divide(g, c.bias_correction1)
+    u = divide(m_hat, square_root(divide(s, c.bias_correction2)) + c.eps)
     return apply_update(p, u, c), m, s
 
 
@@ -80,5 +69,5 @@ def adabelief_nesterov(p, g, m, s, c):
 def adamaxw(p, g, m, v, c):
     m = first_moment(g, m, c)
     v = tl.maximum(tl.abs(g) + c.eps, c.beta2 * v, propagate_nan=tl.PropagateNan.ALL)
-    u = divide(divide_unless_one(m, c.bias_correction1), v)
+    u = divide(divide(m, c.bias_correction1), v)
     return apply_update(p, u, c), m, v

@@ -553,7 +553,9 @@ def test_launches_of_cuda(model: str, flatten: bool, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr(native, "extension", lambda name: (Extension, ""))
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=7))
-    monkeypatch.setitem(BACKENDS, "cuda", Backend("cuda", lambda device: None, native.CUDA.step))
+    monkeypatch.setitem(
+        BACKENDS, "cuda", Backend("cuda", lambda device: None, native.CUDA.step, native.CUDA.step_bytes)
+    )
     params, groups = model_like(model, "cpu")
     optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="cuda")
     for step in range(3):

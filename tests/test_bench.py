@@ -270,7 +270,8 @@ def test_losses_are_caught_in_a_report(loss: dict[str, Any], problem: str) -> No
     row = next(
         r
         for r in saved
-        if (r["compiler"], r["kernel"], r["param"], r["grad"]) == ("nvcc", "step", "fp32", "fp32")
+        if [r[k] for k in ("compiler", "kernel", "param", "grad", "state")]
+        == ["nvcc", "step", "fp32", "fp32", "fp32"]
     )
     assert kernels.problems(row) == []
     assert problem in kernels.problems({**row, **loss})
