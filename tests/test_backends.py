@@ -547,7 +547,7 @@ def test_launches_of_cuda(model: str, flatten: bool, monkeypatch: pytest.MonkeyP
     calls: list[tuple[Any, ...]] = []
 
     class Extension:
-        chunk_size = staticmethod(lambda param, grad: 4096)
+        chunk_size = staticmethod(lambda: 4096)
         coefficients_bytes = staticmethod(lambda state: 52)
         step = staticmethod(lambda *arguments: calls.append(arguments))
 
