@@ -562,6 +562,6 @@ def test_launches_of_cuda(model: str, flatten: bool, monkeypatch: pytest.MonkeyP
         optimizer.step()
         assert len(calls) == step + 1
     batch = optimizer._plan.batches[0][1]
-    assert calls[-1][:5] == ("adabelief", "fp32", "fp32", "fp32", batch.rows.data_ptr())
-    assert calls[-1][6] == len(batch.chunks(4096)) and calls[-1][8] == len(params)
+    assert calls[-1][:6] == ("adabelief", "fp32", "fp32", "fp32", "fp32", batch.rows.data_ptr())
+    assert calls[-1][7] == len(batch.chunks(4096)) and calls[-1][9] == len(params)
     assert calls[-1][-2] == 7
