@@ -48,6 +48,8 @@ std::vector<std::string> supported_isas() {
   return names;
 }
 
+constexpr int64_t kAhead = 16;  // step numbers, each in a tensor of its own
+
 // Coefficients for every counter, and the counters advanced. Neighbours mostly share group
 // and step number, so a coefficient set is worked out when one of them changes.
 template <class T>
@@ -57,6 +59,7 @@ std::vector<Coefficients<T>> advance(const Counter* counters, int64_t n, const H
   index.resize(n);
   int64_t last_count = -1, last_hyper = -1;
   for (int64_t i = 0; i < n; ++i) {
+    if (i + kAhead < n) __builtin_prefetch(reinterpret_cast<const void*>(counters[i + kAhead].step), 1);
     int64_t* step = reinterpret_cast<int64_t*>(counters[i].step);
     const int64_t count = next_count(*step);
     if (count != last_count || counters[i].hyper != last_hyper) {

@@ -5,8 +5,9 @@
 //   load(stored, extra) the value in the working precision
 //   store(x, random, extra)  what to store; `random` is as `random` says, 32 bits of the dither
 //                       or 16 of Philox. Where block is 1, it sets `extra`; else `extra` comes
-//                       from `extra_of`, given the largest `magnitude` of the block, and where that is
-//                       `usual`, `store_usual` does the same in fewer operations.
+//                       from `extra_of`, given the largest `magnitude` of the block.
+//   store_usual, load_usual  the same in fewer operations, for the CPU: for values whose largest
+//                       magnitude is `usual`, and for what lies in memory where `usual_stored` says so
 //
 // NaN becomes the canonical NaN of the format.
 #pragma once
@@ -43,11 +44,17 @@ struct Codec {
   using Extra = NoExtra;
   static constexpr int64_t block = 1;
   static constexpr Random random = kNearest;
+
+  static constexpr bool has_usual = false;
+
+  // Nothing is infinite, NaN or about to be rounded to infinity.
+  static FUSED_OPTIM_HD bool usual(uint32_t largest) { return largest < 0x7f000000u; }
 };
 
 constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
 
 FUSED_OPTIM_HD uint32_t bits_of(float x) { return bit_cast<uint32_t>(x); }
+FUSED_OPTIM_HD uint32_t magnitude_bits(float x) { return bits_of(x) & kMagnitude; }
 FUSED_OPTIM_HD uint32_t canonical_bits(float x) {
   const uint32_t b = bits_of(x);
   return (b & kMagnitude) > kInfinity ? kNaN : b;
@@ -77,7 +84,7 @@ struct Bf16 : Codec {
   }
 
   static FUSED_OPTIM_HD uint16_t nearest(float x) {
-    const uint32_t b = bit_cast<uint32_t>(x);
+    const uint32_t b = bits_of(x);
     const uint32_t rounded = (b + 0x7fffu + ((b >> 16) & 1u)) >> 16;
     return static_cast<uint16_t>((b & kMagnitude) > kInfinity ? 0x7fc0u : rounded);
   }
@@ -88,6 +95,10 @@ struct Bf16 : Codec {
   static FUSED_OPTIM_HD uint16_t at_odds(float x, uint32_t word) {
     const uint32_t b = canonical_bits(x);
     return static_cast<uint16_t>((b + ((b & kMagnitude) >= 0x7f7f0000u ? 0x8000u : word)) >> 16);
+  }
+
+  static FUSED_OPTIM_HD uint16_t at_odds_usual(float x, uint32_t word) {
+    return static_cast<uint16_t>((bits_of(x) + word) >> 16);
   }
 };
 
@@ -172,8 +183,9 @@ struct Fp16Master : Fp16 {
 // The float32 of a bfloat16 and the rest. A zero has no negative rest unless somebody wrote it to
 // the parameter: then there is none, since its sum with the old one would be a NaN.
 FUSED_OPTIM_HD float joined(uint16_t x, int32_t remainder) {
-  const bool written = (x & 0x7fffu) == 0 && remainder < 0;
-  return bit_cast<float>((static_cast<uint32_t>(x) << 16) + static_cast<uint32_t>(written ? 0 : remainder));
+  const uint32_t b = static_cast<uint32_t>(x) << 16, twice = b << 1;
+  const int32_t least = -static_cast<int32_t>(twice < 0x8000u ? twice : 0x8000u);
+  return bit_cast<float>(b + static_cast<uint32_t>(remainder > least ? remainder : least));
 }
 
 // A float32 as a bfloat16, rounded half away from zero, and the rest.
@@ -188,15 +200,15 @@ struct Split16 : Codec {
 
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t, int16_t& remainder) {
     const uint32_t b = canonical_bits(x);
-    const uint32_t high = (b + 0x8000u) >> 16;
-    remainder = static_cast<int16_t>(b - (high << 16));
-    return static_cast<uint16_t>(high);
+    remainder = static_cast<int16_t>(b);  // less a multiple of 2^16
+    return static_cast<uint16_t>((b + 0x8000u) >> 16);
   }
 };
 
 // The highest 24 bits of a float32 in the same way.
 struct Split8 : Codec {
   static constexpr const char* name = "split8";
+  static constexpr bool has_usual = true;
   using Stored = uint16_t;
   using Extra = int8_t;
   static constexpr Random random = kDither;
@@ -205,20 +217,28 @@ struct Split8 : Codec {
     return joined(x, static_cast<int32_t>(remainder) * 256);
   }
 
+  static FUSED_OPTIM_HD uint16_t split(uint32_t b, int8_t& remainder) {
+    remainder = static_cast<int8_t>(b >> 8);  // less a multiple of 2^16
+    return static_cast<uint16_t>((b + 0x8000u) >> 16);
+  }
+
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, int8_t& remainder) {
     const uint32_t b = canonical_bits(x);
     // The largest finite values are cut: no dither carries them to infinity.
-    const uint32_t rounded = (b + ((b & kMagnitude) >= 0x7f7fff00u ? 0u : random >> 24)) & 0xffffff00u;
-    const uint32_t high = (rounded + 0x8000u) >> 16;
-    remainder = static_cast<int8_t>((rounded - (high << 16)) >> 8);
-    return static_cast<uint16_t>(high);
+    return split(b + ((b & kMagnitude) >= 0x7f7fff00u ? 0u : random >> 24), remainder);
+  }
+
+  static FUSED_OPTIM_HD uint16_t store_usual(float x, uint32_t random, int8_t& remainder) {
+    return split(bits_of(x) + (random >> 24), remainder);
   }
 };
 
 struct Bf16Stochastic : Bf16 {
   static constexpr const char* name = "bf16_stochastic";
+  static constexpr bool has_usual = true;
   static constexpr Random random = kPhilox;
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, NoExtra&) { return at_odds(x, random); }
+  static FUSED_OPTIM_HD uint16_t store_usual(float x, uint32_t random, NoExtra&) { return at_odds_usual(x, random); }
 };
 
 struct Fp16Stochastic : Fp16 {
@@ -229,8 +249,12 @@ struct Fp16Stochastic : Fp16 {
 
 struct Bf16Dither : Bf16 {
   static constexpr const char* name = "bf16_dither";
+  static constexpr bool has_usual = true;
   static constexpr Random random = kDither;
   static FUSED_OPTIM_HD uint16_t store(float x, uint32_t random, NoExtra&) { return at_odds(x, random >> 16); }
+  static FUSED_OPTIM_HD uint16_t store_usual(float x, uint32_t random, NoExtra&) {
+    return at_odds_usual(x, random >> 16);
+  }
 };
 
 // 8 bits under the exponent of a block.
@@ -238,6 +262,7 @@ struct Blocked : Codec {
   using Stored = uint8_t;
   using Extra = uint8_t;
   static constexpr int64_t block = kBlockElements;
+  static constexpr bool has_usual = true;
   static constexpr Random random = kDither;
 
   // Of finite values; it is the largest of a block that counts.
@@ -250,9 +275,6 @@ struct Blocked : Codec {
     const int32_t base = static_cast<int32_t>(largest >> 23) - orders;
     return static_cast<uint8_t>(base > 0 ? base : 0);
   }
-
-  // Whether a block has nothing that is infinite, NaN or about to be rounded to infinity.
-  static FUSED_OPTIM_HD bool usual(uint32_t largest) { return largest < 0x7f000000u; }
 
   // The codes of infinity and, after it, NaN; and no finite value is rounded to infinity, of
   // which 2040 is the code under base 0.
@@ -272,19 +294,32 @@ struct E4M3 : Blocked {
   // The smallest normal value: subnormal codes are the mantissa's first bits of a sum with it.
   static FUSED_OPTIM_HD uint32_t normal_bits(uint32_t base) { return (base + 1) << 23; }
 
-  static FUSED_OPTIM_HD float load(uint8_t stored, uint8_t base) {
-    const uint32_t code = stored & 0x7fu, bits = code << 20, one = normal_bits(base);
+  // Below `one` the subnormal value is the smaller of the two, above it the normal one.
+  static FUSED_OPTIM_HD uint32_t finite_bits(uint32_t code, uint32_t base) {
+    const uint32_t bits = code << 20, one = normal_bits(base);
     const uint32_t subnormal = bits_of(bit_cast<float>(bits + one) - bit_cast<float>(one));
-    uint32_t value = code < 8 ? subnormal : bits + (static_cast<uint32_t>(base) << 23);
-    value = code < 126 ? value : kInfinity + ((code - 126) << 22);
+    const uint32_t normal = bits + (base << 23);
+    return subnormal < normal ? subnormal : normal;
+  }
+
+  static FUSED_OPTIM_HD float load(uint8_t stored, uint8_t base) {
+    const uint32_t code = stored & 0x7fu;
+    const uint32_t value = code < 126 ? finite_bits(code, base) : kInfinity + ((code - 126) << 22);
     return bit_cast<float>(value | (stored & 0x80u) << 24);
+  }
+
+  static FUSED_OPTIM_HD uint8_t magnitude_of_stored(uint8_t stored) { return stored & 0x7fu; }
+  static FUSED_OPTIM_HD bool usual_stored(uint8_t largest) { return largest < 126; }
+  static FUSED_OPTIM_HD float load_usual(uint8_t stored, uint8_t base) {
+    return bit_cast<float>(finite_bits(stored & 0x7fu, base) | (stored & 0x80u) << 24);
   }
 
   static FUSED_OPTIM_HD uint32_t finite_code(uint32_t magnitude, uint32_t random, uint32_t base) {
     const uint32_t one = normal_bits(base);
-    const uint32_t subnormal = bits_of(bit_cast<float>(magnitude) + bit_cast<float>(one)) - one;
-    const uint32_t scaled = magnitude < one ? subnormal : magnitude - (base << 23);
-    return (scaled + (random >> 12)) >> 20;
+    const auto subnormal = static_cast<int32_t>(bits_of(bit_cast<float>(magnitude) + bit_cast<float>(one)) - one);
+    const auto normal = static_cast<int32_t>(magnitude - (base << 23));
+    // Below `one` the subnormal code is the larger of the two, above it the normal one.
+    return (static_cast<uint32_t>(subnormal > normal ? subnormal : normal) + (random >> 12)) >> 20;
   }
 
   static FUSED_OPTIM_HD uint8_t store_usual(float x, uint32_t random, uint8_t base) {
@@ -310,6 +345,12 @@ struct E5M3 : Blocked {
     const uint32_t c = code;
     const uint32_t value = c == 0 ? 0u : (c << 20) + (static_cast<uint32_t>(base) << 23);
     return bit_cast<float>(c < 254 ? value : kInfinity + ((c - 254) << 22));
+  }
+
+  static FUSED_OPTIM_HD uint8_t magnitude_of_stored(uint8_t code) { return code; }
+  static FUSED_OPTIM_HD bool usual_stored(uint8_t largest) { return largest < 254; }
+  static FUSED_OPTIM_HD float load_usual(uint8_t code, uint8_t base) {
+    return bit_cast<float>(code == 0 ? 0u : (static_cast<uint32_t>(code) << 20) + (static_cast<uint32_t>(base) << 23));
   }
 
   static FUSED_OPTIM_HD uint32_t finite_code(uint32_t magnitude, uint32_t random, uint32_t base) {
