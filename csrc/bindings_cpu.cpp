@@ -153,6 +153,8 @@ PYBIND11_MODULE(_cpu, m) {
       .def("works", &Watch::works)
       .def("ask", [](Watch& watch, py::list param_lists, py::dict state, bool ask_python,
                      int threads) { return static_cast<int>(watch.ask(param_lists, state, ask_python, threads)); })
+      .def("remember_versions", &Watch::remember_versions)
+      .def("versions_unchanged", &Watch::versions_unchanged)
       .def("bump_versions", &Watch::bump_versions);
   m.attr("PERHAPS_NOT") = static_cast<int>(Watch::kPerhapsNot);
   m.attr("UNCHANGED") = static_cast<int>(Watch::kUnchanged);

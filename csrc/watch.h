@@ -137,6 +137,21 @@ class Watch {
     return found & kOther ? kPerhapsNot : found & kMoved ? kGradsMoved : kUnchanged;
   }
 
+  // How often these tensors were written to: the same list both times.
+  void remember_versions(py::list tensors, int threads) {
+    versions_.resize(tensors.size());
+    each_version(tensors.ptr(), threads, [this](size_t i, uint32_t now) {
+      versions_[i] = now;
+      return kSame;
+    });
+  }
+
+  bool versions_unchanged(py::list tensors, int threads) const {
+    return versions_.size() == tensors.size() && each_version(tensors.ptr(), threads, [this](size_t i, uint32_t now) {
+             return now == versions_[i] ? kSame : kOther;
+           }) == kSame;
+  }
+
   // Tells autograd that the parameters which have gradients were written to.
   void bump_versions(int threads) const {
     each(params_.size(), threads, [this](size_t i) {
@@ -161,7 +176,7 @@ class Watch {
   static constexpr size_t kAhead = 2;
   // What of a tensor is looked at by torch 2.13, and of a dict with three keys by CPython 3.11.
   static constexpr int kImplBytes = 184, kStorageBytes = 64, kKeysBytes = 88;
-  static constexpr size_t kPortion = 256;
+  static constexpr size_t kPortion = 256, kCounterBytes = 24;
 
   enum Found { kSame = 0, kMoved = 1, kOther = 2 };
 
@@ -208,6 +223,16 @@ class Watch {
     return found;
   }
 
+  template <class Find>
+  int each_version(PyObject* tensors, int threads, Find find) const {
+    const auto n = static_cast<size_t>(PyList_GET_SIZE(tensors));
+    return each(n, threads, [&](size_t i) {
+      if (i + 4 * kAhead < n) prefetch(PyList_GET_ITEM(tensors, i + 4 * kAhead), sizeof(PyObject) + sizeof(void*));
+      if (i + 2 * kAhead < n) prefetch(*handle(PyList_GET_ITEM(tensors, i + 2 * kAhead)), kImplBytes);
+      return find(i, version(handle(PyList_GET_ITEM(tensors, i))));
+    });
+  }
+
   bool is_tensor(py::handle object) const { return PyObject_IsInstance(object.ptr(), type_.ptr()) == 1; }
 
   // A Python tensor has its C++ tensor somewhere in its object. Where is found by comparing its
@@ -230,7 +255,27 @@ class Watch {
     const auto version = scratch.attr("_version").cast<int64_t>();
     torch_.bump_version(handle(scratch.ptr()));
     find_digests(scratch, impl);
-    return scratch.attr("_version").cast<int64_t>() == version + 1;
+    return scratch.attr("_version").cast<int64_t>() == version + 1 && find_version(handle(scratch.ptr()));
+  }
+
+  // The number in a counter of versions is the one that a write makes one larger.
+  bool find_version(Handle scratch) {
+    const auto* const counter = static_cast<const char*>(*torch_.version_counter(scratch));
+    uint64_t before[kCounterBytes / 8];
+    memcpy(before, counter, kCounterBytes);
+    torch_.bump_version(scratch);
+    for (size_t offset = 0; offset < kCounterBytes; offset += 8) {
+      if (word(counter, offset) == before[offset / 8]) continue;
+      version_offset_ = offset;
+      return version(scratch) == static_cast<uint32_t>(before[offset / 8]) + 1;
+    }
+    return false;
+  }
+
+  // An inference tensor has none.
+  uint32_t version(Handle tensor) const {
+    const void* const counter = *torch_.version_counter(tensor);
+    return counter == nullptr ? 0 : static_cast<uint32_t>(word(counter, version_offset_));
   }
 
   // A watch that reads another address than Python gives does not work and says so.
@@ -460,6 +505,7 @@ class Watch {
   py::object type_;  // torch.Tensor
   Py_ssize_t offset_ = 0;
   size_t storage_offset_ = 0, impl_bytes_ = 0;  // no digests
+  size_t version_offset_ = 0;
   const Impl* no_grad_ = nullptr;
   bool works_;
   std::vector<List> lists_;
@@ -467,6 +513,7 @@ class Watch {
   std::vector<Inner> inner_;
   std::vector<Tensor> values_;
   std::vector<int64_t> layouts_;
+  std::vector<uint32_t> versions_;
 };
 
 }  // namespace fused_optim

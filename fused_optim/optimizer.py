@@ -25,7 +25,17 @@ from .plan import Plan
 from .reference import MAX_COUNT, Hyperparameters
 from .rounding import MU, NU, random_key
 from .rules import Rule
-from .state import BASE, check_base, check_saved, copy_state, master, moment, state_parts, without_obsolete
+from .state import (
+    BASE,
+    check_kinds,
+    check_saved,
+    checked_step,
+    copy_state,
+    master,
+    moment,
+    state_parts,
+    without_obsolete,
+)
 from .storage import MASTER_WEIGHTS, STATE_FORMATS, Formats, Part, check_formats, formats_of, plain_format
 from .table import (
     Batch,
@@ -404,7 +414,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         o.store_sources()
         plan.bump_versions()
         if self._flatten:
-            plan.step_versions = [t._version for t in plan.steps]
+            plan.remember_steps()
         if capturing:
             self._keep_captured(plan)
         if getattr(self, "found_inf", None) is None and not capturing:
@@ -525,7 +535,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Drop a plan whose step numbers somebody else has written to: parameters share a row
         for as long as these are known to be equal."""
         plan = self._plan
-        if plan is not None and [t._version for t in plan.steps] != plan.step_versions:
+        if plan is not None and not plan.steps_unchanged():
             self._drop_plan()
             for step in plan.steps:
                 self._history[step] = _unknown(step)
@@ -639,7 +649,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             and step.device == x.param.device
         ):
             return step
-        return torch.as_tensor(step, device=x.param.device).reshape(()).to(torch.int64)
+        return torch.tensor(
+            checked_step(x.name, step, RuntimeError), dtype=torch.int64, device=x.param.device
+        )
 
     def _in_formats(
         self, p: Tensor, group: dict[str, Any], state: dict[str, Any], dense: Tensor
@@ -654,6 +666,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return {**without_obsolete(state, self._parts(p, group)), **made}
 
     def _check_state(self, x: _Live, state: dict[str, Any], keys: tuple[str, str]) -> None:
+        check_kinds(x.name, x.param, state, keys, RuntimeError)
         for key in (*keys, "master", "remainder"):
             value = state.get(key)
             if value is None:
@@ -663,8 +676,6 @@ class FusedOptimizer(torch.optim.Optimizer):
                     f"parameter {x.name} now has shape {tuple(x.param.shape)}, but its state {key!r} has "
                     f"{tuple(value.shape)}; delete optimizer.state[p] to start it anew"
                 )
-        for key in keys:
-            check_base(x.name, x.param, state, key, RuntimeError)
         for part in self._parts(x.param, self.param_groups[x.group]):
             if part.key in state:
                 check_address(f"state {part.key!r} of parameter {x.name}", state[part.key])
@@ -870,9 +881,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         step = state.get("step", group.get("step"))
         if step is None:
             raise ValueError(f"the saved state of parameter {name} has no 'step'; it has {sorted(state)}")
+        number = checked_step(name, step, ValueError)
         check_saved(name, p, state, self._rule(group).states, type(self).__name__)
         made = self._in_formats(p, group, copy_state(state), self._dense_like(p))
-        return {**made, "step": torch.tensor(int(step), dtype=torch.int64, device=p.device)}
+        return {**made, "step": torch.tensor(number, dtype=torch.int64, device=p.device)}
 
     def __getstate__(self) -> dict[str, Any]:
         own = (

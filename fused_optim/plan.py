@@ -90,8 +90,7 @@ class Plan:
         self.steps_certain = 0
         """Steps made with this plan that no ``found_inf`` can have skipped."""
         self.steps_maybe = 0
-        self.step_versions: list[int] = []
-        """Of ``steps``, after our own write to them."""
+        self._step_versions: list[int] = []
         self._movable = not any(o.slot for _, batch in batches for o in batch.items)
         self._readers = [
             o
@@ -170,6 +169,20 @@ class Plan:
         for _, batch in self.batches:
             batch.take_grads([grads[o.position] for o in batch.items], moved)
         return True
+
+    def remember_steps(self) -> None:
+        """Take the step numbers as they are now for our own."""
+        self._step_versions = []
+        if self._watch is not None:
+            self._watch.remember_versions(self.steps, torch.get_num_threads())
+        else:
+            self._step_versions = [t._version for t in self.steps]
+
+    def steps_unchanged(self) -> bool:
+        """Whether nobody has written to the step numbers since ``remember_steps``."""
+        if self._watch is not None and not self._step_versions:
+            return bool(self._watch.versions_unchanged(self.steps, torch.get_num_threads()))
+        return [t._version for t in self.steps] == self._step_versions
 
     def bump_versions(self) -> None:
         """Tell autograd that the parameters were written to: a compiled backend writes behind

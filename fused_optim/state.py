@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .reference import MAX_COUNT
 from .rounding import MU, NU
 from .storage import BLOCK, FORMATS, Format, Formats, Part
 from .table import same_layout
@@ -115,11 +116,38 @@ def copy_state(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_base(name: str, p: Tensor, state: dict[str, Any], key: str, error: type[Exception]) -> None:
+def check_kinds(
+    name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, str], error: type[Exception]
+) -> None:
+    """Raise where something in the state of ``p`` is not what a moment or master can be."""
+
+    def refuse(key: str, right: str) -> None:
+        value = state[key]
+        given = f"dtype {value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+        raise error(f"the state {key!r} of parameter {name} must be {right}, got {given}")
+
+    number = "complex" if p.is_complex() else "floating-point"
+    for key in keys:
+        value = state.get(key)
+        if isinstance(value, Tensor) and value.dtype == torch.uint8:
+            _check_base(name, p, state, key, error)
+        elif key in state and not (
+            isinstance(value, Tensor)
+            and (value.is_complex() if p.is_complex() else value.is_floating_point())
+        ):
+            refuse(key, f"a {number} tensor, like the parameter's {p.dtype}")
+    if "master" in state and not (
+        isinstance(state["master"], Tensor) and state["master"].is_floating_point()
+    ):
+        refuse("master", "a floating-point tensor")
+    remainder = state.get("remainder")
+    if "remainder" in state and not (isinstance(remainder, Tensor) and remainder.dtype in _REMAINDERS):
+        refuse("remainder", "a tensor of dtype int16 or int8")
+
+
+def _check_base(name: str, p: Tensor, state: dict[str, Any], key: str, error: type[Exception]) -> None:
     """Raise where an 8-bit moment has no base that it could be read with."""
-    value, base, blocks = state.get(key), state.get(key + BASE), -(-p.numel() // BLOCK)
-    if not isinstance(value, Tensor) or value.dtype != torch.uint8:
-        return
+    base, blocks = state.get(key + BASE), -(-p.numel() // BLOCK)
     if not isinstance(base, Tensor) or base.dtype != torch.uint8 or base.shape != (blocks,):
         raise error(
             f"the state {key!r} of parameter {name} has dtype uint8, that of the 8-bit format, and "
@@ -127,28 +155,29 @@ def check_base(name: str, p: Tensor, state: dict[str, Any], key: str, error: typ
         )
 
 
+def checked_step(name: str, step: Any, error: type[Exception]) -> int:
+    """The step number as an integer from 0 to 2^31 - 1."""
+    try:
+        number = int(step)
+        whole = number == step
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        whole = False
+    if not whole or not 0 <= number <= MAX_COUNT:
+        raise error(
+            f"the state 'step' of parameter {name} must be an integer from 0 to {MAX_COUNT}, got {step!r}"
+        )
+    return number
+
+
 def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, str], optimizer: str) -> None:
     """Raise a ValueError where a saved state cannot become that of ``p``, naming both."""
     for key in keys:
-        value = state.get(key)
-        if not isinstance(value, Tensor):
+        if not isinstance(state.get(key), Tensor):
             raise ValueError(  # noqa: TRY004 (a wrong checkpoint, not a wrong call)
                 f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
                 f"was it saved by another optimizer than {optimizer}?"
             )
-        check_base(name, p, state, key, ValueError)
-        if value.dtype != torch.uint8 and (
-            value.is_complex() != p.is_complex() or not (value.is_complex() or value.is_floating_point())
-        ):
-            raise ValueError(
-                f"the saved state {key!r} of parameter {name} has dtype {value.dtype}, the parameter {p.dtype}"
-            )
-    remainder = state.get("remainder")
-    if isinstance(remainder, Tensor) and remainder.dtype not in _REMAINDERS:
-        raise ValueError(
-            f"the saved state 'remainder' of parameter {name} has dtype {remainder.dtype}; "
-            "it must be int16 or int8"
-        )
+    check_kinds(name, p, state, keys, ValueError)
     for key in (*keys, *_OPTIONAL):
         value = state.get(key)
         if isinstance(value, Tensor) and value.shape != p.shape:

@@ -812,6 +812,18 @@ def bad_states(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], l
         (changed(lambda s: s["state"][2].pop("step")), [name, "'step'"]),
         (changed(lambda s: s["state"][2].update({nu: 1.0})), [name, f"'{nu}'"]),
         (changed(lambda s: s["state"][2].update({nu: torch.zeros(4, 5, dtype=torch.complex64)})), [name, nu]),
+        (
+            changed(lambda s: s["state"][2].update(master=torch.zeros(4, 5, dtype=torch.int32))),
+            [name, "'master'"],
+        ),
+        (changed(lambda s: s["state"][2].update(master=1.0)), [name, "'master'", "float"]),
+        (
+            changed(lambda s: s["state"][2].update(remainder=torch.zeros(4, 5))),
+            [name, "'remainder'", "int16"],
+        ),
+        (changed(lambda s: s["state"][2].update(step=-1)), [name, "'step'", "-1"]),
+        (changed(lambda s: s["state"][2].update(step=2.5)), [name, "'step'", "2.5"]),
+        (changed(lambda s: s["state"][2].update(step=2**31)), [name, "'step'", "2147483648"]),
         (changed(lambda s: s["param_groups"].append(s["param_groups"][0])), ["parameter groups"]),
         (changed(lambda s: s["param_groups"][0]["params"].pop()), ["size"]),
         (changed(lambda s: s["param_groups"][0].update(lr=-1.0)), ["lr", "must be"]),
@@ -819,7 +831,34 @@ def bad_states(optimizer: torch.optim.Optimizer) -> list[tuple[dict[str, Any], l
     ]
 
 
-@pytest.mark.parametrize("case", range(11))
+BAD_ENTRIES: dict[str, Any] = {
+    "exp_avg": [
+        None,
+        1.0,
+        "zeros",
+        torch.zeros(4, 5, dtype=torch.int32),
+        torch.zeros(4, 5, dtype=torch.complex64),
+    ],
+    "step": [None, "three", -1, 2.5, 2**31, torch.tensor(-3.0)],
+    "master": [torch.zeros(4, 5, dtype=torch.int32)],
+    "remainder": [torch.zeros(4, 5, dtype=torch.int32)],
+}
+
+
+@pytest.mark.parametrize(
+    ("key", "value"), [(key, value) for key, values in BAD_ENTRIES.items() for value in values], ids=repr
+)
+def test_what_is_no_state_is_refused_by_a_step(make: Make, key: str, value: Any) -> None:
+    params, optimizer = trained(make)
+    optimizer.state[params[2]][key] = value
+    set_gradients(params, 3)
+    before = [p.detach().clone() for p in params]
+    with raises_with(RuntimeError, "parameter 2 of group 0", repr(key)):
+        optimizer.step()
+    assert_same_bits([p.detach() for p in params], before)
+
+
+@pytest.mark.parametrize("case", range(17))
 def test_bad_saved_states_are_refused(make: Make, case: int) -> None:
     params, optimizer = trained(make)
     saved, texts = bad_states(trained(make, 1, lr=0.5)[1])[case]
