@@ -18,7 +18,7 @@ import typer
 
 from . import compare, cuda_report, environment, kernels, plan, report
 from .formats import FORMATS
-from .measure import QUICK, Effort, default_threads
+from .measure import QUICK, Effort, Record, default_threads
 from .plan import Filter, Options, Run
 from .providers import LAYOUTS, OUR_BACKENDS, OUR_RULES
 from .worker import Setting
@@ -71,10 +71,16 @@ def measure(name: str, runs: Sequence[Run], options: Options, out: Path, plots: 
     """Measure, print, and write."""
     described = environment.describe(options.device, options.setting.threads)
     total = sum(len(plan.comparisons(run)) for run in runs)
+    paths: list[Path] = []
     with report.progress(total, name) as (say, done):
-        records = plan.execute(runs, options, say, done)
+
+        def write(text: str, records: list[Record]) -> None:
+            # After each comparison, so that what was measured is there whatever ends this.
+            paths[:] = report.write(out, name, described, records)
+            done(text)
+
+        records = plan.execute(runs, options, say, write)
     report.show(records)
-    paths = report.write(out, name, described, records)
     if plots:
         paths += draw(records, described, out)
     print(

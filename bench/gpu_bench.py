@@ -41,7 +41,7 @@ def main() -> int:
     ]
     while left and time.monotonic() < end:
         run = left.pop(0)
-        records += plan.execute([run], options, done=lambda text: print(text, flush=True))
+        records += plan.execute([run], options, done=lambda text, _: print(text, flush=True))
         # Written after each, so that what was measured is there whatever ends this.
         report.write(arguments.out, device, described, records)
         (arguments.out / "tables.md").write_text(report.as_markdown(records))

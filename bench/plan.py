@@ -227,14 +227,18 @@ def comparisons(run: Run) -> list[tuple[str, str]]:
 
 
 def execute(
-    runs: Sequence[Run], options: Options, say: Progress = lambda _: None, done: Progress = lambda _: None
+    runs: Sequence[Run],
+    options: Options,
+    say: Progress = lambda _: None,
+    done: Callable[[str, list[Record]], None] = lambda *_: None,
 ) -> list[Record]:
-    """Measure. ``say`` hears what is being done, ``done`` each comparison that is."""
+    """Measure. ``say`` hears what is being done, ``done`` each comparison that is, with all that
+    was measured by then."""
     records: list[Record] = []
     for run in runs:
         for name, dtype in comparisons(run):
             records += _comparison(run, name, dtype, options, say)
-            done(f"{run.measure} {name} {dtype}")
+            done(f"{run.measure} {name} {dtype}", records)
     return records
 
 
