@@ -153,14 +153,12 @@ struct RandomBits {
 
   FUSED_OPTIM_DEVICE void begin(int64_t first, const Place& where) {
     index = static_cast<uint32_t>(first);
-    // Else nu's hashes are kept for mu, which takes eight registers: some kernels spill.
-    if constexpr (operand == kNu && kBlocked<Codec>) asm volatile("" : "+r"(index));
     place = where;
     if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(first) / 8, place);
   }
 
   FUSED_OPTIM_DEVICE uint32_t get(int k) const {
-    if constexpr (Codec::random == kDither) return dither<operand>(hash32(index + k), place);
+    if constexpr (Codec::random == kDither) return dither<operand>(index + k, place);
     if constexpr (Codec::random == kPhilox) {
       const uint32_t i = n == 8 ? k : index % 8;
       // Not word[i / 2]: registers have no address.

@@ -15,17 +15,11 @@ struct Place {
   uint64_t key;    // fused_optim.rounding.random_key
 };
 
-FUSED_OPTIM_HD uint32_t hash32(uint32_t x) {
-  x = (x ^ (x >> 16)) * 0x85EBCA6Bu;
-  x = (x ^ (x >> 13)) * 0xC2B2AE35u;
-  return x ^ (x >> 16);
-}
-
-// `hash`: hash32 of the element's index, which all operands share.
+// `index`: the element's logical index, whose low 32 bits are enough.
 template <Operand operand>
-FUSED_OPTIM_HD uint32_t dither(uint32_t hash, const Place& place) {
-  constexpr uint32_t factor = operand == kParam ? 0xC2B2AE3Du : operand == kMu ? 1u : 0x85EBCA77u;
-  return hash * factor + place.count * 0x9E3779B9u;
+FUSED_OPTIM_HD uint32_t dither(uint32_t index, const Place& place) {
+  constexpr uint32_t factor = operand == kParam ? 0xA54FF53Bu : operand == kMu ? 0x6A09E667u : 0xBB67AE85u;
+  return index * factor + place.count * 0x9E3779B9u;
 }
 
 struct PhiloxWords {

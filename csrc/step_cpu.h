@@ -93,16 +93,10 @@ inline void random_block(const Place& place, int64_t begin, int64_t n, uint16_t*
   }
 }
 
-inline void hash_block(int64_t begin, int64_t n, uint32_t* __restrict hashes) {
-  const uint32_t first = static_cast<uint32_t>(begin);
-  for_elements<kBlock>(n, [=](int64_t i) { hashes[i] = hash32(first + static_cast<uint32_t>(i)); });
-}
-
-// A block's place, and the hashes of its elements' indices where an operand is dithered.
+// The place of a block that begins at this element.
 struct BlockPlace {
   Place place;
   int64_t begin;
-  const uint32_t* hashes;
 };
 
 template <class Codec, Operand operand, class T>
@@ -114,10 +108,10 @@ void store_block(const T* __restrict source, const BlockPlace& at, int64_t n, vo
   uint16_t words[Codec::random == kPhilox ? kBlock : 1];
   if constexpr (Codec::random == kPhilox) random_block(at.place, begin, n, words);
   const Place place = at.place;
-  const uint32_t* const __restrict hashes = at.hashes;
+  const uint32_t first_index = static_cast<uint32_t>(begin);
   const auto random_of = [&](int64_t i) {
     if constexpr (Codec::random == kPhilox) return static_cast<uint32_t>(words[i]);
-    if constexpr (Codec::random == kDither) return dither<operand>(hashes[i], place);
+    if constexpr (Codec::random == kDither) return dither<operand>(first_index + static_cast<uint32_t>(i), place);
     return 0u;
   };
   // So many elements have one base, or are looked at together for whether they are usual.
@@ -158,7 +152,6 @@ struct Access {
   using Store = void (*)(const T* source, const BlockPlace&, int64_t n, void* stored, void* extra);
   Load load = nullptr;  // null where memory holds the working precision
   Store store = nullptr;
-  Random random = kNearest;
 
   // Where the rule finds the values: in memory itself, else in the buffer.
   T* values(int64_t stored, int64_t extra, int64_t begin, int64_t n, T* buffer) const {
@@ -179,7 +172,7 @@ bool find_access(const char* format, Access<T>& found) {
   if constexpr (std::is_same<typename Codec::Working, T>::value) {                         \
     if (same(format, Codec::name)) {                                                       \
       if constexpr (!std::is_same<typename Codec::Stored, T>::value)                       \
-        found = {load_block<Codec, T>, store_block<Codec, operand, T>, Codec::random};     \
+        found = {load_block<Codec, T>, store_block<Codec, operand, T>};                    \
       return true;                                                                         \
     }                                                                                      \
   }
@@ -199,10 +192,6 @@ struct Accesses {
   bool find(const Task& task) {
     return find_access<kParam>(task.param_format, param) && find_access<kParam>(task.grad_format, grad) &&
            find_access<kMu>(task.mu_format, mu) && find_access<kNu>(task.nu_format, nu);
-  }
-
-  bool dithered() const {
-    return param.random == kDither || mu.random == kDither || nu.random == kDither;
   }
 
   bool direct() const {
@@ -270,7 +259,6 @@ template <class Rule, class T>
 void step_chunks(const Task& task, int64_t first, int64_t last) {
   Accesses<T> access;
   access.find(task);
-  uint32_t hashes[kBlock];
   T param_buffer[kBlock], grad_buffer[kBlock], mu_buffer[kBlock], nu_buffer[kBlock];
   for (int64_t k = first; k < last; ++k) {
     if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row)
@@ -295,8 +283,7 @@ void step_chunks(const Task& task, int64_t first, int64_t last) {
         divide_block(grad_buffer, n, c.grad_divisor);
       }
       update_block<Rule, T>(p, g, mu, nu, n, c);
-      if (access.dithered()) hash_block(begin, n, hashes);
-      const BlockPlace at{place, begin, hashes};
+      const BlockPlace at{place, begin};
       access.mu.put_back(mu, at, n, row.mu, row.mu_extra);
       access.nu.put_back(nu, at, n, row.nu, row.nu_extra);
       access.param.put_back(p, at, n, row.param, row.param_extra);
@@ -309,11 +296,9 @@ template <Operand operand>
 bool encode_operand(const char* format, const float* values, const Place& place, int64_t n, void* stored, void* extra) {
   Access<float> access;
   if (!find_access<operand>(format, access) || access.store == nullptr) return false;
-  uint32_t hashes[kBlock];
   for (int64_t begin = 0; begin < n; begin += kBlock) {
     const int64_t count = minimum(kBlock, n - begin);
-    hash_block(begin, count, hashes);
-    access.store(values + begin, {place, begin, hashes}, count, stored, extra);
+    access.store(values + begin, {place, begin}, count, stored, extra);
   }
   return true;
 }

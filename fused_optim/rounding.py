@@ -4,8 +4,8 @@ Rounding to nearest cannot express a decay of 0.1% a step in the 8 bits of a bfl
 let alone in 3: a state stalls. So what is stored in fewer bits is rounded up or down at the
 odds of what is cut off, which is right in the mean.
 
-- :func:`dither`, for states: a hash of the element's place, plus a Weyl sequence of the step.
-  Over steps it spreads more evenly than independent random bits, so its errors cancel sooner.
+- :func:`dither`, for states: a Weyl sequence of the element's place and the step. Over steps, and
+  over neighbours, it spreads more evenly than independent random bits, so its errors cancel sooner.
 - :func:`philox`, for parameters: Philox 4x32-10 (Salmon et al., "Parallel random numbers: as
   easy as 1, 2, 3", SC 2011).
 
@@ -28,8 +28,8 @@ PARAM, MU, NU = range(3)
 WEYL = 0x9E3779B9
 """2^32 divided by the golden ratio."""
 
-DITHER_FACTORS = (0xC2B2AE3D, 1, 0x85EBCA77)
-"""Odd numbers, so that a multiplication by one permutes the hashes: by PARAM, MU, NU."""
+DITHER_FACTORS = (0xA54FF53B, 0x6A09E667, 0xBB67AE85)
+"""2^32 times the fractions of the roots of 7, 2 and 3, made odd: by PARAM, MU, NU."""
 
 
 class Place(NamedTuple):
@@ -48,21 +48,13 @@ def random_key(seed: int, parameter: int) -> int:
     return parameter << 32 | seed
 
 
-def hash32(x: Tensor) -> Tensor:
-    """MurmurHash3's finalizer: every bit of the result depends on every bit of ``x``."""
-    x = x & MASK
-    x = ((x ^ (x >> 16)) * 0x85EBCA6B) & MASK
-    x = ((x ^ (x >> 13)) * 0xC2B2AE35) & MASK
-    return x ^ (x >> 16)
-
-
 def dither(index: Tensor, place: Place) -> Tensor:
     """32 bits for each element; a narrower dither takes the highest.
 
     Args:
         index: int64, the elements' logical indices.
     """
-    return (hash32(index) * DITHER_FACTORS[place.operand] + place.step * WEYL) & MASK
+    return (index * DITHER_FACTORS[place.operand] + place.step * WEYL) & MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:

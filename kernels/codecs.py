@@ -20,8 +20,8 @@ BLOCK = tl.constexpr(128)
 """Elements that share one base in the 8-bit formats."""
 INF = tl.constexpr(0x7F800000)
 
-PARAM, MU, NU = tl.constexpr(0xC2B2AE3D), tl.constexpr(1), tl.constexpr(0x85EBCA77)
-"""The operands that are stored, by what each multiplies an element's hash by for its dither."""
+PARAM, MU, NU = tl.constexpr(0xA54FF53B), tl.constexpr(0x6A09E667), tl.constexpr(0xBB67AE85)
+"""The operands that are stored, by what each multiplies an element's index by for its dither."""
 
 At = namedtuple("At", "start offset mask block block_mask count key")
 """Elements of one row.
@@ -121,16 +121,9 @@ def _nearest_bf16(x):
 
 
 @triton.jit
-def _hash32(x):
-    x = (x ^ (x >> 16)) * 0x85EBCA6B
-    x = (x ^ (x >> 13)) * 0xC2B2AE35
-    return x ^ (x >> 16)
-
-
-@triton.jit
 def _dither(at, OPERAND: tl.constexpr, BITS: tl.constexpr):
     weyl = _bits_of(at.count) * 0x9E3779B9
-    return (_hash32(at.offset.to(tl.uint32)) * OPERAND + weyl) >> (32 - BITS)
+    return (at.offset.to(tl.uint32) * OPERAND + weyl) >> (32 - BITS)
 
 
 @triton.jit
