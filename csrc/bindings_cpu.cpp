@@ -23,7 +23,7 @@ struct Isa {
   bool supported;
   StepChunks (*find)(const char* rule, const Task& task);
   bool (*encode)(Operand, const char* format, const float*, const Place&, int64_t n, void* stored, void* extra);
-  bool (*decode)(Operand, const char* format, const void* stored, const void* extra, int64_t n, float*);
+  bool (*decode)(const char* format, const void* stored, const void* extra, int64_t n, float*);
 };
 
 // Best first.
@@ -105,9 +105,9 @@ void encode(const std::string& isa, int operand, const std::string& format, int6
     throw std::invalid_argument("no CPU code that encodes format '" + format + "'");
 }
 
-void decode(const std::string& isa, int operand, const std::string& format, int64_t stored, int64_t extra, int64_t n,
+void decode(const std::string& isa, const std::string& format, int64_t stored, int64_t extra, int64_t n,
             int64_t values) {
-  if (!isa_named(isa).decode(static_cast<Operand>(operand), format.c_str(), reinterpret_cast<const void*>(stored),
+  if (!isa_named(isa).decode(format.c_str(), reinterpret_cast<const void*>(stored),
                              reinterpret_cast<const void*>(extra), n, reinterpret_cast<float*>(values)))
     throw std::invalid_argument("no CPU code that decodes format '" + format + "'");
 }

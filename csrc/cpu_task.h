@@ -1,14 +1,8 @@
 // What one CPU launch is given, and the instruction sets that there are.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-#include <type_traits>
-#include <vector>
-
 #include "codecs.h"
-#include "rules/all.h"
+#include "cpu_standard.h"
 #include "table.h"
 
 namespace fused_optim {
@@ -40,8 +34,7 @@ FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
   StepChunks find(const char* rule, const Task& task);                                                    \
   bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n,    \
               void* stored, void* extra);                                                                 \
-  bool decode(Operand operand, const char* format, const void* stored, const void* extra, int64_t n,      \
-              float* values);                                                                             \
+  bool decode(const char* format, const void* stored, const void* extra, int64_t n, float* values);       \
   }
 FUSED_OPTIM_DECLARE(baseline)
 #if defined(__x86_64__)

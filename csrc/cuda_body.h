@@ -158,7 +158,7 @@ struct RandomBits {
   }
 
   FUSED_OPTIM_DEVICE uint32_t get(int k) const {
-    if constexpr (Codec::random == kDither) return dither<operand>(index + k, place);
+    if constexpr (Codec::random == kDither) return dither<operand>(index + static_cast<uint32_t>(k), place);
     if constexpr (Codec::random == kPhilox) {
       const uint32_t i = n == 8 ? k : index % 8;
       // Not word[i / 2]: registers have no address.

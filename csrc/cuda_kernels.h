@@ -30,9 +30,6 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
 template <class A, class B>
 constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Working>::value;
 
-// The formats that moments have, of mu and of nu. A line here has a step_cuda_*.cu.
-#define FUSED_OPTIM_MOMENTS(X) X(Fp32, Fp32) X(Fp64, Fp64) X(Bf16Dither, Bf16Dither) X(E4M3, E5M3)
-
 using Kernel = void (*)(CudaTask);
 
 // The step kernel, null where there is none. Defined in cuda_find.h.

@@ -1,2 +1,3 @@
 #define FUSED_OPTIM_ISA baseline
+#define FUSED_OPTIM_PACK_BYTES 16
 #include "step_cpu.h"

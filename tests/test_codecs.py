@@ -324,7 +324,7 @@ def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None
                 assert_same_bits(extra, want_extra, f"{isa}: extra")
             back = torch.empty_like(x)
             native.decode(  # type: ignore[attr-defined]
-                isa, operand, name, got.data_ptr(), extra.data_ptr(), len(x), back.data_ptr()
+                isa, name, got.data_ptr(), extra.data_ptr(), len(x), back.data_ptr()
             )
             assert_same_bits(back, format.decode(want, want_extra), f"{isa}: decoded")
 
@@ -338,6 +338,6 @@ def test_the_cpu_decodes_all_codes_under_all_bases_like_eager(name: str) -> None
     for isa in native.isas():  # type: ignore[attr-defined]
         got = torch.empty(len(codes))
         native.decode(  # type: ignore[attr-defined]
-            isa, OPERANDS[name], name, codes.data_ptr(), bases.data_ptr(), len(codes), got.data_ptr()
+            isa, name, codes.data_ptr(), bases.data_ptr(), len(codes), got.data_ptr()
         )
         assert_same_bits(got, FORMATS[name].decode(codes, bases))

@@ -5,25 +5,25 @@
 
 namespace fused_optim {
 
-template <class T>
-FUSED_OPTIM_HD void belief(T g, T& m, T& s, const Coefficients<T>& c) {
+template <class T, class S>
+FUSED_OPTIM_HD void belief(T g, T& m, T& s, const Coefficients<S>& c) {
   m = first_moment(g, m, c);
   const T e = g - m;
   s = (c.one_minus_beta2 * (e * e) + c.beta2 * s) + c.eps_root;
 }
 
-template <class T>
-FUSED_OPTIM_HD T belief_update(T m_hat, T s, const Coefficients<T>& c) {
-  return m_hat / (square_root(s / c.bias_correction2) + c.eps);
+template <class T, class S>
+FUSED_OPTIM_HD T belief_update(T m_hat, T s, const Coefficients<S>& c) {
+  return m_hat / (square_root(corrected(s, c.bias_correction2)) + c.eps);
 }
 
 struct AdaBelief {
   static constexpr const char* name = "adabelief";
 
-  template <class T>
-  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<T>& c) {
+  template <class T, class S>
+  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<S>& c) {
     belief(g, m, s, c);
-    const T m_hat = m / c.bias_correction1;
+    const T m_hat = corrected(m, c.bias_correction1);
     p = apply_update(p, belief_update(m_hat, s, c), c);
   }
 };
@@ -31,11 +31,11 @@ struct AdaBelief {
 struct AdaBeliefNesterov {
   static constexpr const char* name = "adabelief_nesterov";
 
-  template <class T>
-  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<T>& c) {
+  template <class T, class S>
+  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<S>& c) {
     belief(g, m, s, c);
     const T m_hat =
-        c.beta1 * (m / c.bias_correction1_next) + c.one_minus_beta1 * (g / c.bias_correction1);
+        c.beta1 * corrected(m, c.bias_correction1_next) + c.one_minus_beta1 * corrected(g, c.bias_correction1);
     p = apply_update(p, belief_update(m_hat, s, c), c);
   }
 };

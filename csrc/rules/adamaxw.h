@@ -8,11 +8,11 @@ namespace fused_optim {
 struct AdamaxW {
   static constexpr const char* name = "adamaxw";
 
-  template <class T>
-  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& v, const Coefficients<T>& c) {
+  template <class T, class S>
+  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& v, const Coefficients<S>& c) {
     m = first_moment(g, m, c);
     v = maximum(absolute(g) + c.eps, c.beta2 * v);
-    const T u = (m / c.bias_correction1) / v;
+    const T u = corrected(m, c.bias_correction1) / v;
     p = apply_update(p, u, c);
   }
 };

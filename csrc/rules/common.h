@@ -1,51 +1,43 @@
 // What the rules share. Each line is one correctly rounded operation after another, in
 // the order of fused_optim/reference.py; the compiler may not contract them
-// (-ffp-contract=off, -fmad=false).
+// (-ffp-contract=off, -fmad=false). T is a number or a pack of them, S the number.
 #pragma once
 
-#include <cmath>
-
 #include "../coefficients.h"
+#include "../numbers.h"
 
 namespace fused_optim {
-
-FUSED_OPTIM_HD float square_root(float x) {
-#if defined(__CUDA_ARCH__)
-  return __fsqrt_rn(x);
-#else
-  return __builtin_sqrtf(x);
-#endif
-}
-
-FUSED_OPTIM_HD double square_root(double x) {
-#if defined(__CUDA_ARCH__)
-  return __dsqrt_rn(x);
-#else
-  return __builtin_sqrt(x);
-#endif
-}
-
-FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
-FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }
 
 // NaN on either side gives NaN, unlike fmax.
 template <class T>
 FUSED_OPTIM_HD T maximum(T x, T y) {
-  return (x > y || x != x) ? x : y;
+  const T larger = x > y ? x : y;
+  return x != x ? x : larger;
 }
 
-template <class T>
-FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<T>& c) {
+// From step 165 on for beta1 = 0.9 the first moment's correction is 1, and dividing by it changes
+// no bit. On the CPU, where a pack branches as one, that is 15% of a step whose data lies in a
+// cache; on a GPU it costs registers.
+template <class T, class S>
+FUSED_OPTIM_HD T corrected(T x, S bias_correction) {
+#if !defined(__CUDACC__)
+  if (bias_correction == S(1)) return x;
+#endif
+  return x / bias_correction;
+}
+
+template <class T, class S>
+FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<S>& c) {
   return c.one_minus_beta1 * g + c.beta1 * m;
 }
 
 // Weight decay and the step. Decay is selected, not "add zero".
-template <class T>
-FUSED_OPTIM_HD T apply_update(T p, T u, const Coefficients<T>& c) {
-  const T decay = c.decay * p;
-  u = c.decay_kind == T(1) ? u + decay : u;
+template <class T, class S>
+FUSED_OPTIM_HD T apply_update(T p, T u, const Coefficients<S>& c) {
+  const T decay = c.decay_kind != S(0) ? c.decay * p : p;
+  u = c.decay_kind == S(1) ? u + decay : u;
   const T updated = p + c.neg_lr * u;
-  return c.decay_kind == T(2) ? updated - decay : updated;
+  return c.decay_kind == S(2) ? updated - decay : updated;
 }
 
 }  // namespace fused_optim

@@ -1,0 +1,113 @@
+// Rules and codecs are written once for a number and for a pack of neighbours that the CPU
+// computes together (csrc/packs.h). Here are the few words in which the two differ.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "coefficients.h"
+
+namespace fused_optim {
+
+template <class T>
+struct Kin;  // the types of a number's or a pack's size, and what has no operator
+
+template <>
+struct Kin<float> {
+  using Float = float;
+  using Word = uint32_t;
+  using Int = int32_t;
+
+  static FUSED_OPTIM_HD float square_root(float x) {
+#if defined(__CUDA_ARCH__)
+    return __fsqrt_rn(x);
+#else
+    return __builtin_sqrtf(x);
+#endif
+  }
+  static FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
+  static FUSED_OPTIM_HD int32_t truncated(float x) { return static_cast<int32_t>(x); }
+};
+
+template <>
+struct Kin<uint32_t> : Kin<float> {};
+template <>
+struct Kin<int32_t> : Kin<float> {};
+
+template <>
+struct Kin<double> {
+  static FUSED_OPTIM_HD double square_root(double x) {
+#if defined(__CUDA_ARCH__)
+    return __dsqrt_rn(x);
+#else
+    return __builtin_sqrt(x);
+#endif
+  }
+  static FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }
+};
+
+template <class T>
+FUSED_OPTIM_HD T square_root(T x) {
+  return Kin<T>::square_root(x);
+}
+
+template <class T>
+FUSED_OPTIM_HD T absolute(T x) {
+  return Kin<T>::absolute(x);
+}
+
+template <class To, class From>
+FUSED_OPTIM_HD To bit_cast(From from) {
+  static_assert(sizeof(To) == sizeof(From), "bit_cast needs equal sizes");
+  To to;
+  memcpy(&to, &from, sizeof(To));
+  return to;
+}
+
+template <class T>
+FUSED_OPTIM_HD typename Kin<T>::Word bits_of(T x) {
+  return bit_cast<typename Kin<T>::Word>(x);
+}
+
+template <class T>
+FUSED_OPTIM_HD typename Kin<T>::Float float_of(T bits) {
+  return bit_cast<typename Kin<T>::Float>(bits);
+}
+
+template <class T>
+FUSED_OPTIM_HD typename Kin<T>::Int int_of(T bits) {
+  return bit_cast<typename Kin<T>::Int>(bits);
+}
+
+// A stored integer in 32 bits, in which a pack is already.
+template <class T>
+FUSED_OPTIM_HD T wide(T x) {
+  return x;
+}
+FUSED_OPTIM_HD uint32_t wide(uint8_t x) { return x; }
+FUSED_OPTIM_HD uint32_t wide(uint16_t x) { return x; }
+FUSED_OPTIM_HD int32_t wide(int8_t x) { return x; }
+FUSED_OPTIM_HD int32_t wide(int16_t x) { return x; }
+
+// 16 stored bits as the upper half of a word, and back. A pack is read and written so.
+template <class T>
+FUSED_OPTIM_HD T upper(T word) {
+  return word;
+}
+FUSED_OPTIM_HD uint32_t upper(uint16_t x) { return static_cast<uint32_t>(x) << 16; }
+
+template <class T>
+FUSED_OPTIM_HD T upper_half(T word) {
+  return word;
+}
+FUSED_OPTIM_HD uint16_t upper_half(uint32_t word) { return static_cast<uint16_t>(word >> 16); }
+
+// Of integers, for each element; a number counts for all elements of a pack.
+template <class Condition, class A, class B>
+FUSED_OPTIM_HD auto select(Condition condition, A a, B b) {
+  using Both = decltype(a + b);
+  return condition ? Both{} + a : Both{} + b;
+}
+
+}  // namespace fused_optim
