@@ -34,6 +34,9 @@ class Stepper(Protocol):
 
     def step(self) -> Any: ...
 
+    def zero_grad(self) -> None:
+        """As a user would, with the optimizer's own method."""
+
     def params(self) -> list[Tensor]:
         """The parameters as they are now, on any device."""
 
@@ -102,6 +105,7 @@ class TorchStepper:
     def __init__(self, optimizer: torch.optim.Optimizer) -> None:
         self.optimizer = optimizer
         self.step = optimizer.step
+        self.zero_grad = optimizer.zero_grad
 
     def params(self) -> list[Tensor]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
@@ -354,6 +358,9 @@ class OptaxStepper:
     def step(self) -> None:
         self.values, self.state = self.jitted(self.values, self.gradients, self.state)
         self.jax.block_until_ready((self.values, self.state))
+
+    def zero_grad(self) -> None:
+        pass
 
     def params(self) -> list[Tensor]:
         numpy = self.jax.numpy

@@ -11,6 +11,20 @@ void over_chunks(int64_t n, int threads, Body body) {
   for (int64_t start = 0; start < n; start += kChunk) body(start, start + kChunk < n ? start + kChunk : n);
 }
 
+constexpr int64_t kBlock = 256;
+
+uint8_t xor_of(const uint8_t* bytes, int64_t n) {
+  uint8_t sum = 0;
+#pragma omp simd reduction(^ : sum)
+  for (int64_t i = 0; i < n; ++i) sum ^= bytes[i];
+  return sum;
+}
+
+void add(uint8_t* bytes, int64_t n, uint8_t what) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) bytes[i] = static_cast<uint8_t>(bytes[i] + what);
+}
+
 }  // namespace
 
 extern "C" {
@@ -29,24 +43,20 @@ void triad(float* a, const float* b, const float* c, int64_t n, int threads) {
   });
 }
 
-// A step's traffic and next to no arithmetic: a gradient is read; a parameter and the states, of
-// other sizes, are read and written. Elements are seen as integers of their size.
-#define SAME_STREAMS(NAME, PARAM, STATE)                                                             \
-  void NAME(PARAM* p, const PARAM* g, STATE* m, STATE* v, int64_t n, int threads) {                  \
-    over_chunks(n, threads, [=](int64_t start, int64_t end) {                                        \
-      _Pragma("omp simd") for (int64_t i = start; i < end; ++i) {                                    \
-        m[i] = STATE(m[i] + g[i]);                                                                   \
-        v[i] = STATE(v[i] + g[i]);                                                                   \
-        p[i] = PARAM(p[i] + g[i]);                                                                   \
-      }                                                                                              \
-    });                                                                                              \
-  }
-
-SAME_STREAMS(streams_4_4, uint32_t, uint32_t)
-SAME_STREAMS(streams_2_4, uint16_t, uint32_t)
-SAME_STREAMS(streams_2_2, uint16_t, uint16_t)
-SAME_STREAMS(streams_4_2, uint32_t, uint16_t)
-SAME_STREAMS(streams_4_1, uint32_t, uint8_t)
-SAME_STREAMS(streams_2_1, uint16_t, uint8_t)
+// A step's traffic and next to no arithmetic: of a block at a time a gradient is read; a parameter and
+// two states, perhaps of another size, are read and written. In one loop over elements of two sizes
+// the compiler's shuffles would take longer than memory.
+void streams(uint8_t* p, const uint8_t* g, uint8_t* m, uint8_t* v, int64_t n, int threads, int param_bytes,
+             int state_bytes) {
+  over_chunks(n, threads, [=](int64_t start, int64_t end) {
+    for (int64_t first = start; first < end; first += kBlock) {
+      const int64_t count = first + kBlock < end ? kBlock : end - first;
+      const uint8_t sum = xor_of(g + first * param_bytes, count * param_bytes);
+      add(m + first * state_bytes, count * state_bytes, sum);
+      add(v + first * state_bytes, count * state_bytes, sum);
+      add(p + first * param_bytes, count * param_bytes, sum);
+    }
+  });
+}
 
 }

@@ -59,6 +59,9 @@ class Loop:
     def step(self) -> None:
         self.run()
 
+    def zero_grad(self) -> None:
+        pass
+
     def params(self) -> list[Tensor]:
         return []
 
@@ -66,11 +69,12 @@ class Loop:
         return 0
 
 
-def _on_cpu(function: str, streams: list[Tensor]) -> Callable[[], None]:
+def _on_cpu(function: str, streams: list[Tensor], *sizes: int) -> Callable[[], None]:
     call = getattr(library(), function)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in streams]
-    n, threads = ctypes.c_int64(len(streams[0])), ctypes.c_int(torch.get_num_threads())
-    return lambda: call(*pointers, n, threads)
+    n = ctypes.c_int64(len(streams[0]))
+    numbers = [ctypes.c_int(i) for i in (torch.get_num_threads(), *sizes)]
+    return lambda: call(*pointers, n, *numbers)
 
 
 def _random(n: int, device: torch.device, element_bytes: int) -> Tensor:
@@ -107,7 +111,7 @@ def _streams(state_bytes: int) -> Callable[[Groups], Stepper]:
         streams = [_random(n, device, size) for size in sizes]
         moved = n * (3 * param_bytes + 4 * state_bytes)
         if device.type == "cpu":
-            return Loop(_on_cpu(f"streams_{param_bytes}_{state_bytes}", streams), streams, moved)
+            return Loop(_on_cpu("streams", streams, param_bytes, state_bytes), streams, moved)
         from .roof_kernel import same_streams
 
         return Loop(lambda: same_streams(*streams), streams, moved)
