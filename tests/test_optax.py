@@ -24,6 +24,8 @@ from fused_optim import AdaBelief, AdamaxW
 from fused_optim.reference import MAX_COUNT, bias_correction
 
 pytestmark = pytest.mark.filterwarnings("error")
+# Where JAX sees a GPU, it would compute there.
+jax.config.update("jax_platforms", "cpu")
 
 STEPS = 200
 BETAS = (0.9, 0.999)
