@@ -71,8 +71,14 @@ def _python(*arguments: str) -> tuple[str, ...]:
 
 def parts(out: Path, gpu: bool) -> list[Part]:
     """What is tried, the cheapest proofs first."""
-    nvcc = _beside_nvcc("nvcc") or shutil.which("nvcc")
+    on_path = shutil.which("nvcc")
+    nvcc = on_path or _beside_nvcc("nvcc")
+    # The build looks on the PATH and under CUDA_HOME alone.
+    home = (("CUDA_HOME", str(Path(nvcc).parents[1])),) if nvcc and not on_path else ()
     sanitizer = shutil.which("compute-sanitizer") or _beside_nvcc("compute-sanitizer")
+    # torch and Triton ask CUDA some things that it may answer with an error, and go on.
+    options = ("--error-exitcode", "9", "--report-api-errors", "no")
+    memcheck = (sanitizer, *options) if gpu and sanitizer else ()
     device = "cuda" if gpu else "cpu"
     backends = "triton,cuda" if gpu else "triton,cpu"
     tests = None if _has("pytest") else "pytest is not installed"
@@ -95,7 +101,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
                 f"FUSED_OPTIM_BUILD={wanted} {install} || {{ FUSED_OPTIM_BUILD=none {install}; exit 1; }}",
             ),
             no_build,
-            architectures(gpu),
+            (*architectures(gpu), *home),
         ),
         Part(
             "self-check",
@@ -139,7 +145,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
             "compute-sanitizer memcheck finds no bad access on a small case",
             90,
             (
-                *((sanitizer, "--error-exitcode", "9") if gpu and sanitizer else ()),
+                *memcheck,
                 *_python("-m", "bench.gpu_proofs", "--device", device, "--backends", backends, "--small"),
             ),
             None if sanitizer or not gpu else "compute-sanitizer is not on the PATH or beside nvcc",

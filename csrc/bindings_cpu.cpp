@@ -151,6 +151,7 @@ PYBIND11_MODULE(_cpu, m) {
   py::class_<Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
       .def(py::init<py::list, py::dict, const std::vector<size_t>&, py::object>())
       .def("works", &Watch::works)
+      .def("digests", &Watch::digests)
       .def("ask", [](Watch& watch, py::list param_lists, py::dict state, bool ask_python,
                      int threads) { return static_cast<int>(watch.ask(param_lists, state, ask_python, threads)); })
       .def("remember_versions", &Watch::remember_versions)

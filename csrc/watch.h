@@ -83,9 +83,9 @@ class Watch {
  public:
   // `param_lists`: the groups' lists of parameters. `state`: the optimizer's state, a dict of
   // dicts. `grad_cells`: for each gradient that there is, where a table keeps its address, or 0.
-  // `scratch`: a tensor of nobody's, without a gradient. The caller keeps lists, dicts, what is
-  // in them and the tables alive for as long as the watch: it only borrows them, since Python's
-  // garbage collector could not see through it.
+  // `scratch`: a tensor of nobody's, with an address, without a gradient. The caller keeps lists,
+  // dicts, what is in them and the tables alive for as long as the watch: it only borrows them,
+  // since Python's garbage collector could not see through it.
   Watch(py::list param_lists, py::dict state, const std::vector<size_t>& grad_cells, py::object scratch)
       : type_(py::type::of(scratch)), works_(torch_.available() && torch_as_expected(scratch)) {
     size_t live = 0;
@@ -123,6 +123,7 @@ class Watch {
   enum Answer { kPerhapsNot, kUnchanged, kGradsMoved };
 
   bool works() const { return works_; }
+  bool digests() const { return impl_bytes_ != 0; }
 
   // Whether all is where it was, but for gradients: these may be new tensors of the same dtype,
   // layout, device and alignment, and if they are elsewhere their cells are given the addresses.

@@ -20,7 +20,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
-from tqdm import tqdm
 
 from fused_optim import AdaBelief, AdamaxW
 
@@ -226,6 +225,9 @@ def load_checkpoint(path: Path, parts: dict[str, Any], device: str) -> tuple[int
 
 def train(config: Config) -> History:
     """Train a model, with its losses on a progress bar."""
+    # Here, for the benchmark takes the model alone, where tqdm may be missing.
+    from tqdm import tqdm
+
     torch.manual_seed(config.seed)
     train_data, val_data = (data.to(config.device) for data in load_data())
     model = GPT(config).to(config.device)

@@ -113,7 +113,8 @@ class Plan:
             for t in (*fingerprint.params, *fingerprint.grads, *fingerprint.values)
         ):
             with torch.inference_mode(False):
-                self._scratch = torch.empty(0, device="cpu")
+                # Not empty: the watch looks for its address in its storage.
+                self._scratch = torch.empty(1, device="cpu")
             watch = native.Watch(self._lists, state, self._grad_cells(), self._scratch)
             self._watch = watch if watch.works() else None
         del fingerprint.grads

@@ -311,6 +311,17 @@ def test_gpu_check_rehearsed(tmp_path: Path) -> None:
     assert ran.returncode == 0, ran.stdout + text
 
 
+def test_gpu_check_builds_with_the_nvcc_that_it_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from bench import gpu_check
+
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(gpu_check, "_beside_nvcc", "/usr/local/cuda/bin/".__add__)
+    build = gpu_check.parts(tmp_path, gpu=False)[0]
+    assert build.environment == (("CUDA_HOME", "/usr/local/cuda"),)
+
+
 def test_gpu_check_goes_on_after_a_failure(tmp_path: Path) -> None:
     from bench.gpu_check import Part, run, summary
 

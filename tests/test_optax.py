@@ -23,7 +23,14 @@ from torch import Tensor
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.reference import MAX_COUNT, bias_correction
 
+if hasattr(jax, "enable_x64"):
+    from jax import enable_x64
+else:  # JAX 0.6, the last for Python 3.10
+    from jax.experimental import enable_x64
+
 pytestmark = pytest.mark.filterwarnings("error")
+# Where JAX sees a GPU, it would compute there.
+jax.config.update("jax_platforms", "cpu")
 
 STEPS = 200
 BETAS = (0.9, 0.999)
@@ -299,7 +306,7 @@ def test_float64_moments_equal_and_directions_agree(rule: str) -> None:
     else:
         optimizer = AdaBelief(named(zeros), nesterov=rule == "nesterov", **options)
         oracle = optax.scale_by_belief(*BETAS, nesterov=rule == "nesterov")
-    with jax.enable_x64(True):
+    with enable_x64(True):
         state = oracle.init({k: jnp.asarray(v) for k, v in zeros.items()})
         for grad in random_gradients(15, np.float64, steps=100):
             set_gradients(optimizer.param_groups[0], grad)
@@ -319,7 +326,7 @@ def test_float64_moments_equal_and_directions_agree(rule: str) -> None:
 def test_float64_parameters_agree(rule: str) -> None:
     grads, start = random_gradients(16, np.float64, steps=30), first_parameters(17, np.float64)
     options: dict[str, Any] = {"lr": 0.01, "weight_decay": 0.1, "backend": "eager"}
-    with jax.enable_x64(True):
+    with enable_x64(True):
         if rule == "adamaxw":
             optimizer = AdamaxW(named(start), **options)
             oracle = optax.adamaxw(0.01, *BETAS, weight_decay=0.1)

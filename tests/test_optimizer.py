@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import platform
 import warnings
 import weakref
 from collections.abc import Callable
@@ -1342,6 +1343,16 @@ def test_gradients_are_not_kept(make: Make) -> None:
     grads = [weakref.ref(p.grad) for p in params]
     optimizer.zero_grad()
     assert [g() for g in grads] == [None] * len(params)
+
+
+@compiled
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc tells the size of an allocation")
+def test_tensors_are_asked_by_digest() -> None:
+    """Without it the answers are the same, later."""
+    params = parameters()
+    optimizer = AdaBelief(params, backend="cpu")
+    train(optimizer, params, 1)
+    assert optimizer._plan._watch.digests()
 
 
 @compiled
