@@ -133,7 +133,14 @@ def extension(name: str, sources: list[str]) -> Extension:
         include_dirs=["csrc", pybind11.get_include()],
         language="c++",
         # Packs are arguments of inlined functions alone: how they would be passed is no matter.
-        extra_compile_args=["-std=c++17", "-O3", "-fvisibility=hidden", "-fopenmp-simd", "-Wno-psabi", *EXACT],
+        extra_compile_args=[
+            "-std=c++17",
+            "-O3",
+            "-fvisibility=hidden",
+            "-fopenmp-simd",
+            "-Wno-psabi",
+            *EXACT,
+        ],
         optional=MODE == "auto",
     )
 

@@ -12,6 +12,7 @@ part on the CPU, the Triton kernels in Triton's interpreter.
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -69,6 +70,17 @@ def _python(*arguments: str) -> tuple[str, ...]:
     return (sys.executable, *arguments)
 
 
+def _setuptools_too_old() -> str | None:
+    """Older ones do not know how pyproject.toml states the licence, and say so at length."""
+    version = importlib.metadata.version("setuptools")
+    needed = 77
+    return (
+        f"setuptools {version} is installed, {needed} is needed"
+        if int(version.split(".")[0]) < needed
+        else None
+    )
+
+
 def parts(out: Path, gpu: bool) -> list[Part]:
     """What is tried, the cheapest proofs first."""
     on_path = shutil.which("nvcc")
@@ -88,7 +100,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
     install += f" --upgrade --target {shlex.quote(str(out / 'site'))} {shlex.quote(str(ROOT))}"
     wanted = "cuda" if nvcc and gpu else "cpu"
     missing = [name for name in ("pip", "setuptools", "pybind11") if not _has(name)]
-    no_build = f"not installed: {', '.join(missing)}" if missing else None
+    no_build = f"not installed: {', '.join(missing)}" if missing else _setuptools_too_old()
     return [
         Part(
             "build",

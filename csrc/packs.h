@@ -183,15 +183,38 @@ FUSED_OPTIM_HD void write_pack(int16_t* to, Words values) { write_halves(to, val
 FUSED_OPTIM_HD void write_pack(uint8_t* to, Words values) { write_bytes(to, values); }
 FUSED_OPTIM_HD void write_pack(int8_t* to, Words values) { write_bytes(to, values); }
 
+// The first `n` of a pack alone, one or more. A call of memcpy for each operand of a tensor of one element takes
+// longer than its step.
+template <class Stored>
+FUSED_OPTIM_HD void copy_from(Stored* part, const Stored* from, int64_t n) {
+#if FUSED_OPTIM_PACK_BYTES == 64
+  const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n * sizeof(Stored)), from);
+  memcpy(part, &bytes, PackOf<Stored>::size * sizeof(Stored));
+#else
+  memset(part, 0, PackOf<Stored>::size * sizeof(Stored));
+  memcpy(part, from, n * sizeof(Stored));
+#endif
+}
+template <class Stored>
+FUSED_OPTIM_HD void copy_to(Stored* to, const Stored* part, int64_t n) {
+#if FUSED_OPTIM_PACK_BYTES == 64
+  __m512i bytes = _mm512_setzero_si512();
+  memcpy(&bytes, part, PackOf<Stored>::size * sizeof(Stored));
+  _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - n * sizeof(Stored)), bytes);
+#else
+  memcpy(to, part, n * sizeof(Stored));
+#endif
+}
+
 // How many elements of a pack there are: all, or, at a tensor's end, some. Then the rest is zero, or
 // is not written.
 struct All {};
 
 template <bool upper_halves = false, class Stored, class Count>
 FUSED_OPTIM_HD auto read_pack(const Stored* from, Count n) {
-  Stored part[PackOf<Stored>::size] = {};
+  Stored part[PackOf<Stored>::size];
   if constexpr (!std::is_same<Count, All>::value) {
-    memcpy(part, from, n * sizeof(Stored));
+    copy_from(part, from, n);
     from = part;
   }
   if constexpr (upper_halves)
@@ -208,7 +231,7 @@ FUSED_OPTIM_HD void write_pack(Stored* to, Pack values, Count n) {
     write_upper_halves(whole, values);
   else
     write_pack(whole, values);
-  if constexpr (!std::is_same<Count, All>::value) memcpy(to, part, n * sizeof(Stored));
+  if constexpr (!std::is_same<Count, All>::value) copy_to(to, part, n);
 }
 
 // `x` with zeros in the place of what is not there.
