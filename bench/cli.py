@@ -161,6 +161,10 @@ for _name in plan.MEASURES:
 @app.command("all")
 def all_(
     full: Annotated[bool, typer.Option("--full", help="All workloads and providers: an hour or so.")] = False,
+    seconds: Annotated[
+        float | None,
+        typer.Option(help="Most seconds of one provider in one comparison; 10 with --full, else 1."),
+    ] = None,
     device: Device = "",
     threads: Threads = 0,
     out: Out = OUT,
@@ -168,7 +172,9 @@ def all_(
     verbose: Verbose = False,
 ) -> None:
     """Everything that the other commands measure, in minutes; with --full, over every workload."""
-    options = _options(device, Effort() if full else QUICK, threads, False, verbose)
+    effort = Effort() if full else QUICK
+    effort = replace(effort, most=effort.most if seconds is None else seconds)
+    options = _options(device, effort, threads, False, verbose)
     runs = (plan.full_set if full else plan.quick_set)(options.device)
     measure(options.device, runs, options, out, plots)
 

@@ -29,11 +29,14 @@ def _times(peer: Record | None, ours: list[Record]) -> str:
 
 
 def _row(lines: list[Record]) -> list[str] | None:
-    """One comparison: both rules as a list of tensors with states in the working precision."""
+    """One comparison: both rules as a list of tensors. With parameters of 16 bits the moments have as
+    many, as torch's do, where that was measured."""
     measured = [r for r in lines if "median" in r]
+    formats = {r["format"] for r in measured}
+    ours_in = "bf16" if lines[0]["dtype"] == "bfloat16" and "bf16" in formats else "fp32"
     ours: dict[str, Record] = {}
     for r in measured:
-        if r["layout"] == "list" and r["format"] == "fp32" and r["backend"] != "eager":
+        if r["layout"] == "list" and r["format"] == ours_in and r["backend"] != "eager":
             # Where two backends were measured, the faster.
             ours[r["rule"]] = min(r, ours.get(r["rule"], r), key=lambda r: r["median"])
     if set(ours) != {"adabelief", "adamaxw"}:
@@ -44,7 +47,7 @@ def _row(lines: list[Record]) -> list[str] | None:
     best = min(peers, key=lambda r: r["median"], default=None)
     roof = " / ".join(f"{r['of_roof']:.2f}" for r in pair if "of_roof" in r)
     return [
-        f"{lines[0]['title']}, {lines[0]['dtype']}",
+        f"{lines[0]['title']}, {'all in ' if ours_in == 'bf16' else ''}{lines[0]['dtype']}",
         *map(_ms, pair),
         roof,
         _ms(torch),
