@@ -1,17 +1,20 @@
 // How values lie in memory: the C++ statement of fused_optim/storage.py. A codec is
 //
+//   name                as in fused_optim/storage.py
+//   Working             what the rules compute with: float or double
 //   Stored, Extra       what lies in memory: one Stored an element, and one Extra for each
 //                       `block` elements (NoExtra for none)
+//   random              which random bits `store` is given: none, 32 of the dither or 16 of Philox
 //   load(stored, extra) the value in the working precision
-//   store(x, random, extra)  what to store; `random` is as `random` says, 32 bits of the dither
-//                       or 16 of Philox. Where block is 1, it sets `extra`; else `extra` comes
+//   store(x, random, extra)  what to store. Where block is 1, it sets `extra`; else `extra` comes
 //                       from `extra_of`, given the largest `magnitude` of the block.
 //   store_usual         where `has_usual`, the same in fewer operations for magnitudes below kUnusual
-//   load_usual          of blocked formats, the same for codes below that of infinity
+//   load_usual          of blocked formats, the same where the bits `code_bits` of each code are
+//                       below `infinity`
 //   is_upper_half       what is stored are 16 bits that a pack has as the upper halves of words
 //
-// Values, integers and random bits are single numbers or packs of them, see numbers.h; what is
-// stored comes and goes in 32 bits.
+// Values, integers and random bits are single numbers or packs of them, see numbers.h. What is
+// stored is a Stored for a number; for a pack it comes and goes in 32 bits, cut to Stored in memory.
 //
 // NaN becomes the canonical NaN of the format.
 #pragma once

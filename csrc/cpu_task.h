@@ -18,8 +18,9 @@ struct Task {
   const int32_t* coefficient_of_counter;
   const void* coefficients;
 
+  // Inlined, as all that several instruction sets compile: the linker keeps one copy of what is not.
   template <class T>
-  const Coefficients<T>& coefficients_of(int64_t counter) const {
+  FUSED_OPTIM_HD const Coefficients<T>& coefficients_of(int64_t counter) const {
     return static_cast<const Coefficients<T>*>(coefficients)[coefficient_of_counter[counter]];
   }
 };

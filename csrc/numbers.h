@@ -1,5 +1,5 @@
 // Rules and codecs are written once for a number and for a pack of neighbours that the CPU
-// computes together (csrc/packs.h). Here are the few words in which the two differ.
+// computes together (csrc/packs.h). Here is what the two differ in.
 #pragma once
 
 #include <cmath>

@@ -1,6 +1,8 @@
 // The CPU step. This file is compiled once for each instruction set, in a namespace of
-// its own, by a short .cpp that sets FUSED_OPTIM_ISA and the compiler's target. What is called from
-// here is compiled for it too, so all of our own headers come after it.
+// its own, by a short .cpp that sets FUSED_OPTIM_ISA, FUSED_OPTIM_PACK_BYTES and the compiler's
+// target. What is called from here is compiled for it too, so all of our own headers come after it;
+// what they define outside of that namespace is always inlined, or the linker would keep one
+// instruction set's copy for all.
 //
 // Packs of neighbours are decoded and updated in registers; a tensor's last, short pack takes the
 // same way. What is not stored as it is waits in a buffer until its block is updated, and is encoded
@@ -86,6 +88,7 @@ struct Array {
   using Stored = typename Codec::Stored;
   using Extra = typename Codec::Extra;
   using Pack = typename PackOf<typename Codec::Working>::Pack;
+  static_assert(!kBlocked<Codec> || Codec::block == kBlockElements, "blocks of one size are walked");
 
   Stored* stored;
   Extra* extra;
@@ -268,6 +271,7 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
                           const Coefficients<typename Param::Working> c) {
   using T = typename Param::Working;
   using Pack = typename PackOf<T>::Pack;
+  static_assert(!kBlocked<Param>, "only moments share bases");
   constexpr int64_t size = PackOf<T>::size;
   constexpr bool waits = kWaits<Param> || kWaits<Mu> || kWaits<Nu>;
   const Place place{c.count, static_cast<uint64_t>(row.key)};
@@ -351,7 +355,7 @@ template <class Codec>
 void decode_operand(const void* stored, const void* extra, int64_t n, float* values) {
   Buffers<Codec> buffers;
   Array<Codec, kMu> array(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(extra), 0, {}, buffers);
-  array.usual_codes = false;
+  array.usual_codes = false;  // load_usual would be asked of some blocks only
   for (int64_t i = 0; i < n; i += kWords) {
     if (i % kBlockElements == 0) array.begin_run(i / kBlockElements);
     const int64_t count = minimum(kWords, n - i);

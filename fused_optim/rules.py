@@ -1,7 +1,8 @@
 """The update rules that there are: one line each.
 
 A new rule is a function in ``reference.py`` (the definition), ``kernels/rules.py``
-and ``csrc/rules/`` under the same name, and a line here.
+and ``csrc/rules/`` under the same name, and a line here and in
+``csrc/rules/all.h``.
 """
 
 from __future__ import annotations
