@@ -5,7 +5,7 @@
 // instruction set's copy for all.
 //
 // Packs of neighbours are decoded and updated in registers; a tensor's last, short pack takes the
-// same way. What is not stored as it is waits in a buffer until its block is updated, and is encoded
+// same way. What is not stored as it is waits in a buffer until its tile is updated, and is encoded
 // then.
 #pragma once
 
@@ -17,10 +17,11 @@
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-// Blocks begin at multiples of kBlock. While one is stepped, what lies kAhead elements further is
-// fetched. AdaBelief all in bfloat16 takes 0.28 ns an element with blocks of 256, in a cache, 0.29
-// with 128 or 512. kRuns: of elements that share a base.
-constexpr int64_t kBlock = 256, kAhead = 768, kRuns = kBlock / kBlockElements;
+// A tile is what is decoded and updated before it is encoded; it begins at a multiple of kTile and has
+// whole blocks of the 8-bit formats. (Where nothing is encoded, a chunk is one tile.) While one is
+// stepped, what lies kAhead elements further is fetched. AdaBelief all in bfloat16 takes 0.28 ns an
+// element with tiles of 256, in a cache, 0.29 with 128 or 512.
+constexpr int64_t kTile = 256, kAhead = 768, kBlocks = kTile / kBlockElements;
 
 inline void prefetch_bytes(const void* first, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(first) + i, 1);
@@ -34,17 +35,17 @@ template <class Codec>
 constexpr bool kExtraEach = !kBlocked<Codec> && !std::is_same<typename Codec::Extra, NoExtra>::value;
 
 // Philox gives eight neighbours their bits at once, two of them in each word.
-inline void random_block(const Place& place, int64_t begin, uint16_t* random) {
-  uint32_t words[4][kBlock / 8];
+inline void random_tile(const Place& place, int64_t begin, uint16_t* random) {
+  uint32_t words[4][kTile / 8];
 #pragma omp simd
-  for (int64_t i = 0; i < kBlock / 8; ++i) {
+  for (int64_t i = 0; i < kTile / 8; ++i) {
     const PhiloxWords four = philox(static_cast<uint64_t>(begin / 8 + i), place);
     words[0][i] = four.word[0];
     words[1][i] = four.word[1];
     words[2][i] = four.word[2];
     words[3][i] = four.word[3];
   }
-  for (int64_t i = 0; i < kBlock / 8; ++i) {
+  for (int64_t i = 0; i < kTile / 8; ++i) {
     for (int k = 0; k < 4; ++k) {
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
       const uint32_t halves = words[k][i] << 16 | words[k][i] >> 16;
@@ -66,23 +67,23 @@ FUSED_OPTIM_HD bool any_code_at_least(const Stored* codes, int64_t n, uint8_t ma
   return largest >= limit;
 }
 
-// Whether updated values wait until the whole block is updated. What they share is known then, and
-// whether all are usual; and since a processor holds only so many instructions that wait for a
+// Whether updated values are buffered until the whole tile is updated. What they share is known
+// then, and whether all are usual; and since a processor holds only so many instructions that wait for a
 // division, the fewer a pack has the more divisions it holds: bfloat16 parameters with float32
 // moments take 0.23 ns an element, 0.27 where each pack is encoded at once.
 template <class Codec>
-constexpr bool kWaits = !std::is_same<typename Codec::Stored, typename Codec::Working>::value;
+constexpr bool kBuffered = !std::is_same<typename Codec::Stored, typename Codec::Working>::value;
 
-// What an operand of a block keeps in memory meanwhile. It is not within Array, whose fields would
+// What an operand of a tile keeps in memory meanwhile. It is not within Array, whose fields would
 // then be in memory too.
 template <class Codec>
 struct Buffers {
-  Words largest[kBlocked<Codec> ? kRuns : 1];  // of each run, by lane
-  alignas(Words) float values[kWaits<Codec> ? kBlock : 1];
-  alignas(Words) uint16_t random[Codec::random == kPhilox ? kBlock : 1];
+  Words largest[kBlocked<Codec> ? kBlocks : 1];  // of each block, by lane
+  alignas(Words) float values[kBuffered<Codec> ? kTile : 1];
+  alignas(Words) uint16_t random[Codec::random == kPhilox ? kTile : 1];
 };
 
-// One operand of a row: the block that is being stepped, and those after it.
+// One operand of a row: the tile that is being stepped, and those after it.
 template <class Codec, Operand operand>
 struct Array {
   using Stored = typename Codec::Stored;
@@ -94,9 +95,9 @@ struct Array {
   Extra* extra;
   Buffers<Codec>& buffers;
   Words dithers, dithers_step;  // of the next pack, and from it to the one after
-  Words largest;                // magnitude since the block's beginning, or its run's, by lane
-  uint32_t base;                // of the run
-  bool usual_codes;             // in the block
+  Words largest;                // magnitude since the tile's beginning, or the block's, by lane
+  uint32_t base;                // of the block
+  bool usual_codes;             // in the tile
 
   FUSED_OPTIM_HD Array(int64_t stored_address, int64_t extra_address, int64_t begin, const Place& place,
                        Buffers<Codec>& buffers)
@@ -109,28 +110,28 @@ struct Array {
     }
   }
 
-  // `begin`: the index of the block's first element, of which there are `n`.
-  FUSED_OPTIM_HD void begin_block(int64_t begin, int64_t n, const Place& place) {
-    if constexpr (kWaits<Codec>) {
-      prefetch_bytes(stored + kAhead, kBlock * sizeof(Stored));
+  // `begin`: the index of the tile's first element, of which there are `n`.
+  FUSED_OPTIM_HD void begin_tile(int64_t begin, int64_t n, const Place& place) {
+    if constexpr (kBuffered<Codec>) {
+      prefetch_bytes(stored + kAhead, kTile * sizeof(Stored));
       largest = Words{};
     }
-    if constexpr (kExtraEach<Codec>) prefetch_bytes(extra + kAhead, kBlock * sizeof(Extra));
-    if constexpr (Codec::random == kPhilox) random_block(place, begin, buffers.random);
+    if constexpr (kExtraEach<Codec>) prefetch_bytes(extra + kAhead, kTile * sizeof(Extra));
+    if constexpr (Codec::random == kPhilox) random_tile(place, begin, buffers.random);
     if constexpr (kBlocked<Codec>)
-      usual_codes = n == kBlock ? !any_code_at_least(stored, kBlock, Codec::code_bits, Codec::infinity)
-                                : !any_code_at_least(stored, n, Codec::code_bits, Codec::infinity);
+      usual_codes = n == kTile ? !any_code_at_least(stored, kTile, Codec::code_bits, Codec::infinity)
+                               : !any_code_at_least(stored, n, Codec::code_bits, Codec::infinity);
   }
 
-  FUSED_OPTIM_HD void begin_run(int64_t run) {
+  FUSED_OPTIM_HD void begin_block(int64_t block) {
     if constexpr (kBlocked<Codec>) {
-      base = extra[run];
+      base = extra[block];
       largest = Words{};
     }
   }
 
-  FUSED_OPTIM_HD void end_run(int64_t run) {
-    if constexpr (kBlocked<Codec>) buffers.largest[run] = largest;
+  FUSED_OPTIM_HD void end_block(int64_t block) {
+    if constexpr (kBlocked<Codec>) buffers.largest[block] = largest;
   }
 
   template <class Count>
@@ -146,7 +147,7 @@ struct Array {
 
   template <class Count>
   FUSED_OPTIM_HD void write(Pack x, int64_t i, Count n) {
-    if constexpr (!kWaits<Codec>) {
+    if constexpr (!kBuffered<Codec>) {
       write_pack(stored + i, x, n);
     } else {
       const Floats there = first_of(x, n);
@@ -155,12 +156,12 @@ struct Array {
     }
   }
 
-  // What waited for the whole block; then to the next one.
-  FUSED_OPTIM_HD void end_block(int64_t n) {
+  // What was buffered; then to the next one.
+  FUSED_OPTIM_HD void end_tile(int64_t n) {
     if constexpr (kBlocked<Codec>) {
-      for (int64_t run = 0; run * Codec::block < n; ++run)
-        write_run(run, run * Codec::block, minimum((run + 1) * Codec::block, n));
-    } else if constexpr (kWaits<Codec>) {
+      for (int64_t block = 0; block * Codec::block < n; ++block)
+        write_block(block, block * Codec::block, minimum((block + 1) * Codec::block, n));
+    } else if constexpr (kBuffered<Codec>) {
       encode_all(Codec::has_usual && !any_at_least(largest, kUnusual), 0, n);
     }
     stored += n;
@@ -170,14 +171,14 @@ struct Array {
  private:
   FUSED_OPTIM_HD void take_magnitudes(Words m) { largest = m > largest ? m : largest; }
 
-  FUSED_OPTIM_HD void write_run(int64_t run, int64_t i, int64_t end) {
-    largest = buffers.largest[run];
+  FUSED_OPTIM_HD void write_block(int64_t block, int64_t i, int64_t end) {
+    largest = buffers.largest[block];
     const bool usual = !any_at_least(largest, kUnusual);
     if (!usual) {
       largest = Words{};
       for (int64_t k = i; k < end; k += kWords) take_magnitudes(Codec::magnitude(read_pack(buffers.values + k)));
     }
-    base = extra[run] = Codec::extra_of(largest_of(largest));
+    base = extra[block] = Codec::extra_of(largest_of(largest));
     encode_all(usual, i, end);
   }
 
@@ -228,8 +229,8 @@ struct Gradient {
   Format format;
   const void* first;
 
-  FUSED_OPTIM_HD void begin_block(int64_t i) const {
-    if (format != kFp32) prefetch_bytes(static_cast<const uint16_t*>(first) + i + kAhead, kBlock * sizeof(uint16_t));
+  FUSED_OPTIM_HD void begin_tile(int64_t i) const {
+    if (format != kFp32) prefetch_bytes(static_cast<const uint16_t*>(first) + i + kAhead, kTile * sizeof(uint16_t));
   }
 
   // All packs of a step branch alike.
@@ -250,7 +251,7 @@ struct Gradient<double> {
   Format format;
   const void* first;
 
-  FUSED_OPTIM_HD void begin_block(int64_t) const {}
+  FUSED_OPTIM_HD void begin_tile(int64_t) const {}
 
   template <class Count>
   FUSED_OPTIM_HD Doubles read(int64_t i, Count n) const {
@@ -273,7 +274,7 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
   using Pack = typename PackOf<T>::Pack;
   static_assert(!kBlocked<Param>, "only moments share bases");
   constexpr int64_t size = PackOf<T>::size;
-  constexpr bool waits = kWaits<Param> || kWaits<Mu> || kWaits<Nu>;
+  constexpr bool buffered = kBuffered<Param> || kBuffered<Mu> || kBuffered<Nu>;
   const Place place{c.count, static_cast<uint64_t>(row.key)};
   Buffers<Param> param_buffers;
   Buffers<Mu> mu_buffers;
@@ -282,11 +283,11 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
   Array<Mu, kMu> mu(row.mu, row.mu_extra, begin, place, mu_buffers);
   Array<Nu, kNu> nu(row.nu, row.nu_extra, begin, place, nu_buffers);
   for (int64_t n; begin < end; begin += n) {
-    n = waits ? minimum(kBlock, end - begin) : end - begin;
-    param.begin_block(begin, n, place);
-    grad.begin_block(begin);
-    mu.begin_block(begin, n, place);
-    nu.begin_block(begin, n, place);
+    n = buffered ? minimum(kTile, end - begin) : end - begin;
+    param.begin_tile(begin, n, place);
+    grad.begin_tile(begin);
+    mu.begin_tile(begin, n, place);
+    nu.begin_tile(begin, n, place);
     const auto step_pack = [&](int64_t i, auto count) __attribute__((always_inline)) {
       Pack p = param.read(i, count), g = grad.read(begin + i, count), m = mu.read(i, count), v = nu.read(i, count);
       if (c.grad_divisor != T(1)) g = g / c.grad_divisor;
@@ -295,22 +296,22 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
       nu.write(v, i, count);
       param.write(p, i, count);
     };
-    const int64_t run_length = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : n;
-    for (int64_t run = 0, i = 0; i < n; ++run) {
-      mu.begin_run(run);
-      nu.begin_run(run);
-      const int64_t run_end = minimum(i + run_length, n);
-      for (; i + size <= run_end; i += size) step_pack(i, All{});
-      if (i < run_end) {
-        step_pack(i, run_end - i);
-        i = run_end;
+    const int64_t block_length = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : n;
+    for (int64_t block = 0, i = 0; i < n; ++block) {
+      mu.begin_block(block);
+      nu.begin_block(block);
+      const int64_t block_end = minimum(i + block_length, n);
+      for (; i + size <= block_end; i += size) step_pack(i, All{});
+      if (i < block_end) {
+        step_pack(i, block_end - i);
+        i = block_end;
       }
-      mu.end_run(run);
-      nu.end_run(run);
+      mu.end_block(block);
+      nu.end_block(block);
     }
-    mu.end_block(n);
-    nu.end_block(n);
-    param.end_block(n);
+    mu.end_tile(n);
+    nu.end_tile(n);
+    param.end_tile(n);
   }
 }
 
@@ -335,19 +336,19 @@ template <class Codec, Operand operand>
 void encode_operand(const float* values, const Place& place, int64_t n, void* stored, void* extra) {
   Buffers<Codec> buffers;
   Array<Codec, operand> array(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(extra), 0, place, buffers);
-  for (int64_t begin = 0; begin < n; begin += kBlock) {
-    const int64_t end = minimum(kBlock, n - begin);
-    array.begin_block(begin, end, place);
-    for (int64_t run = 0; run * kBlockElements < end; ++run) {
-      array.begin_run(run);
-      const int64_t run_end = minimum((run + 1) * kBlockElements, end);
-      for (int64_t i = run * kBlockElements; i < run_end; i += kWords) {
-        const int64_t count = minimum(kWords, run_end - i);
+  for (int64_t begin = 0; begin < n; begin += kTile) {
+    const int64_t end = minimum(kTile, n - begin);
+    array.begin_tile(begin, end, place);
+    for (int64_t block = 0; block * kBlockElements < end; ++block) {
+      array.begin_block(block);
+      const int64_t block_end = minimum((block + 1) * kBlockElements, end);
+      for (int64_t i = block * kBlockElements; i < block_end; i += kWords) {
+        const int64_t count = minimum(kWords, block_end - i);
         array.write(read_pack(values + begin + i, count), i, count);
       }
-      array.end_run(run);
+      array.end_block(block);
     }
-    array.end_block(end);
+    array.end_tile(end);
   }
 }
 
@@ -355,9 +356,9 @@ template <class Codec>
 void decode_operand(const void* stored, const void* extra, int64_t n, float* values) {
   Buffers<Codec> buffers;
   Array<Codec, kMu> array(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(extra), 0, {}, buffers);
-  array.usual_codes = false;  // load_usual would be asked of some blocks only
+  array.usual_codes = false;  // load takes all codes
   for (int64_t i = 0; i < n; i += kWords) {
-    if (i % kBlockElements == 0) array.begin_run(i / kBlockElements);
+    if (i % kBlockElements == 0) array.begin_block(i / kBlockElements);
     const int64_t count = minimum(kWords, n - i);
     write_pack(values + i, array.read(i, count), count);
   }
