@@ -21,7 +21,9 @@ BLOCK = tl.constexpr(128)
 """Elements that share one base in the 8-bit formats."""
 INF = tl.constexpr(0x7F800000)
 
-NARROW = frozenset("bf16 bf16_master split16 split8 bf16_stochastic bf16_dither e4m3 e5m3".split())
+NARROW = frozenset(
+    ["bf16", "bf16_master", "split16", "split8", "bf16_stochastic", "bf16_dither", "e4m3", "e5m3"]
+)
 """Formats of few bits, which take half the instructions where ``at.usual``."""
 
 PARAM, MU, NU = tl.constexpr(0xA54FF53B), tl.constexpr(0x6A09E667), tl.constexpr(0xBB67AE85)
@@ -202,6 +204,12 @@ def _float_of(bits):
 @triton.jit
 def magnitude_bits(x):
     return (_bits_of(x) & 0x7FFFFFFF).to(tl.int32)
+
+
+@triton.jit
+def largest_of_eight(x):
+    """Of each eight neighbours, which a thread holds in a full chunk."""
+    return tl.max(tl.reshape(x, [x.shape[0] // 8, 8]), 1)
 
 
 @triton.jit
@@ -453,7 +461,7 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
     N: tl.constexpr = magnitude.shape[0] // BLOCK
     if at.mask is not None:
         magnitude = tl.where(at.mask & (magnitude < INF), magnitude, 0)
-    largest = tl.max(tl.reshape(magnitude, [N, BLOCK]), 1)
+    largest = tl.max(tl.reshape(largest_of_eight(magnitude), [N, BLOCK // 8]), 1)
     base = tl.maximum((largest >> 23) - ORDERS, 0)
     # 16 threads hold a block in a full chunk and one of them stores: stored as one value a block,
     # bases go through shared memory. ``+ lane`` tells the compiler which threads are neighbours.

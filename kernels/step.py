@@ -173,13 +173,14 @@ def _is_usual(
 ):  # fmt: skip
     """``At.usual`` of a full chunk, where moments are narrow. One test of all costs less than a select for
     each value; with float32 moments it would cost more."""
-    largest = tl.maximum(codecs.magnitude_bits(mu), codecs.magnitude_bits(nu))
+    largest = codecs.largest_of_eight(codecs.magnitude_bits(mu))
+    largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(nu)))
     if NARROW_PARAM:
-        largest = tl.maximum(largest, codecs.magnitude_bits(p))
+        largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(p)))
     if SPECIAL_MU is not None:
         special = SPECIAL_MU(stored_mu[0]) | SPECIAL_NU(stored_nu[0])
-        largest = tl.max(tl.reshape(largest, [largest.shape[0] // 4, 4]), 1)
-        largest = tl.where(special == 0, largest, codecs.INF)
+        first, second = tl.split(tl.reshape(special, [special.shape[0] // 2, 2]))
+        largest = tl.where((first | second) == 0, largest, codecs.INF)
     return tl.max(largest, 0) < 0x7F000000
 
 
