@@ -51,10 +51,8 @@ def _pointer(row, dtype: tl.constexpr, at):
 
 @triton.jit
 def _pointers(row, dtype: tl.constexpr, at, EACH: tl.constexpr):
-    """To every item, each of EACH elements. The first one's address is a scalar, and what is added to it
-    has 32 bits: 64-bit offsets take four to six registers more."""
-    first = _pointer(row, dtype, at) + at.start // EACH
-    return first + tl.arange(0, at.offset.shape[0] // EACH)
+    """To every item, each of EACH elements."""
+    return _pointer(row, dtype, at) + (at.start // EACH + tl.arange(0, at.offset.shape[0] // EACH))
 
 
 @triton.jit
@@ -67,14 +65,14 @@ def _store(row, at, x):
     tl.store(_pointers(row, x.dtype, at, 1), x, at.mask)
 
 
-# In a full chunk narrow values are read and written as words that hold neighbours, and taken out by
-# shifts and masks. Left to itself LLVM makes vectors of them, in two or three instructions a value,
-# and decodes them all at once.
+# Narrow values are read and written as words that hold neighbours, and taken out by shifts and masks.
+# Left to itself LLVM makes vectors of bytes and halves, in two or three instructions a value. (Halves
+# beside float32 moments are few, and take up to 12 registers less as they are.)
 
 
 @triton.jit
 def _load_halves(row, at):
-    if at.mask is None:
+    if at.usual is not None:
         return tl.load(_pointers(row, tl.uint32, at, 2))
     else:
         return _load(row, tl.uint16, at)
@@ -92,7 +90,7 @@ def _high_halves(halves):
 
 @triton.jit
 def _store_high_halves(row, at, x):
-    if at.mask is None:
+    if at.usual is not None:
         first, second = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
         pairs = (first >> 16) | (second & 0xFFFF0000)
         tl.store(_pointers(row, tl.uint32, at, 2), pairs)
@@ -215,7 +213,7 @@ def largest_of_eight(x):
 @triton.jit
 def _canonical_bits(x, at):
     bits = _bits_of(x)
-    if not at.usual:
+    if at.usual is None:
         bits = tl.where(magnitude_bits(x) > INF, 0x7FC00000, bits)
     return bits
 
@@ -317,7 +315,7 @@ def _signed(x):
 def _joined(high, rest, at):
     """``high``: a bfloat16's bits, in the high half of 32. ``rest``: int32."""
     joined = high + rest.to(tl.uint32, bitcast=True)
-    if not at.usual:
+    if at.usual is None:
         # A zero has no negative rest unless somebody wrote it to the parameter: then there is none. No
         # other sum changes its sign. (Where it is, the sum is a NaN, and so is the new parameter.)
         joined = tl.where(_signed(joined ^ high) < 0, high, joined)
@@ -356,7 +354,7 @@ def decode_split8(parts, at):
 @triton.jit
 def store_split8(row, at, x, OPERAND: tl.constexpr):
     bits, dither = _canonical_bits(x, at), _dither(at, OPERAND, 8)
-    if not at.usual:
+    if at.usual is None:
         # The largest finite values are cut: no dither carries them to infinity.
         dither = tl.where((bits & 0x7FFFFFFF) >= 0x7F7FFF00, 0, dither)
     bits += dither
@@ -367,7 +365,7 @@ def store_split8(row, at, x, OPERAND: tl.constexpr):
 @triton.jit
 def _round_to_bf16(x, word, at):
     """In the high half of 32 bits; what is below does not count."""
-    if not at.usual:
+    if at.usual is None:
         word = tl.where(magnitude_bits(x) >= 0x7F7F0000, 0x8000, word)
     return _canonical_bits(x, at) + word
 
@@ -492,7 +490,7 @@ def decode_e5m3(parts, at):
     stored, base = parts
     code = ((_high_bytes(stored) >> 4) & 0x0FF00000).to(tl.int32)
     bits = tl.where(code == 0, 0, code + base)
-    if not at.usual:
+    if at.usual is None:
         bits = tl.where(code >= (254 << 20), (code << 2) + (INF - (254 << 22)), bits)
     return _float_of(bits)
 
@@ -509,7 +507,7 @@ def store_e5m3(row, at, x, OPERAND: tl.constexpr):
     base = _new_base(row, at, magnitude, 30)
     code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - _of_elements(8 * base)
     code = tl.minimum(tl.maximum(code, 1), magnitude)  # zero is the only one below its code
-    if not at.usual:
+    if at.usual is None:
         code = _unusual(code, magnitude, base, 254)
     _store_low_bytes(row, at, code.to(tl.uint32))
 
@@ -528,7 +526,7 @@ def decode_e4m3(parts, at):
     stored, base = parts
     x = (_signed(_high_bytes(stored)) >> 4) & -0x78100000
     y = _float_of(x) * 2.0**120 * _of_elements(_power_of_two(base - 120))
-    if not at.usual:
+    if at.usual is None:
         special = ((x << 2) + (INF - (126 << 22))) | (x & -0x80000000)
         y = tl.where((x & 0x7FFFFFFF) >= (126 << 20), _float_of(special), y)
     return y
@@ -548,6 +546,6 @@ def store_e4m3(row, at, x, OPERAND: tl.constexpr):
     half = tl.minimum(base, 126)
     y = tl.abs(x) * _of_elements(_power_of_two(half - base)) * _of_elements(_power_of_two(-half))
     code = (_bits_of(y) + _dither(at, OPERAND, 20)) >> 20
-    if not at.usual:
+    if at.usual is None:
         code = _unusual(code.to(tl.int32), magnitude, base, 126).to(tl.uint32)
     _store_low_bytes(row, at, code | ((_bits_of(x) >> 24) & 0x80))
