@@ -432,8 +432,8 @@ def store_bf16_dither(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def _bases(row, at):
-    first = tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + at.start // BLOCK
-    return first + tl.arange(0, at.offset.shape[0] // BLOCK)
+    block = at.start // BLOCK + tl.arange(0, at.offset.shape[0] // BLOCK)
+    return tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + block
 
 
 @triton.jit
