@@ -459,7 +459,7 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
     N: tl.constexpr = magnitude.shape[0] // BLOCK
     if at.mask is not None:
         magnitude = tl.where(at.mask & (magnitude < INF), magnitude, 0)
-    largest = tl.max(tl.reshape(largest_of_eight(magnitude), [N, BLOCK // 8]), 1)
+    largest = tl.max(tl.reshape(magnitude, [N, BLOCK]), 1)
     base = tl.maximum((largest >> 23) - ORDERS, 0)
     # 16 threads hold a block in a full chunk and one of them stores: stored as one value a block,
     # bases go through shared memory. ``+ lane`` tells the compiler which threads are neighbours.
