@@ -20,6 +20,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "numbers.h"
 #include "rounding.h"
@@ -150,7 +151,7 @@ struct Fp16 : Codec {
     const auto odds = select(magnitude >= 0x477fe000u, 0x8000u, word);  // the largest float16
     const auto small = magnitude < 0x38800000u;
     const auto fixed = float_of(select(small, magnitude, 0u)) * 1099511627776.0f;  // 2^40
-    const auto subnormal = (bit_cast<decltype(b & b)>(Kin<F>::truncated(fixed)) + odds) >> 16;
+    const auto subnormal = (bit_cast<decltype(b & b)>(Traits<F>::truncated(fixed)) + odds) >> 16;
     auto h = select(small, subnormal, (magnitude - 0x38000000u + (odds >> 3)) >> 13);
     h = select(magnitude >= 0x47800000u, 0x7c00u, h) | ((b >> 16) & 0x8000u);
     return select(magnitude > kInfinity, 0x7e00u, h);
@@ -467,6 +468,13 @@ struct E5M3 : Blocked {
     return unusual(finite_code(magnitude, random, base), magnitude, base, infinity);
   }
 };
+
+template <class Codec>
+constexpr bool kBlocked = Codec::block > 1;
+
+// Whether each element has an extra of its own.
+template <class Codec>
+constexpr bool kExtraEach = !kBlocked<Codec> && !std::is_same<typename Codec::Extra, NoExtra>::value;
 
 // Of parameters, of gradients and of moments.
 #define FUSED_OPTIM_PLAIN_CODECS(X) X(Fp32) X(Fp64) X(Bf16) X(Fp16)

@@ -109,13 +109,6 @@ FUSED_OPTIM_DEVICE void prologue_body(const CudaTask& task, int64_t i) {
   if (!skip) *step = count;
 }
 
-template <class Codec>
-constexpr bool kBlocked = Codec::block > 1;
-
-// Whether each element has an extra of its own.
-template <class Codec>
-constexpr bool kExtraEach = !kBlocked<Codec> && !std::is_same<typename Codec::Extra, NoExtra>::value;
-
 // `n` neighbours as they lie in memory.
 template <class T, int n>
 struct Pack {

@@ -11,10 +11,10 @@
 namespace fused_optim {
 
 template <class T>
-struct Kin;  // the types of a number's or a pack's size, and what has no operator
+struct Traits;  // the types of a number's or a pack's size, and what has no operator
 
 template <>
-struct Kin<float> {
+struct Traits<float> {
   using Float = float;
   using Word = uint32_t;
   using Int = int32_t;
@@ -31,12 +31,12 @@ struct Kin<float> {
 };
 
 template <>
-struct Kin<uint32_t> : Kin<float> {};
+struct Traits<uint32_t> : Traits<float> {};
 template <>
-struct Kin<int32_t> : Kin<float> {};
+struct Traits<int32_t> : Traits<float> {};
 
 template <>
-struct Kin<double> {
+struct Traits<double> {
   static FUSED_OPTIM_HD double square_root(double x) {
 #if defined(__CUDA_ARCH__)
     return __dsqrt_rn(x);
@@ -49,12 +49,12 @@ struct Kin<double> {
 
 template <class T>
 FUSED_OPTIM_HD T square_root(T x) {
-  return Kin<T>::square_root(x);
+  return Traits<T>::square_root(x);
 }
 
 template <class T>
 FUSED_OPTIM_HD T absolute(T x) {
-  return Kin<T>::absolute(x);
+  return Traits<T>::absolute(x);
 }
 
 template <class To, class From>
@@ -66,18 +66,18 @@ FUSED_OPTIM_HD To bit_cast(From from) {
 }
 
 template <class T>
-FUSED_OPTIM_HD typename Kin<T>::Word bits_of(T x) {
-  return bit_cast<typename Kin<T>::Word>(x);
+FUSED_OPTIM_HD typename Traits<T>::Word bits_of(T x) {
+  return bit_cast<typename Traits<T>::Word>(x);
 }
 
 template <class T>
-FUSED_OPTIM_HD typename Kin<T>::Float float_of(T bits) {
-  return bit_cast<typename Kin<T>::Float>(bits);
+FUSED_OPTIM_HD typename Traits<T>::Float float_of(T bits) {
+  return bit_cast<typename Traits<T>::Float>(bits);
 }
 
 template <class T>
-FUSED_OPTIM_HD typename Kin<T>::Int int_of(T bits) {
-  return bit_cast<typename Kin<T>::Int>(bits);
+FUSED_OPTIM_HD typename Traits<T>::Int int_of(T bits) {
+  return bit_cast<typename Traits<T>::Int>(bits);
 }
 
 // A stored integer in 32 bits, in which a pack is already.

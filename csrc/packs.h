@@ -254,14 +254,14 @@ FUSED_OPTIM_HD Floats first_of(Floats x, Count n) {
 }
 
 // 0, 1, 2, ...
-FUSED_OPTIM_HD Words numbered() {
+FUSED_OPTIM_HD Words iota() {
   Words words;
   for (int64_t i = 0; i < kWords; ++i) words[i] = static_cast<uint32_t>(i);
   return words;
 }
 
 // A constant that gcc keeps in a register: it would make it anew for each pack, from an integer's.
-FUSED_OPTIM_HD Words kept(Words constant) {
+FUSED_OPTIM_HD Words in_register(Words constant) {
 #if defined(__x86_64__)
   asm("" : "+v"(constant));
 #endif
@@ -271,7 +271,7 @@ FUSED_OPTIM_HD Words kept(Words constant) {
 }  // namespace FUSED_OPTIM_ISA
 
 template <>
-struct Kin<FUSED_OPTIM_ISA::Floats> {
+struct Traits<FUSED_OPTIM_ISA::Floats> {
   using Float = FUSED_OPTIM_ISA::Floats;
   using Word = FUSED_OPTIM_ISA::Words;
   using Int = FUSED_OPTIM_ISA::Ints;
@@ -280,12 +280,12 @@ struct Kin<FUSED_OPTIM_ISA::Floats> {
   static FUSED_OPTIM_HD Int truncated(Float x) { return __builtin_convertvector(x, Int); }
 };
 template <>
-struct Kin<FUSED_OPTIM_ISA::Words> : Kin<FUSED_OPTIM_ISA::Floats> {};
+struct Traits<FUSED_OPTIM_ISA::Words> : Traits<FUSED_OPTIM_ISA::Floats> {};
 template <>
-struct Kin<FUSED_OPTIM_ISA::Ints> : Kin<FUSED_OPTIM_ISA::Floats> {};
+struct Traits<FUSED_OPTIM_ISA::Ints> : Traits<FUSED_OPTIM_ISA::Floats> {};
 
 template <>
-struct Kin<FUSED_OPTIM_ISA::Doubles> {
+struct Traits<FUSED_OPTIM_ISA::Doubles> {
   using Double = FUSED_OPTIM_ISA::Doubles;
   typedef uint64_t Bits __attribute__((vector_size(FUSED_OPTIM_PACK_BYTES)));
   static FUSED_OPTIM_HD Double square_root(Double x) { return FUSED_OPTIM_ISA::square_roots(x); }

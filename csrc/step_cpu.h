@@ -27,13 +27,6 @@ inline void prefetch_bytes(const void* first, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(first) + i, 1);
 }
 
-template <class Codec>
-constexpr bool kBlocked = Codec::block > 1;
-
-// Whether each element has an extra of its own.
-template <class Codec>
-constexpr bool kExtraEach = !kBlocked<Codec> && !std::is_same<typename Codec::Extra, NoExtra>::value;
-
 // Philox gives eight neighbours their bits at once, two of them in each word.
 inline void random_tile(const Place& place, int64_t begin, uint16_t* random) {
   uint32_t words[4][kTile / 8];
@@ -105,8 +98,8 @@ struct Array {
         extra(reinterpret_cast<Extra*>(extra_address) + begin / Codec::block),
         buffers(buffers) {
     if constexpr (Codec::random == kDither) {
-      dithers = dither<operand>(numbered() + static_cast<uint32_t>(begin), place);
-      dithers_step = kept(dither<operand>(Words{} + static_cast<uint32_t>(kWords), Place{}));
+      dithers = dither<operand>(iota() + static_cast<uint32_t>(begin), place);
+      dithers_step = in_register(dither<operand>(Words{} + static_cast<uint32_t>(kWords), Place{}));
     }
   }
 
@@ -118,9 +111,16 @@ struct Array {
     }
     if constexpr (kExtraEach<Codec>) prefetch_bytes(extra + kAhead, kTile * sizeof(Extra));
     if constexpr (Codec::random == kPhilox) random_tile(place, begin, buffers.random);
+    if (n == kTile)
+      look_at_codes(0, kTile);
+    else
+      look_at_codes(0, n);
+  }
+
+  // Whether those of elements `i` to `end` are usual.
+  FUSED_OPTIM_HD void look_at_codes(int64_t i, int64_t end) {
     if constexpr (kBlocked<Codec>)
-      usual_codes = n == kTile ? !any_code_at_least(stored, kTile, Codec::code_bits, Codec::infinity)
-                               : !any_code_at_least(stored, n, Codec::code_bits, Codec::infinity);
+      usual_codes = !any_code_at_least(stored + i, end - i, Codec::code_bits, Codec::infinity);
   }
 
   FUSED_OPTIM_HD void begin_block(int64_t block) {
@@ -222,6 +222,7 @@ template <class T>
 struct Gradient {
   enum Format { kFp32, kBf16, kFp16, kNone };
 
+  // Those of FUSED_OPTIM_PLAIN_CODECS that are decoded to T.
   static Format format_of(const char* name) {
     return same(name, Fp32::name) ? kFp32 : same(name, Bf16::name) ? kBf16 : same(name, Fp16::name) ? kFp16 : kNone;
   }
@@ -356,9 +357,11 @@ template <class Codec>
 void decode_operand(const void* stored, const void* extra, int64_t n, float* values) {
   Buffers<Codec> buffers;
   Array<Codec, kMu> array(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(extra), 0, {}, buffers);
-  array.usual_codes = false;  // load takes all codes
   for (int64_t i = 0; i < n; i += kWords) {
-    if (i % kBlockElements == 0) array.begin_block(i / kBlockElements);
+    if (i % kBlockElements == 0) {
+      array.begin_block(i / kBlockElements);
+      array.look_at_codes(i, minimum(i + kBlockElements, n));
+    }
     const int64_t count = minimum(kWords, n - i);
     write_pack(values + i, array.read(i, count), count);
   }

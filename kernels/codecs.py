@@ -1,10 +1,11 @@
-"""How values lie in memory: a load and a store for each format of
+"""How values lie in memory: a load, a decode and a store for each format of
 ``fused_optim.storage``, under its name.
 
 A codec is given ``row``, a pointer to the operand's address in the table (its second part's is
 ``EXTRA`` columns on), and ``at``, the elements. Where ``at.mask`` is None the chunk is full and
-all addresses are multiples of 16 bytes: then accesses are 128 bits wide. A store is also told
-its ``OPERAND``. Values of a format with few bits are made of integers alone: Triton's
+all addresses are multiples of 16 bytes: then accesses are 128 bits wide. What a load returns is
+for the decode, which comes later: values take more registers than what lies in memory. A store is
+also told its ``OPERAND``. Values of a format with few bits are made of integers alone: Triton's
 interpreter rounds float32 to bfloat16 otherwise than a GPU does.
 """
 
@@ -20,15 +21,22 @@ BLOCK = tl.constexpr(128)
 """Elements that share one base in the 8-bit formats."""
 INF = tl.constexpr(0x7F800000)
 
+NARROW = frozenset(
+    ["bf16", "bf16_master", "split16", "split8", "bf16_stochastic", "bf16_dither", "e4m3", "e5m3"]
+)
+"""Formats of few bits, which take half the instructions where ``at.usual``."""
+
 PARAM, MU, NU = tl.constexpr(0xA54FF53B), tl.constexpr(0x6A09E667), tl.constexpr(0xBB67AE85)
 """The operands that are stored, by what each multiplies an element's index by for its dither."""
 
-At = namedtuple("At", "start offset mask block block_mask count key")
+At = namedtuple("At", "start offset mask block_mask count key usual")
 """Elements of one row.
 
 ``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: every one's index, and
-which there are; None for all. ``block`` and ``block_mask``: their blocks likewise. ``count``: the bits
-of the step number, in the working precision. ``key``: of the parameter's random bits.
+which there are; None for all. ``block_mask``: their blocks likewise. ``count``: the bits of the step
+number, in the working precision. ``key``: of the parameter's random bits. ``usual``: whether
+values to be stored in a format of NARROW are below 2^127, which need no care for infinities, NaN and what
+rounds to infinity, and no moment in memory is infinite or NaN: see ``step._is_usual``.
 """
 
 
@@ -42,18 +50,93 @@ def _pointer(row, dtype: tl.constexpr, at):
 
 
 @triton.jit
+def _pointers(row, dtype: tl.constexpr, at, EACH: tl.constexpr):
+    """To every item, each of EACH elements."""
+    return _pointer(row, dtype, at) + (at.start // EACH + tl.arange(0, at.offset.shape[0] // EACH))
+
+
+@triton.jit
 def _load(row, dtype: tl.constexpr, at):
-    return tl.load(_pointer(row, dtype, at) + at.offset, at.mask)
+    return tl.load(_pointers(row, dtype, at, 1), at.mask)
 
 
 @triton.jit
 def _store(row, at, x):
-    tl.store(_pointer(row, x.dtype, at) + at.offset, x, at.mask)
+    tl.store(_pointers(row, x.dtype, at, 1), x, at.mask)
+
+
+# Narrow values are read and written as words that hold neighbours, and taken out by shifts and masks.
+# Left to itself LLVM makes vectors of bytes and halves, in two or three instructions a value. (Halves
+# beside float32 moments are few, and take up to 12 registers less as they are.)
+
+
+@triton.jit
+def _load_halves(row, at):
+    if at.usual is not None:
+        return tl.load(_pointers(row, tl.uint32, at, 2))
+    else:
+        return _load(row, tl.uint16, at)
+
+
+@triton.jit
+def _high_halves(halves):
+    """What :func:`_load_halves` read, each in the high half of 32 bits."""
+    if halves.dtype == tl.uint32:
+        pairs = tl.join(halves << 16, halves & 0xFFFF0000)
+        return tl.reshape(pairs, [2 * halves.shape[0]])
+    else:
+        return halves.to(tl.uint32) << 16
+
+
+@triton.jit
+def _store_high_halves(row, at, x):
+    if at.usual is not None:
+        first, second = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
+        pairs = (first >> 16) | (second & 0xFFFF0000)
+        tl.store(_pointers(row, tl.uint32, at, 2), pairs)
+    else:
+        _store(row, at, (x >> 16).to(tl.uint16))
+
+
+@triton.jit
+def _load_bytes(row, at):
+    if at.mask is None:
+        return tl.load(_pointers(row, tl.uint32, at, 4))
+    else:
+        return _load(row, tl.uint8, at)
+
+
+@triton.jit
+def _high_bytes(b):
+    """What :func:`_load_bytes` read, each in the highest byte of 32 bits, with others below."""
+    if b.dtype == tl.uint32:
+        even = tl.join(b << 24, b << 8)
+        odd = tl.join(b << 16, b)
+        return tl.reshape(tl.join(even, odd), [4 * b.shape[0]])
+    else:
+        return b.to(tl.uint32) << 24
+
+
+@triton.jit
+def _store_low_bytes(row, at, x):
+    if at.mask is None:
+        even, odd = tl.split(tl.reshape(x, [x.shape[0] // 4, 2, 2]))
+        b0, b2 = tl.split(even)
+        b1, b3 = tl.split(odd)
+        words = (b0 | (b1 << 8)) | ((b2 | (b3 << 8)) << 16)
+        tl.store(_pointers(row, tl.uint32, at, 4), words)
+    else:
+        _store(row, at, x.to(tl.uint8))
 
 
 @triton.jit
 def load_fp32(row, at):
     return _load(row, tl.float32, at)
+
+
+@triton.jit
+def decode_fp32(x, at):
+    return x
 
 
 @triton.jit
@@ -67,13 +150,23 @@ def load_fp64(row, at):
 
 
 @triton.jit
+def decode_fp64(x, at):
+    return x
+
+
+@triton.jit
 def store_fp64(row, at, x, OPERAND: tl.constexpr):
     _store(row, at, x)
 
 
 @triton.jit
 def load_fp16(row, at):
-    return _load(row, tl.float16, at).to(tl.float32)
+    return _load(row, tl.float16, at)
+
+
+@triton.jit
+def decode_fp16(x, at):
+    return x.to(tl.float32)
 
 
 @triton.jit
@@ -83,12 +176,17 @@ def store_fp16(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def load_bf16(row, at):
-    return _float_of(_load(row, tl.uint16, at).to(tl.uint32) << 16)
+    return _load_halves(row, at)
+
+
+@triton.jit
+def decode_bf16(halves, at):
+    return _float_of(_high_halves(halves))
 
 
 @triton.jit
 def store_bf16(row, at, x, OPERAND: tl.constexpr):
-    _store(row, at, _nearest_bf16(x))
+    _store_high_halves(row, at, _nearest_bf16(x, at))
 
 
 @triton.jit
@@ -102,19 +200,29 @@ def _float_of(bits):
 
 
 @triton.jit
-def _magnitude(x):
+def magnitude_bits(x):
     return (_bits_of(x) & 0x7FFFFFFF).to(tl.int32)
 
 
 @triton.jit
-def _canonical_bits(x):
-    return tl.where(_magnitude(x) > INF, 0x7FC00000, _bits_of(x))
+def largest_of_eight(x):
+    """Of each eight neighbours, which a thread holds in a full chunk."""
+    return tl.max(tl.reshape(x, [x.shape[0] // 8, 8]), 1)
 
 
 @triton.jit
-def _nearest_bf16(x):
-    bits = _canonical_bits(x)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).to(tl.uint16)
+def _canonical_bits(x, at):
+    bits = _bits_of(x)
+    if at.usual is None:
+        bits = tl.where(magnitude_bits(x) > INF, 0x7FC00000, bits)
+    return bits
+
+
+@triton.jit
+def _nearest_bf16(x, at):
+    """In the high half of 32 bits; what is below does not count."""
+    bits = _canonical_bits(x, at)
+    return bits + 0x7FFF + ((bits >> 16) & 1)
 
 
 # Random bits, as in fused_optim.rounding.
@@ -123,7 +231,11 @@ def _nearest_bf16(x):
 @triton.jit
 def _dither(at, OPERAND: tl.constexpr, BITS: tl.constexpr):
     weyl = _bits_of(at.count) * 0x9E3779B9
-    return (at.offset.to(tl.uint32) * OPERAND + weyl) >> (32 - BITS)
+    # Eight neighbours, which one thread holds, are constants apart.
+    N: tl.constexpr = at.offset.shape[0] // 8
+    first = at.start.to(tl.uint32) + 8 * tl.arange(0, N).to(tl.uint32)
+    dither = (first * OPERAND + weyl)[:, None] + (tl.arange(0, 8).to(tl.uint32) * OPERAND)[None, :]
+    return tl.reshape(dither, [8 * N]) >> (32 - BITS)
 
 
 @triton.jit
@@ -158,8 +270,13 @@ def _random_words(at):
 
 @triton.jit
 def load_bf16_master(row, at):
-    master = load_fp32(row + EXTRA, at)
-    param = _load(row, tl.uint16, at).to(tl.uint32) << 16
+    return _load_halves(row, at), load_fp32(row + EXTRA, at)
+
+
+@triton.jit
+def decode_bf16_master(parts, at):
+    halves, master = parts
+    param = _high_halves(halves)
     # Half a unit apart at most, unless somebody wrote to the parameter; in int32, which wraps.
     apart = (_bits_of(master) - param).to(tl.int32, bitcast=True)
     return tl.where((apart >= -0x8000) & (apart <= 0x8000), master, _float_of(param))
@@ -173,8 +290,12 @@ def store_bf16_master(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def load_fp16_master(row, at):
-    master = load_fp32(row + EXTRA, at)
-    stored = _load(row, tl.float16, at)
+    return _load(row, tl.float16, at), load_fp32(row + EXTRA, at)
+
+
+@triton.jit
+def decode_fp16_master(parts, at):
+    stored, master = parts
     ours = master.to(tl.float16).to(tl.uint16, bitcast=True) == stored.to(tl.uint16, bitcast=True)
     return tl.where(ours, master, stored.to(tl.float32))
 
@@ -186,49 +307,72 @@ def store_fp16_master(row, at, x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _joined(high, rest):
-    # A zero has no negative rest unless somebody wrote it to the parameter: then there is none.
-    written = ((high & 0x7FFF) == 0) & (rest < 0)
-    return _float_of((high << 16) + tl.where(written, 0, rest).to(tl.uint32))
+def _signed(x):
+    return x.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def _joined(high, rest, at):
+    """``high``: a bfloat16's bits, in the high half of 32. ``rest``: int32."""
+    joined = high + rest.to(tl.uint32, bitcast=True)
+    if at.usual is None:
+        # A zero has no negative rest unless somebody wrote it to the parameter: then there is none. No
+        # other sum changes its sign. (Where it is, the sum is a NaN, and so is the new parameter.)
+        joined = tl.where(_signed(joined ^ high) < 0, high, joined)
+    return _float_of(joined)
 
 
 @triton.jit
 def load_split16(row, at):
-    return _joined(_load(row, tl.uint16, at).to(tl.uint32), _load(row + EXTRA, tl.int16, at).to(tl.int32))
+    return _load_halves(row, at), _load_halves(row + EXTRA, at)
+
+
+@triton.jit
+def decode_split16(parts, at):
+    high, rest = parts
+    return _joined(_high_halves(high), _signed(_high_halves(rest)) >> 16, at)
 
 
 @triton.jit
 def store_split16(row, at, x, OPERAND: tl.constexpr):
-    bits = _canonical_bits(x)
-    _store(row, at, ((bits + 0x8000) >> 16).to(tl.uint16))
-    _store(row + EXTRA, at, bits.to(tl.uint16))
+    bits = _canonical_bits(x, at)
+    _store_high_halves(row, at, bits + 0x8000)
+    _store_high_halves(row + EXTRA, at, bits << 16)
 
 
 @triton.jit
 def load_split8(row, at):
-    rest = _load(row + EXTRA, tl.int8, at).to(tl.int32) << 8
-    return _joined(_load(row, tl.uint16, at).to(tl.uint32), rest)
+    return _load_halves(row, at), _load_bytes(row + EXTRA, at)
+
+
+@triton.jit
+def decode_split8(parts, at):
+    high, rest = parts
+    return _joined(_high_halves(high), (_signed(_high_bytes(rest)) >> 16) & -0x100, at)
 
 
 @triton.jit
 def store_split8(row, at, x, OPERAND: tl.constexpr):
-    bits = _canonical_bits(x)
-    # The largest finite values are cut: no dither carries them to infinity.
-    bits += tl.where((bits & 0x7FFFFFFF) >= 0x7F7FFF00, 0, _dither(at, OPERAND, 8))
-    bits = bits & 0xFFFFFF00
-    _store(row, at, ((bits + 0x8000) >> 16).to(tl.uint16))
-    _store(row + EXTRA, at, (bits >> 8).to(tl.uint8))
+    bits, dither = _canonical_bits(x, at), _dither(at, OPERAND, 8)
+    if at.usual is None:
+        # The largest finite values are cut: no dither carries them to infinity.
+        dither = tl.where((bits & 0x7FFFFFFF) >= 0x7F7FFF00, 0, dither)
+    bits += dither
+    _store_high_halves(row, at, bits + 0x8000)
+    _store_low_bytes(row + EXTRA, at, (bits >> 8) & 0xFF)
 
 
 @triton.jit
-def _round_to_bf16(x, word):
-    word = tl.where(_magnitude(x) >= 0x7F7F0000, 0x8000, word)
-    return ((_canonical_bits(x) + word) >> 16).to(tl.uint16)
+def _round_to_bf16(x, word, at):
+    """In the high half of 32 bits; what is below does not count."""
+    if at.usual is None:
+        word = tl.where(magnitude_bits(x) >= 0x7F7F0000, 0x8000, word)
+    return _canonical_bits(x, at) + word
 
 
 @triton.jit
 def _round_to_fp16(x, word):
-    magnitude = _magnitude(x)
+    magnitude = magnitude_bits(x)
     word = tl.where(magnitude >= 0x477FE000, 0x8000, word).to(tl.int32)  # the largest float16
     normal = (magnitude - 0x38000000 + (word >> 3)) >> 13
     small = magnitude < 0x38800000  # 2^-14
@@ -244,13 +388,23 @@ def load_bf16_stochastic(row, at):
 
 
 @triton.jit
+def decode_bf16_stochastic(halves, at):
+    return decode_bf16(halves, at)
+
+
+@triton.jit
 def store_bf16_stochastic(row, at, x, OPERAND: tl.constexpr):
-    _store(row, at, _round_to_bf16(x, _random_words(at)))
+    _store_high_halves(row, at, _round_to_bf16(x, _random_words(at), at))
 
 
 @triton.jit
 def load_fp16_stochastic(row, at):
     return load_fp16(row, at)
+
+
+@triton.jit
+def decode_fp16_stochastic(x, at):
+    return decode_fp16(x, at)
 
 
 @triton.jit
@@ -267,13 +421,19 @@ def load_bf16_dither(row, at):
 
 
 @triton.jit
+def decode_bf16_dither(halves, at):
+    return decode_bf16(halves, at)
+
+
+@triton.jit
 def store_bf16_dither(row, at, x, OPERAND: tl.constexpr):
-    _store(row, at, _round_to_bf16(x, _dither(at, OPERAND, 16)))
+    _store_high_halves(row, at, _round_to_bf16(x, _dither(at, OPERAND, 16), at))
 
 
 @triton.jit
 def _bases(row, at):
-    return tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + at.block
+    block = at.start // BLOCK + tl.arange(0, at.offset.shape[0] // BLOCK)
+    return tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + block
 
 
 @triton.jit
@@ -297,12 +457,10 @@ def _power_of_two(exponent):
 def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
     """For each block the exponent that is ORDERS below that of its largest finite value, stored."""
     N: tl.constexpr = magnitude.shape[0] // BLOCK
-    # One exponent more makes infinities and NaN negative.
-    finite = (magnitude.to(tl.uint32) + 0x00800000).to(tl.int32)
     if at.mask is not None:
-        finite = tl.where(at.mask, finite, 0)
-    largest = tl.max(tl.reshape(finite, [N, BLOCK]), 1)
-    base = tl.maximum((largest >> 23) - (ORDERS + 1), 0)
+        magnitude = tl.where(at.mask & (magnitude < INF), magnitude, 0)
+    largest = tl.max(tl.reshape(magnitude, [N, BLOCK]), 1)
+    base = tl.maximum((largest >> 23) - ORDERS, 0)
     # 16 threads hold a block in a full chunk and one of them stores: stored as one value a block,
     # bases go through shared memory. ``+ lane`` tells the compiler which threads are neighbours.
     lane = tl.arange(0, 16)[None, :]
@@ -315,29 +473,43 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
 
 
 @triton.jit
-def _or_special(code, magnitude, INFINITY: tl.constexpr):
-    """``code``, or INFINITY of infinities and the next one of NaN."""
+def _unusual(code, magnitude, base, INFINITY: tl.constexpr):
+    """Codes of infinity and, after it, NaN; and no finite value is rounded to infinity, of which 2040
+    is the code under base 0."""
+    code = tl.minimum(code, _of_elements(2039 - 8 * base))
     return tl.where(magnitude >= INF, tl.minimum(magnitude - (INF - INFINITY), INFINITY + 1), code)
 
 
 @triton.jit
 def load_e5m3(row, at):
-    code = _load(row, tl.uint8, at).to(tl.int32)
-    bits = (code << 20) + _of_elements(_load_base(row, at) << 23)
-    bits = tl.where(code == 0, 0, bits)
-    return _float_of(tl.where(code >= 254, ((code - 254) << 22) + INF, bits))
+    return _load_bytes(row, at), _of_elements(_load_base(row, at) << 23)
+
+
+@triton.jit
+def decode_e5m3(parts, at):
+    stored, base = parts
+    code = ((_high_bytes(stored) >> 4) & 0x0FF00000).to(tl.int32)
+    bits = tl.where(code == 0, 0, code + base)
+    if at.usual is None:
+        bits = tl.where(code >= (254 << 20), (code << 2) + (INF - (254 << 22)), bits)
+    return _float_of(bits)
+
+
+@triton.jit
+def special_e5m3(words):
+    """Not zero where a byte is 254 or 255."""
+    return ((words & 0x7F7F7F7F) + 0x02020202) & words & 0x80808080
 
 
 @triton.jit
 def store_e5m3(row, at, x, OPERAND: tl.constexpr):
-    magnitude = _magnitude(x)
+    magnitude = magnitude_bits(x)
     base = _new_base(row, at, magnitude, 30)
     code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - _of_elements(8 * base)
-    # At least 1, but for zero; at most 248 and the largest finite float32's, 2039.
-    limit = _of_elements(tl.minimum(248, 2039 - 8 * base))
-    code = tl.minimum(tl.maximum(code, tl.minimum(magnitude, 1)), limit)
-    code = _or_special(code, magnitude, 254)
-    _store(row, at, code.to(tl.uint8))
+    code = tl.minimum(tl.maximum(code, 1), magnitude)  # zero is the only one below its code
+    if at.usual is None:
+        code = _unusual(code, magnitude, base, 254)
+    _store_low_bytes(row, at, code.to(tl.uint32))
 
 
 # A finite code, shifted, is a float32 of the value under base 0, subnormal values too: the base is a
@@ -346,23 +518,34 @@ def store_e5m3(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def load_e4m3(row, at):
-    stored = _load(row, tl.int8, at).to(tl.int32)
-    x = (stored << 20) & -0x78100000
-    base = _load_base(row, at)
-    half = tl.minimum(base, 127)
-    y = _float_of(x) * _of_elements(_power_of_two(half)) * _of_elements(_power_of_two(base - half))
-    special = ((x << 2) + (INF - (126 << 22))) | (x & -0x80000000)
-    return tl.where((x & 0x7FFFFFFF) >= (126 << 20), _float_of(special), y)
+    return _load_bytes(row, at), _load_base(row, at)
+
+
+@triton.jit
+def decode_e4m3(parts, at):
+    stored, base = parts
+    x = (_signed(_high_bytes(stored)) >> 4) & -0x78100000
+    y = _float_of(x) * 2.0**120 * _of_elements(_power_of_two(base - 120))
+    if at.usual is None:
+        special = ((x << 2) + (INF - (126 << 22))) | (x & -0x80000000)
+        y = tl.where((x & 0x7FFFFFFF) >= (126 << 20), _float_of(special), y)
+    return y
+
+
+@triton.jit
+def special_e4m3(words):
+    """Not zero where a byte is 126 or 127, or that with a sign."""
+    return ((words & 0x7F7F7F7F) + 0x02020202) & 0x80808080
 
 
 @triton.jit
 def store_e4m3(row, at, x, OPERAND: tl.constexpr):
-    magnitude = _magnitude(x)
+    magnitude = magnitude_bits(x)
     base = _new_base(row, at, magnitude, 14)
     # The larger power first: a product that it rounds is zero after the other.
     half = tl.minimum(base, 126)
     y = tl.abs(x) * _of_elements(_power_of_two(half - base)) * _of_elements(_power_of_two(-half))
-    code = (_magnitude(y) + _dither(at, OPERAND, 20).to(tl.int32)) >> 20
-    code = tl.minimum(code, _of_elements(tl.minimum(120, 2039 - 8 * base)))
-    code = _or_special(code, magnitude, 126)
-    _store(row, at, (code.to(tl.uint32) | ((_bits_of(x) >> 24) & 0x80)).to(tl.uint8))
+    code = (_bits_of(y) + _dither(at, OPERAND, 20)) >> 20
+    if at.usual is None:
+        code = _unusual(code.to(tl.int32), magnitude, base, 126).to(tl.uint32)
+    _store_low_bytes(row, at, code | ((_bits_of(x) >> 24) & 0x80))

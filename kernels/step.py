@@ -54,12 +54,20 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, chunk: in
     return {
         "RULE": getattr(rules, rule),
         "LOAD_GRAD": getattr(codecs, f"load_{grad}"),
+        "DECODE_GRAD": getattr(codecs, f"decode_{grad}"),
         "LOAD_PARAM": getattr(codecs, f"load_{param}"),
+        "DECODE_PARAM": getattr(codecs, f"decode_{param}"),
         "STORE_PARAM": getattr(codecs, f"store_{param}"),
         "LOAD_MU": getattr(codecs, f"load_{mu}"),
+        "DECODE_MU": getattr(codecs, f"decode_{mu}"),
         "STORE_MU": getattr(codecs, f"store_{mu}"),
         "LOAD_NU": getattr(codecs, f"load_{nu}"),
+        "DECODE_NU": getattr(codecs, f"decode_{nu}"),
         "STORE_NU": getattr(codecs, f"store_{nu}"),
+        "NARROW_PARAM": param in codecs.NARROW,
+        "NARROW_MOMENTS": mu in codecs.NARROW,
+        "SPECIAL_MU": getattr(codecs, f"special_{mu}", None),
+        "SPECIAL_NU": getattr(codecs, f"special_{nu}", None),
         "CHUNK": chunk,
         "TAIL": THREADS,
     }
@@ -71,6 +79,14 @@ def launch_options(target: str, warp_size: int, threads: int) -> dict[str, Any]:
     if target == "cuda":
         options["enable_reflect_ftz"] = False
     return options
+
+
+def with_register_limit(options: dict[str, Any], constants: dict[str, Any]) -> dict[str, Any]:
+    """Options for a kernel of these constants. With narrow moments 80 registers do, for three blocks of
+    256 threads in 65,536: left to itself Triton 3.6's compiler takes up to 108, for two. With float32
+    moments the limit makes it spill where it takes less on its own."""
+    nvidia = "enable_reflect_ftz" in options
+    return options | {"maxnreg": 80} if nvidia and constants["NARROW_MOMENTS"] else options
 
 
 @triton.jit
@@ -130,26 +146,28 @@ def prologue_kernel(
 
 
 @triton.jit
-def _update(
-    row,
-    at,
-    c,
-    RULE: tl.constexpr,
-    LOAD_GRAD: tl.constexpr,
-    LOAD_PARAM: tl.constexpr,
-    STORE_PARAM: tl.constexpr,
-    LOAD_MU: tl.constexpr,
-    STORE_MU: tl.constexpr,
-    LOAD_NU: tl.constexpr,
-    STORE_NU: tl.constexpr,
-):
-    p = LOAD_PARAM(row + PARAM, at)
-    g = LOAD_GRAD(row + GRAD, at)
-    mu = LOAD_MU(row + MU, at)
-    nu = LOAD_NU(row + NU, at)
+def _new_values(
+    row, at, c, RULE: tl.constexpr, LOAD_PARAM: tl.constexpr, DECODE_PARAM: tl.constexpr,
+    LOAD_GRAD: tl.constexpr, DECODE_GRAD: tl.constexpr, LOAD_MU: tl.constexpr, DECODE_MU: tl.constexpr,
+    LOAD_NU: tl.constexpr, DECODE_NU: tl.constexpr,
+):  # fmt: skip
+    """Parameter and moments after the step, and what the moments were stored as."""
+    stored_p = LOAD_PARAM(row + PARAM, at)
+    stored_g = LOAD_GRAD(row + GRAD, at)
+    stored_mu = LOAD_MU(row + MU, at)
+    stored_nu = LOAD_NU(row + NU, at)
+    g = DECODE_GRAD(stored_g, at)
     if c.grad_divisor != 1:
         g = rules.divide(g, c.grad_divisor)
+    p, mu, nu = DECODE_PARAM(stored_p, at), DECODE_MU(stored_mu, at), DECODE_NU(stored_nu, at)
     p, mu, nu = RULE(p, g, mu, nu, c)
+    return p, mu, nu, stored_mu, stored_nu
+
+
+@triton.jit
+def _store(
+    row, at, p, mu, nu, STORE_PARAM: tl.constexpr, STORE_MU: tl.constexpr, STORE_NU: tl.constexpr
+):  # fmt: skip
     # This order takes up to 30 registers less than others where moments are stored in few bits.
     STORE_NU(row + NU, at, nu, codecs.NU)
     STORE_PARAM(row + PARAM, at, p, codecs.PARAM)
@@ -157,21 +175,32 @@ def _update(
 
 
 @triton.jit
+def _is_usual(
+    p, mu, nu, stored_mu, stored_nu, NARROW_PARAM: tl.constexpr, SPECIAL_MU: tl.constexpr,
+    SPECIAL_NU: tl.constexpr,
+):  # fmt: skip
+    """``At.usual`` of a full chunk, where moments are narrow. One test of all costs less than a select for
+    each value; with float32 moments it would cost more."""
+    largest = codecs.largest_of_eight(codecs.magnitude_bits(mu))
+    largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(nu)))
+    if NARROW_PARAM:
+        largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(p)))
+    if SPECIAL_MU is not None:
+        special = SPECIAL_MU(stored_mu[0]) | SPECIAL_NU(stored_nu[0])
+        first, second = tl.split(tl.reshape(special, [special.shape[0] // 2, 2]))
+        largest = tl.where((first | second) == 0, largest, codecs.INF)
+    return tl.max(largest, 0) < 0x7F000000
+
+
+@triton.jit
 def step_kernel(
-    rows,
-    chunks,
-    coefficients,
-    RULE: tl.constexpr,
-    LOAD_GRAD: tl.constexpr,
-    LOAD_PARAM: tl.constexpr,
-    STORE_PARAM: tl.constexpr,
-    LOAD_MU: tl.constexpr,
-    STORE_MU: tl.constexpr,
-    LOAD_NU: tl.constexpr,
-    STORE_NU: tl.constexpr,
-    CHUNK: tl.constexpr,
-    TAIL: tl.constexpr,
-):
+    rows, chunks, coefficients, RULE: tl.constexpr, LOAD_GRAD: tl.constexpr, DECODE_GRAD: tl.constexpr,
+    LOAD_PARAM: tl.constexpr, DECODE_PARAM: tl.constexpr, STORE_PARAM: tl.constexpr,
+    LOAD_MU: tl.constexpr, DECODE_MU: tl.constexpr, STORE_MU: tl.constexpr,
+    LOAD_NU: tl.constexpr, DECODE_NU: tl.constexpr, STORE_NU: tl.constexpr,
+    NARROW_PARAM: tl.constexpr, NARROW_MOMENTS: tl.constexpr,
+    SPECIAL_MU: tl.constexpr, SPECIAL_NU: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr,
+):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
     row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW_COLUMNS
     chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
@@ -197,21 +226,30 @@ def step_kernel(
         if chunk >= 0:
             start = chunk * CHUNK
             offset = start + tl.arange(0, CHUNK)
-            block = start // codecs.BLOCK + tl.arange(0, CHUNK // codecs.BLOCK)
-            at = codecs.At(start, offset, None, block, None, count, key)
-            _update(
-                row, at, c, RULE, LOAD_GRAD, LOAD_PARAM, STORE_PARAM, LOAD_MU, STORE_MU, LOAD_NU, STORE_NU
-            )
-        else:
+            at = codecs.At(start, offset, None, None, count, key, True if NARROW_MOMENTS else None)
+            p, mu, nu, stored_mu, stored_nu = _new_values(
+                row, at, c, RULE, LOAD_PARAM, DECODE_PARAM, LOAD_GRAD, DECODE_GRAD,
+                LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU,
+            )  # fmt: skip
+            if NARROW_MOMENTS:
+                if _is_usual(p, mu, nu, stored_mu, stored_nu, NARROW_PARAM, SPECIAL_MU, SPECIAL_NU):
+                    _store(row, at, p, mu, nu, STORE_PARAM, STORE_MU, STORE_NU)
+                else:
+                    chunk = -1 - chunk
+            else:
+                _store(row, at, p, mu, nu, STORE_PARAM, STORE_MU, STORE_NU)
+        if chunk < 0:
             start = (-1 - chunk) * CHUNK
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
                 offset = start + tl.arange(0, TAIL)
                 block = start // codecs.BLOCK + tl.arange(0, TAIL // codecs.BLOCK)
-                at = codecs.At(start, offset, offset < end, block, block * codecs.BLOCK < end, count, key)
-                _update(
-                    row, at, c, RULE, LOAD_GRAD, LOAD_PARAM, STORE_PARAM, LOAD_MU, STORE_MU, LOAD_NU, STORE_NU
-                )
+                at = codecs.At(start, offset, offset < end, block * codecs.BLOCK < end, count, key, None)
+                p, mu, nu, _, _ = _new_values(
+                    row, at, c, RULE, LOAD_PARAM, DECODE_PARAM, LOAD_GRAD, DECODE_GRAD,
+                    LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU,
+                )  # fmt: skip
+                _store(row, at, p, mu, nu, STORE_PARAM, STORE_MU, STORE_NU)
                 start += TAIL
 
 
@@ -243,4 +281,5 @@ def launch_step(
     rows: Any, chunks: Any, coefficients: Any, constants: dict[str, Any], options: dict[str, Any]
 ) -> None:
     """Step every chunk."""
+    options = with_register_limit(options, constants)
     step_kernel[(len(chunks),)](rows, chunks, coefficients, **constants, **options)

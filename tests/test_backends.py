@@ -392,6 +392,29 @@ def test_special_values_in_memory_formats(backend: str, rule: str, memory: str) 
 
 @backends
 @rules
+@memory_formats
+@pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from Triton's interpreter
+def test_one_rare_value_in_a_full_chunk(backend: str, rule: str, memory: str) -> None:
+    """Each alone, in a gradient; then in memory, where gradients are ordinary again; and a zero that is
+    written to a parameter."""
+    rare = special_values(DTYPES[MEMORY[memory][0]][1])
+    pair = pair_in(memory, rule, backend, [(2048,)] * (len(rare) + 1))
+    for step in range(3):
+        for i, (p, q) in enumerate(zip(pair.want, pair.got)):
+            g = values(pair.rng, p.shape, pair.grad_dtype)
+            if step == 0 and i < len(rare):
+                g[1000] = rare[i].to(g.dtype)
+            p.grad, q.grad = g, g.to(q.device)
+        with torch.no_grad():
+            pair.want[-1][:1000:3] = 0
+            pair.got[-1][:1000:3] = 0
+        pair.eager.step()
+        pair.optimizer.step()
+    pair.check()
+
+
+@backends
+@rules
 @pytest.mark.parametrize("dtypes", [DTYPES["fp32"], DTYPES["fp64"], DTYPES["bf16"], DTYPES["fp16"]], ids=str)
 @pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, from Triton's interpreter
 def test_special_values(backend: str, rule: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
