@@ -186,6 +186,8 @@ def adabelief_nesterov(
 def adamaxw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
     """AdamaxW: Adam with an exponentially weighted infinity norm, decay decoupled."""
     m = first_moment(g, m, c)
-    v = torch.maximum(g.abs() + c.eps, c.beta2 * v)
+    largest, decayed = g.abs() + c.eps, c.beta2 * v
+    # Not torch.maximum: which of +0 and -0 it gives depends on the element's place.
+    v = torch.where((decayed > largest) | decayed.isnan(), decayed, largest)
     u = (m / c.bias_correction1) / v
     return apply_update(p, u, c), m, v

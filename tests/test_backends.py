@@ -588,3 +588,18 @@ def test_launches_of_cuda(model: str, flatten: bool, monkeypatch: pytest.MonkeyP
     assert calls[-1][:6] == ("adabelief", "fp32", "fp32", "fp32", "fp32", batch.rows.data_ptr())
     assert calls[-1][7] == len(batch.chunks(4096)) and calls[-1][9] == len(params)
     assert calls[-1][-2] == 7
+
+
+@pytest.mark.parametrize("backend", ["eager", "cpu"])
+@pytest.mark.parametrize("n", [8, 16])
+def test_the_largest_of_two_zeros_is_the_gradients(backend: str, n: int) -> None:
+    """Wherever the element lies: a vectorised maximum and a scalar one may take either."""
+    if backend == "cpu" and (reason := BACKENDS["cpu"].why_not(torch.device("cpu"))):
+        pytest.skip(f"backend cpu: {reason}")
+    p = torch.nn.Parameter(torch.ones(n))
+    p.grad = torch.zeros(n)
+    optimizer = AdamaxW([p], eps=0.0, backend=backend)
+    optimizer.step()
+    optimizer.state[p]["exp_inf"].fill_(-0.0)
+    optimizer.step()
+    assert not optimizer.state[p]["exp_inf"].signbit().any()

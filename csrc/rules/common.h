@@ -8,11 +8,11 @@
 
 namespace fused_optim {
 
-// NaN on either side gives NaN, unlike fmax.
+// NaN on either side gives NaN, unlike fmax. Of two zeros it is x.
 template <class T>
 FUSED_OPTIM_HD T maximum(T x, T y) {
-  const T larger = x > y ? x : y;
-  return x != x ? x : larger;
+  const T larger = y > x ? y : x;
+  return y != y ? y : larger;
 }
 
 // From step 165 on for beta1 = 0.9 the first moment's correction is 1, and dividing by it changes
