@@ -39,6 +39,9 @@ class _Styles:
         return self.known[name]
 
 
+DTYPES_SHOWN = "full markers: float32 parameters; empty: of 16 bits"
+
+
 def short(name: str) -> str:
     """A provider's name as legends have room for it."""
     return name.replace("fused_optim ", "ours: ")
@@ -57,8 +60,25 @@ def _figure(title: str, described: dict[str, Any]) -> tuple[Figure, Axes]:
     return figure, axes
 
 
-def _legend(axes: Axes) -> None:
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+def _legend(axes: Axes, title: str | None = None) -> None:
+    """Beside the axes, each label once, in as many columns as the height asks for."""
+    handles, labels = axes.get_legend_handles_labels()
+    once = dict(zip(reversed(labels), reversed(handles)))
+    columns = 1 + (len(once) - 1) // 24
+    figure = axes.get_figure()
+    assert isinstance(figure, Figure)
+    figure.set_figwidth(10 + 2.5 * (columns - 1))
+    axes.legend(
+        list(reversed(once.values())),
+        list(reversed(once)),
+        loc="center left",
+        bbox_to_anchor=(1.01, 0.5),
+        fontsize=8,
+        frameon=False,
+        ncols=columns,
+        title=title,
+        title_fontsize=8,
+    )
 
 
 def _measured(records: Sequence[Record], measure: str, dtype: str | None = None) -> list[Record]:
@@ -179,7 +199,7 @@ def bytes_and_time(records: Sequence[Record], described: dict[str, Any], styles:
             r["bytes_per_parameter"],
             r["median"],
             markerfacecolor=style["color"] if filled else "white",
-            label=f"{short(r['provider'])}, {r['dtype']}",
+            label=short(r["provider"]),
             **style,
         )
     loops = [r for r in largest if r["roof"] and r["format"] == "fp32" and r["dtype"] == "float32"]
@@ -194,7 +214,7 @@ def bytes_and_time(records: Sequence[Record], described: dict[str, Any], styles:
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("bytes a parameter (parameter, gradient, states)")
     axes.set_ylabel("milliseconds a step")
-    _legend(axes)
+    _legend(axes, DTYPES_SHOWN)
     return figure
 
 
@@ -217,7 +237,7 @@ def roofline(
             intensity,
             operations * r["parameters"] / r["median"] / 1e6,
             markerfacecolor=style["color"] if r["dtype"] == "float32" else "white",
-            label=f"{short(r['provider'])}, {r['dtype']}",
+            label=short(r["provider"]),
             **style,
         )
     ends = (0.8 * min(intensities), 1.25 * max(intensities))
@@ -237,7 +257,7 @@ def roofline(
     axes.tick_params(which="minor", labelsize=7)
     axes.set_xlabel("floating-point operations a byte moved")
     axes.set_ylabel("billion floating-point operations a second")
-    _legend(axes)
+    _legend(axes, DTYPES_SHOWN)
     return figure
 
 
