@@ -290,7 +290,8 @@ def store_bf16_master(row, at, x, OPERAND: tl.constexpr):
 
 @triton.jit
 def load_fp16_master(row, at):
-    return _load(row, tl.float16, at), load_fp32(row + EXTRA, at)
+    master = load_fp32(row + EXTRA, at)
+    return _load(row, tl.float16, at), master
 
 
 @triton.jit

@@ -149,17 +149,25 @@ def prologue_kernel(
 def _new_values(
     row, at, c, RULE: tl.constexpr, LOAD_PARAM: tl.constexpr, DECODE_PARAM: tl.constexpr,
     LOAD_GRAD: tl.constexpr, DECODE_GRAD: tl.constexpr, LOAD_MU: tl.constexpr, DECODE_MU: tl.constexpr,
-    LOAD_NU: tl.constexpr, DECODE_NU: tl.constexpr,
+    LOAD_NU: tl.constexpr, DECODE_NU: tl.constexpr, NARROW_MOMENTS: tl.constexpr,
 ):  # fmt: skip
     """Parameter and moments after the step, and what the moments were stored as."""
-    stored_p = LOAD_PARAM(row + PARAM, at)
-    stored_g = LOAD_GRAD(row + GRAD, at)
+    # With float32 moments decoded at once, or masters spill 16 bytes; else late, or 8-bit moments spill.
+    p = LOAD_PARAM(row + PARAM, at)
+    if not NARROW_MOMENTS:
+        p = DECODE_PARAM(p, at)
+    g = LOAD_GRAD(row + GRAD, at)
+    if not NARROW_MOMENTS:
+        g = DECODE_GRAD(g, at)
     stored_mu = LOAD_MU(row + MU, at)
     stored_nu = LOAD_NU(row + NU, at)
-    g = DECODE_GRAD(stored_g, at)
+    if NARROW_MOMENTS:
+        g = DECODE_GRAD(g, at)
     if c.grad_divisor != 1:
         g = rules.divide(g, c.grad_divisor)
-    p, mu, nu = DECODE_PARAM(stored_p, at), DECODE_MU(stored_mu, at), DECODE_NU(stored_nu, at)
+    if NARROW_MOMENTS:
+        p = DECODE_PARAM(p, at)
+    mu, nu = DECODE_MU(stored_mu, at), DECODE_NU(stored_nu, at)
     p, mu, nu = RULE(p, g, mu, nu, c)
     return p, mu, nu, stored_mu, stored_nu
 
@@ -229,7 +237,7 @@ def step_kernel(
             at = codecs.At(start, offset, None, None, count, key, True if NARROW_MOMENTS else None)
             p, mu, nu, stored_mu, stored_nu = _new_values(
                 row, at, c, RULE, LOAD_PARAM, DECODE_PARAM, LOAD_GRAD, DECODE_GRAD,
-                LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU,
+                LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU, NARROW_MOMENTS,
             )  # fmt: skip
             if NARROW_MOMENTS:
                 if _is_usual(p, mu, nu, stored_mu, stored_nu, NARROW_PARAM, SPECIAL_MU, SPECIAL_NU):
@@ -247,7 +255,7 @@ def step_kernel(
                 at = codecs.At(start, offset, offset < end, block * codecs.BLOCK < end, count, key, None)
                 p, mu, nu, _, _ = _new_values(
                     row, at, c, RULE, LOAD_PARAM, DECODE_PARAM, LOAD_GRAD, DECODE_GRAD,
-                    LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU,
+                    LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU, NARROW_MOMENTS,
                 )  # fmt: skip
                 _store(row, at, p, mu, nu, STORE_PARAM, STORE_MU, STORE_NU)
                 start += TAIL
