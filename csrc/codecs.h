@@ -63,9 +63,11 @@ FUSED_OPTIM_HD auto canonical_bits(F x) {
   return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x));
 }
 
-struct Fp32 : Codec {
-  static constexpr const char* name = "fp32";
-  using Stored = float;
+// Stored as it is.
+template <class T>
+struct Plain : Codec {
+  using Stored = T;
+  using Working = T;
   template <class F>
   static FUSED_OPTIM_HD F load(F x, NoExtra) {
     return x;
@@ -76,18 +78,12 @@ struct Fp32 : Codec {
   }
 };
 
-struct Fp64 : Codec {
+struct Fp32 : Plain<float> {
+  static constexpr const char* name = "fp32";
+};
+
+struct Fp64 : Plain<double> {
   static constexpr const char* name = "fp64";
-  using Stored = double;
-  using Working = double;
-  template <class F>
-  static FUSED_OPTIM_HD F load(F x, NoExtra) {
-    return x;
-  }
-  template <class F, class R, class E>
-  static FUSED_OPTIM_HD F store(F x, R, E&) {
-    return x;
-  }
 };
 
 struct Bf16 : Codec {
@@ -237,8 +233,8 @@ struct Fp16Master : Fp16 {
 template <class W, class I>
 FUSED_OPTIM_HD auto joined(W x, I rest) {
   const auto b = upper(x), twice = b << 1;
-  const auto least = -int_of(select(twice < 0x8000u, twice, 0x8000u));
-  return float_of(b + bits_of(select(rest > least, rest, least)));
+  const auto least = -int_of(smaller(twice, 0x8000u));
+  return float_of(b + bits_of(larger(rest, least)));
 }
 
 // A float32 as a bfloat16, rounded half away from zero, and the rest.
@@ -363,9 +359,8 @@ struct Blocked : Codec {
   template <class W>
   static FUSED_OPTIM_HD auto unusual(W code, W magnitude, uint32_t base, uint32_t infinity) {
     const uint32_t limit = 2039 - 8 * base;
-    const auto finite = select(code < limit, code, limit);
     const auto special = select(magnitude > kInfinity, infinity + 1, infinity);
-    return select(magnitude < kInfinity, finite, special);
+    return select(magnitude < kInfinity, smaller(code, limit), special);
   }
 };
 
@@ -386,7 +381,7 @@ struct E4M3 : Blocked {
     const uint32_t one = normal_bits(base);
     const auto subnormal = bits_of(float_of(bits + one) - float_of(one));
     const auto normal = bits + (base << 23);
-    return select(subnormal < normal, subnormal, normal);
+    return smaller(subnormal, normal);
   }
 
   template <class W>
@@ -399,7 +394,7 @@ struct E4M3 : Blocked {
 
   template <class W>
   static FUSED_OPTIM_HD auto load_usual(W x, uint32_t base) {
-    return float_of(finite_bits(x & code_bits, base) | (x & 0x80u) << 24);
+    return float_of(finite_bits(x & code_bits, base) | ((x << 24) & 0x80000000u));
   }
 
   template <class W>
@@ -408,8 +403,7 @@ struct E4M3 : Blocked {
     const auto subnormal = int_of(bits_of(float_of(magnitude) + float_of(one)) - one);
     const auto normal = int_of(magnitude - (base << 23));
     // Below `one` the subnormal code is the larger of the two, above it the normal one.
-    const auto larger = select(subnormal > normal, subnormal, normal);
-    return (bits_of(larger) + (random >> 12)) >> 20;
+    return (bits_of(larger(subnormal, normal)) + (random >> 12)) >> 20;
   }
 
   template <class F, class R>
@@ -453,8 +447,7 @@ struct E5M3 : Blocked {
   template <class W>
   static FUSED_OPTIM_HD auto finite_code(W magnitude, W random, uint32_t base) {
     const auto code = int_of((magnitude + (random >> 12)) >> 20) - static_cast<int32_t>(8 * base);
-    const auto at_least_one = bits_of(select(code > 1, code, 1));
-    return select(at_least_one < magnitude, at_least_one, magnitude);  // zero is the only one below its code
+    return smaller(bits_of(larger(code, 1)), magnitude);  // zero is the only one below its code
   }
 
   template <class F, class R>

@@ -23,9 +23,10 @@ template <class T>
 struct Coefficients {
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, eps_root;
   T bias_correction1, bias_correction1_next, bias_correction2;
-  T neg_lr, decay, decay_kind;  // see fused_optim.reference.Coefficients
-  T grad_divisor;  // negative to ascend: dividing by it negates the quotient, bit for bit
-  uint32_t count;  // the step number, for what is rounded by it
+  T neg_lr, decay;
+  T grad_divisor;       // negative to ascend: dividing by it negates the quotient, bit for bit
+  uint32_t decay_kind;  // see fused_optim.reference.Coefficients
+  uint32_t count;       // the step number, for what is rounded by it
 };
 
 FUSED_OPTIM_HD double integer_power(double base, int64_t exponent) {
@@ -64,7 +65,7 @@ FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t co
   c.bias_correction2 = bias_correction<T>(h.beta2, count);
   c.neg_lr = static_cast<T>(-h.lr);
   c.decay = static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : h.weight_decay);
-  c.decay_kind = static_cast<T>(h.weight_decay == 0.0 ? 0 : decoupled ? 2 : 1);
+  c.decay_kind = h.weight_decay == 0.0 ? 0 : decoupled ? 2 : 1;
   c.grad_divisor = h.maximize != 0.0 ? -grad_scale : grad_scale;
   c.count = static_cast<uint32_t>(count);
   return c;

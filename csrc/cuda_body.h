@@ -287,7 +287,7 @@ struct Neighbours {
       mu.decode(k);
       nu.decode(k);
       if (c.grad_divisor != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
-      Rule::update(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
+      step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
       p.encode(k);
       mu.encode(k);
       nu.encode(k);

@@ -5,8 +5,8 @@
 // instruction set's copy for all.
 //
 // Packs of neighbours are decoded and updated in registers; a tensor's last, short pack takes the
-// same way. What is not stored as it is waits in a buffer until its tile is updated, and is encoded
-// then.
+// same way. What is not stored as it is waits in a buffer until all of its tile is known, and is
+// encoded then: narrow moments while the processor divides for the parameter.
 #pragma once
 
 #include "codecs.h"
@@ -14,13 +14,16 @@
 #include "packs.h"
 #include "rules/all.h"
 
+// Of lambdas: gcc would call those that are used twice.
+#define FUSED_OPTIM_INLINE __attribute__((always_inline))
+
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
 // A tile is what is decoded and updated before it is encoded; it begins at a multiple of kTile and has
 // whole blocks of the 8-bit formats. (Where nothing is encoded, a chunk is one tile.) While one is
-// stepped, what lies kAhead elements further is fetched. AdaBelief all in bfloat16 takes 0.28 ns an
-// element with tiles of 256, in a cache, 0.29 with 128 or 512.
+// stepped, what lies kAhead elements further is fetched. AdaBelief all in bfloat16 takes 0.26 ns an
+// element with tiles of 256 or 512, in a cache, 0.28 with 128.
 constexpr int64_t kTile = 256, kAhead = 768, kBlocks = kTile / kBlockElements;
 
 inline void prefetch_bytes(const void* first, int64_t bytes) {
@@ -63,7 +66,7 @@ FUSED_OPTIM_HD bool any_code_at_least(const Stored* codes, int64_t n, uint8_t ma
 // Whether updated values are buffered until the whole tile is updated. What they share is known
 // then, and whether all are usual; and since a processor holds only so many instructions that wait for a
 // division, the fewer a pack has the more divisions it holds: bfloat16 parameters with float32
-// moments take 0.23 ns an element, 0.27 where each pack is encoded at once.
+// moments take 0.21 ns an element, 0.29 where each pack is encoded at once.
 template <class Codec>
 constexpr bool kBuffered = !std::is_same<typename Codec::Stored, typename Codec::Working>::value;
 
@@ -71,7 +74,6 @@ constexpr bool kBuffered = !std::is_same<typename Codec::Stored, typename Codec:
 // then be in memory too.
 template <class Codec>
 struct Buffers {
-  Words largest[kBlocked<Codec> ? kBlocks : 1];  // of each block, by lane
   alignas(Words) float values[kBuffered<Codec> ? kTile : 1];
   alignas(Words) uint16_t random[Codec::random == kPhilox ? kTile : 1];
 };
@@ -91,6 +93,7 @@ struct Array {
   Words largest;                // magnitude since the tile's beginning, or the block's, by lane
   uint32_t base;                // of the block
   bool usual_codes;             // in the tile
+  bool usual_values;            // that were written to it
 
   FUSED_OPTIM_HD Array(int64_t stored_address, int64_t extra_address, int64_t begin, const Place& place,
                        Buffers<Codec>& buffers)
@@ -108,6 +111,7 @@ struct Array {
     if constexpr (kBuffered<Codec>) {
       prefetch_bytes(stored + kAhead, kTile * sizeof(Stored));
       largest = Words{};
+      usual_values = true;
     }
     if constexpr (kExtraEach<Codec>) prefetch_bytes(extra + kAhead, kTile * sizeof(Extra));
     if constexpr (Codec::random == kPhilox) random_tile(place, begin, buffers.random);
@@ -124,14 +128,7 @@ struct Array {
   }
 
   FUSED_OPTIM_HD void begin_block(int64_t block) {
-    if constexpr (kBlocked<Codec>) {
-      base = extra[block];
-      largest = Words{};
-    }
-  }
-
-  FUSED_OPTIM_HD void end_block(int64_t block) {
-    if constexpr (kBlocked<Codec>) buffers.largest[block] = largest;
+    if constexpr (kBlocked<Codec>) base = extra[block];
   }
 
   template <class Count>
@@ -156,59 +153,60 @@ struct Array {
     }
   }
 
-  // What was buffered; then to the next one.
-  FUSED_OPTIM_HD void end_tile(int64_t n) {
+  // What was written.
+  template <class Count>
+  FUSED_OPTIM_HD Pack written(int64_t i, Count n) const {
+    if constexpr (kBuffered<Codec>)
+      return read_pack(buffers.values + i);
+    else
+      return read_pack(stored + i, n);
+  }
+
+  // All of a block, elements `i` to `end`, is written.
+  FUSED_OPTIM_HD void end_block(int64_t block, int64_t i, int64_t end) {
     if constexpr (kBlocked<Codec>) {
-      for (int64_t block = 0; block * Codec::block < n; ++block)
-        write_block(block, block * Codec::block, minimum((block + 1) * Codec::block, n));
-    } else if constexpr (kBuffered<Codec>) {
-      encode_all(Codec::has_usual && !any_at_least(largest, kUnusual), 0, n);
+      if (any_at_least(largest, kUnusual)) {
+        usual_values = false;
+        largest = Words{};
+        for (; i < end; i += kWords) take_magnitudes(Codec::magnitude(read_pack(buffers.values + i)));
+      }
+      extra[block] = Codec::extra_of(largest_of(largest));
+      largest = Words{};
     }
+  }
+
+  // Whether `store_usual` will do, after all of the tile was written.
+  FUSED_OPTIM_HD bool has_usual_values() const {
+    if constexpr (!kBuffered<Codec>) return true;
+    return Codec::has_usual && (kBlocked<Codec> ? usual_values : !any_at_least(largest, kUnusual));
+  }
+
+  // In order, since dithers are made on the way.
+  template <bool usual, class Count>
+  FUSED_OPTIM_HD void encode(int64_t i, Count n) {
+    if constexpr (kBuffered<Codec>) {
+      const Floats x = read_pack(buffers.values + i);
+      Words bits{};
+      if constexpr (Codec::random == kPhilox) bits = read_pack(buffers.random + i);
+      if constexpr (Codec::random == kDither) bits = next_dithers();
+      std::conditional_t<kBlocked<Codec>, uint32_t, typename PackOf<Extra>::Pack> part{};
+      if constexpr (kBlocked<Codec>) part = base;
+      if constexpr (usual && Codec::has_usual)
+        write_pack<Codec::is_upper_half>(stored + i, Codec::store_usual(x, bits, part), n);
+      else
+        write_pack<Codec::is_upper_half>(stored + i, Codec::store(x, bits, part), n);
+      if constexpr (kExtraEach<Codec>) write_pack(extra + i, part, n);
+    }
+  }
+
+  // To the next one.
+  FUSED_OPTIM_HD void end_tile(int64_t n) {
     stored += n;
     extra += n / Codec::block;
   }
 
  private:
-  FUSED_OPTIM_HD void take_magnitudes(Words m) { largest = m > largest ? m : largest; }
-
-  FUSED_OPTIM_HD void write_block(int64_t block, int64_t i, int64_t end) {
-    largest = buffers.largest[block];
-    const bool usual = !any_at_least(largest, kUnusual);
-    if (!usual) {
-      largest = Words{};
-      for (int64_t k = i; k < end; k += kWords) take_magnitudes(Codec::magnitude(read_pack(buffers.values + k)));
-    }
-    base = extra[block] = Codec::extra_of(largest_of(largest));
-    encode_all(usual, i, end);
-  }
-
-  FUSED_OPTIM_HD void encode_all(bool usual, int64_t i, int64_t end) {
-    if (usual)
-      encode_all<Codec::has_usual>(i, end);
-    else
-      encode_all<false>(i, end);
-  }
-
-  template <bool usual>
-  FUSED_OPTIM_HD void encode_all(int64_t i, int64_t end) {
-    for (; i + kWords <= end; i += kWords) encode<usual>(i, All{});
-    if (i < end) encode<usual>(i, end - i);
-  }
-
-  template <bool usual, class Count>
-  FUSED_OPTIM_HD void encode(int64_t i, Count n) {
-    const Floats x = read_pack(buffers.values + i);
-    Words bits{};
-    if constexpr (Codec::random == kPhilox) bits = read_pack(buffers.random + i);
-    if constexpr (Codec::random == kDither) bits = next_dithers();
-    std::conditional_t<kBlocked<Codec>, uint32_t, typename PackOf<Extra>::Pack> part{};
-    if constexpr (kBlocked<Codec>) part = base;
-    if constexpr (usual)
-      write_pack<Codec::is_upper_half>(stored + i, Codec::store_usual(x, bits, part), n);
-    else
-      write_pack<Codec::is_upper_half>(stored + i, Codec::store(x, bits, part), n);
-    if constexpr (kExtraEach<Codec>) write_pack(extra + i, part, n);
-  }
+  FUSED_OPTIM_HD void take_magnitudes(Words m) { largest = larger(m, largest); }
 
   FUSED_OPTIM_HD Words next_dithers() {
     const Words bits = dithers;
@@ -217,46 +215,58 @@ struct Array {
   }
 };
 
-// The gradient, of which any format goes with any parameter's.
+// The gradient: any plain format that is decoded to T goes with any parameter's. All packs of a
+// step branch alike.
 template <class T>
 struct Gradient {
-  enum Format { kFp32, kBf16, kFp16, kNone };
+  using Pack = typename PackOf<T>::Pack;
 
-  // Those of FUSED_OPTIM_PLAIN_CODECS that are decoded to T.
-  static Format format_of(const char* name) {
-    return same(name, Fp32::name) ? kFp32 : same(name, Bf16::name) ? kBf16 : same(name, Fp16::name) ? kFp16 : kNone;
-  }
-
-  Format format;
+  int format;  // its place in FUSED_OPTIM_PLAIN_CODECS
   const void* first;
+
+  // -1 where there is no such format.
+  static int format_of(const char* name) {
+    int format = 0;
+#define FUSED_OPTIM_CASE(Codec)                                                                         \
+  if (std::is_same<typename Codec::Working, T>::value && same(name, Codec::name)) return format;        \
+  ++format;
+    FUSED_OPTIM_PLAIN_CODECS(FUSED_OPTIM_CASE)
+#undef FUSED_OPTIM_CASE
+    return -1;
+  }
 
   FUSED_OPTIM_HD void begin_tile(int64_t i) const {
-    if (format != kFp32) prefetch_bytes(static_cast<const uint16_t*>(first) + i + kAhead, kTile * sizeof(uint16_t));
+    visit([&](auto codec) {
+      using Codec = decltype(codec);
+      if (kBuffered<Codec>) prefetch_bytes(at<Codec>(i) + kAhead, kTile * sizeof(typename Codec::Stored));
+      return Pack{};
+    });
   }
 
-  // All packs of a step branch alike.
   template <class Count>
-  FUSED_OPTIM_HD Floats read(int64_t i, Count n) const {
-    if (format == kFp32) return read_pack(static_cast<const float*>(first) + i, n);
-    const auto* const halves = static_cast<const uint16_t*>(first) + i;
-    return format == kBf16 ? Bf16::load(read_pack<true>(halves, n), NoExtra{}) : Fp16::load(read_pack(halves, n), NoExtra{});
+  FUSED_OPTIM_HD Pack read(int64_t i, Count n) const {
+    return visit([&](auto codec) __attribute__((always_inline)) -> Pack {
+      using Codec = decltype(codec);
+      return Codec::load(read_pack<Codec::is_upper_half>(at<Codec>(i), n), NoExtra{});
+    });
   }
-};
 
-template <>
-struct Gradient<double> {
-  enum Format { kFp64, kNone };
+ private:
+  template <class Codec>
+  FUSED_OPTIM_HD const typename Codec::Stored* at(int64_t i) const {
+    return static_cast<const typename Codec::Stored*>(first) + i;
+  }
 
-  static Format format_of(const char* name) { return same(name, Fp64::name) ? kFp64 : kNone; }
-
-  Format format;
-  const void* first;
-
-  FUSED_OPTIM_HD void begin_tile(int64_t) const {}
-
-  template <class Count>
-  FUSED_OPTIM_HD Doubles read(int64_t i, Count n) const {
-    return read_pack(static_cast<const double*>(first) + i, n);
+  template <class Visitor>
+  FUSED_OPTIM_HD Pack visit(Visitor visitor) const {
+    int k = 0;
+#define FUSED_OPTIM_CASE(Codec)                                        \
+  if constexpr (std::is_same<typename Codec::Working, T>::value)       \
+    if (format == k) return visitor(Codec{});                          \
+  ++k;
+    FUSED_OPTIM_PLAIN_CODECS(FUSED_OPTIM_CASE)
+#undef FUSED_OPTIM_CASE
+    __builtin_unreachable();
   }
 };
 
@@ -264,6 +274,22 @@ struct Gradient<double> {
 inline void prefetch_row(const Row& row) {
   for (const int64_t operand : {row.grad, row.param, row.mu, row.nu})
     prefetch_bytes(reinterpret_cast<const void*>(operand), 256);
+}
+
+// `body(i, count)` for each pack of elements `i` to `end`.
+template <int64_t size, class Body>
+FUSED_OPTIM_HD void for_packs(int64_t i, int64_t end, Body body) {
+  for (; i + size <= end; i += size) body(i, All{});
+  if (i < end) body(i, end - i);
+}
+
+// The `n` elements that were written, of a format without blocks.
+template <class Array>
+FUSED_OPTIM_HD void encode_all(Array& array, int64_t n) {
+  if (array.has_usual_values())
+    for_packs<kWords>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE { array.template encode<true>(i, count); });
+  else
+    for_packs<kWords>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE { array.template encode<false>(i, count); });
 }
 
 // Elements `begin` to `end` of a row. The coefficients are a copy, since no write to a tensor can
@@ -289,27 +315,54 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
     grad.begin_tile(begin);
     mu.begin_tile(begin, n, place);
     nu.begin_tile(begin, n, place);
-    const auto step_pack = [&](int64_t i, auto count) __attribute__((always_inline)) {
-      Pack p = param.read(i, count), g = grad.read(begin + i, count), m = mu.read(i, count), v = nu.read(i, count);
-      if (c.grad_divisor != T(1)) g = g / c.grad_divisor;
-      Rule::update(p, g, m, v, c);
-      mu.write(m, i, count);
-      nu.write(v, i, count);
-      param.write(p, i, count);
+    const auto read_grad = [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+      const Pack g = grad.read(begin + i, count);
+      if (is_one(c.grad_divisor)) return g;
+      return g / c.grad_divisor;
     };
-    const int64_t block_length = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : n;
-    for (int64_t block = 0, i = 0; i < n; ++block) {
-      mu.begin_block(block);
-      nu.begin_block(block);
-      const int64_t block_end = minimum(i + block_length, n);
-      for (; i + size <= block_end; i += size) step_pack(i, All{});
-      if (i < block_end) {
-        step_pack(i, block_end - i);
-        i = block_end;
+    if constexpr (!kBuffered<Mu> && !kBuffered<Nu>) {
+      for_packs<size>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+        const Pack p = param.read(i, count), g = read_grad(i, count);
+        Pack m = mu.read(i, count), v = nu.read(i, count);
+        Rule::moments(g, m, v, c);
+        mu.write(m, i, count);
+        nu.write(v, i, count);
+        param.write(apply_update(p, Rule::update(g, m, v, c), c), i, count);
+      });
+    } else {
+      const int64_t block_length = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : n;
+      for (int64_t block = 0, i = 0; i < n; ++block, i += block_length) {
+        const int64_t block_end = minimum(i + block_length, n);
+        mu.begin_block(block);
+        nu.begin_block(block);
+        for_packs<size>(i, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+          Pack m = mu.read(i, count), v = nu.read(i, count);
+          Rule::moments(read_grad(i, count), m, v, c);
+          mu.write(m, i, count);
+          nu.write(v, i, count);
+        });
+        mu.end_block(block, i, block_end);
+        nu.end_block(block, i, block_end);
       }
-      mu.end_block(block);
-      nu.end_block(block);
+      const auto update_and_encode = [&](auto usual) FUSED_OPTIM_INLINE {
+        for (int64_t block = 0, i = 0; i < n; ++block, i += block_length) {
+          mu.begin_block(block);
+          nu.begin_block(block);
+          for_packs<size>(i, minimum(i + block_length, n), [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+            const Pack p = param.read(i, count), m = mu.written(i, count), v = nu.written(i, count);
+            const Pack u = Rule::update(read_grad(i, count), m, v, c);
+            mu.template encode<usual.value>(i, count);
+            nu.template encode<usual.value>(i, count);
+            param.write(apply_update(p, u, c), i, count);
+          });
+        }
+      };
+      if (mu.has_usual_values() && nu.has_usual_values())
+        update_and_encode(std::true_type{});
+      else
+        update_and_encode(std::false_type{});
     }
+    encode_all(param, n);
     mu.end_tile(n);
     nu.end_tile(n);
     param.end_tile(n);
@@ -319,7 +372,7 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
 template <class Rule, class Param, class Mu, class Nu>
 void step_chunks(const Task& task, int64_t first, int64_t last) {
   using T = typename Param::Working;
-  const auto grad_format = Gradient<T>::format_of(task.grad_format);
+  const int grad_format = Gradient<T>::format_of(task.grad_format);
   for (int64_t k = first; k < last; ++k) {
     if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row)
       prefetch_row(task.rows[task.chunks[k + 2].row]);
@@ -337,18 +390,15 @@ template <class Codec, Operand operand>
 void encode_operand(const float* values, const Place& place, int64_t n, void* stored, void* extra) {
   Buffers<Codec> buffers;
   Array<Codec, operand> array(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(extra), 0, place, buffers);
-  for (int64_t begin = 0; begin < n; begin += kTile) {
-    const int64_t end = minimum(kTile, n - begin);
+  // A tile of blocks is one block here.
+  constexpr int64_t length = kBlocked<Codec> ? kBlockElements : kTile;
+  for (int64_t begin = 0; begin < n; begin += length) {
+    const int64_t end = minimum(length, n - begin);
     array.begin_tile(begin, end, place);
-    for (int64_t block = 0; block * kBlockElements < end; ++block) {
-      array.begin_block(block);
-      const int64_t block_end = minimum((block + 1) * kBlockElements, end);
-      for (int64_t i = block * kBlockElements; i < block_end; i += kWords) {
-        const int64_t count = minimum(kWords, block_end - i);
-        array.write(read_pack(values + begin + i, count), i, count);
-      }
-      array.end_block(block);
-    }
+    for_packs<kWords>(0, end, [&](int64_t i, auto count) { array.write(read_pack(values + begin + i, count), i, count); });
+    array.end_block(0, 0, end);
+    array.begin_block(0);
+    encode_all(array, end);
     array.end_tile(end);
   }
 }
@@ -357,51 +407,50 @@ template <class Codec>
 void decode_operand(const void* stored, const void* extra, int64_t n, float* values) {
   Buffers<Codec> buffers;
   Array<Codec, kMu> array(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(extra), 0, {}, buffers);
-  for (int64_t i = 0; i < n; i += kWords) {
-    if (i % kBlockElements == 0) {
-      array.begin_block(i / kBlockElements);
-      array.look_at_codes(i, minimum(i + kBlockElements, n));
-    }
-    const int64_t count = minimum(kWords, n - i);
-    write_pack(values + i, array.read(i, count), count);
+  for (int64_t begin = 0; begin < n; begin += kBlockElements) {
+    const int64_t end = minimum(kBlockElements, n - begin);
+    array.look_at_codes(0, end);
+    array.begin_block(0);
+    for_packs<kWords>(0, end, [&](int64_t i, auto count) { write_pack(values + begin + i, array.read(i, count), count); });
+    array.end_tile(end);
   }
+}
+
+// Calls `visitor` with the codec of that name; false where there is none that is encoded.
+template <class Visitor>
+bool with_codec(const char* format, Visitor visitor) {
+#define FUSED_OPTIM_CASE(Codec)              \
+  if constexpr (kBuffered<Codec>) {          \
+    if (same(format, Codec::name)) {         \
+      visitor(Codec{});                      \
+      return true;                           \
+    }                                        \
+  }
+  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
+  FUSED_OPTIM_MOMENT_CODECS(FUSED_OPTIM_CASE)
+#undef FUSED_OPTIM_CASE
+  return false;
 }
 
 bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n, void* stored,
             void* extra) {
-#define FUSED_OPTIM_CASE(Codec)                                                                                      \
-  if constexpr (!std::is_same<typename Codec::Stored, typename Codec::Working>::value) {                             \
-    if (same(format, Codec::name)) {                                                                                 \
-      operand == kParam ? encode_operand<Codec, kParam>(values, place, n, stored, extra)                             \
-      : operand == kMu  ? encode_operand<Codec, kMu>(values, place, n, stored, extra)                                \
-                        : encode_operand<Codec, kNu>(values, place, n, stored, extra);                               \
-      return true;                                                                                                   \
-    }                                                                                                                \
-  }
-  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
-  FUSED_OPTIM_MOMENT_CODECS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
+  return with_codec(format, [&](auto codec) {
+    using Codec = decltype(codec);
+    const auto encode = operand == kParam ? encode_operand<Codec, kParam>
+                        : operand == kMu  ? encode_operand<Codec, kMu>
+                                          : encode_operand<Codec, kNu>;
+    encode(values, place, n, stored, extra);
+  });
 }
 
 bool decode(const char* format, const void* stored, const void* extra, int64_t n, float* values) {
-#define FUSED_OPTIM_CASE(Codec)                                                            \
-  if constexpr (!std::is_same<typename Codec::Stored, typename Codec::Working>::value) {   \
-    if (same(format, Codec::name)) {                                                       \
-      decode_operand<Codec>(stored, extra, n, values);                                     \
-      return true;                                                                         \
-    }                                                                                      \
-  }
-  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
-  FUSED_OPTIM_MOMENT_CODECS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
+  return with_codec(format, [&](auto codec) { decode_operand<decltype(codec)>(stored, extra, n, values); });
 }
 
 template <class Rule, class Param>
 StepChunks find_of(const Task& task) {
   using T = typename Param::Working;
-  if (!same(task.param_format, Param::name) || Gradient<T>::format_of(task.grad_format) == Gradient<T>::kNone)
+  if (!same(task.param_format, Param::name) || Gradient<T>::format_of(task.grad_format) < 0)
     return nullptr;
 #define FUSED_OPTIM_CASE(Mu, Nu)                                                  \
   if constexpr (std::is_same<typename Mu::Working, T>::value) {                   \

@@ -6,13 +6,6 @@
 namespace fused_optim {
 
 template <class T, class S>
-FUSED_OPTIM_HD void belief(T g, T& m, T& s, const Coefficients<S>& c) {
-  m = first_moment(g, m, c);
-  const T e = g - m;
-  s = (c.one_minus_beta2 * (e * e) + c.beta2 * s) + c.eps_root;
-}
-
-template <class T, class S>
 FUSED_OPTIM_HD T belief_update(T m_hat, T s, const Coefficients<S>& c) {
   return m_hat / (square_root(corrected(s, c.bias_correction2)) + c.eps);
 }
@@ -21,22 +14,26 @@ struct AdaBelief {
   static constexpr const char* name = "adabelief";
 
   template <class T, class S>
-  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<S>& c) {
-    belief(g, m, s, c);
-    const T m_hat = corrected(m, c.bias_correction1);
-    p = apply_update(p, belief_update(m_hat, s, c), c);
+  static FUSED_OPTIM_HD void moments(T g, T& m, T& s, const Coefficients<S>& c) {
+    m = first_moment(g, m, c);
+    const T e = g - m;
+    s = (c.one_minus_beta2 * (e * e) + c.beta2 * s) + c.eps_root;
+  }
+
+  template <class T, class S>
+  static FUSED_OPTIM_HD T update(T, T m, T s, const Coefficients<S>& c) {
+    return belief_update(corrected(m, c.bias_correction1), s, c);
   }
 };
 
-struct AdaBeliefNesterov {
+struct AdaBeliefNesterov : AdaBelief {
   static constexpr const char* name = "adabelief_nesterov";
 
   template <class T, class S>
-  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& s, const Coefficients<S>& c) {
-    belief(g, m, s, c);
+  static FUSED_OPTIM_HD T update(T g, T m, T s, const Coefficients<S>& c) {
     const T m_hat =
         c.beta1 * corrected(m, c.bias_correction1_next) + c.one_minus_beta1 * corrected(g, c.bias_correction1);
-    p = apply_update(p, belief_update(m_hat, s, c), c);
+    return belief_update(m_hat, s, c);
   }
 };
 

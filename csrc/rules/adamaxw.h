@@ -9,11 +9,14 @@ struct AdamaxW {
   static constexpr const char* name = "adamaxw";
 
   template <class T, class S>
-  static FUSED_OPTIM_HD void update(T& p, T g, T& m, T& v, const Coefficients<S>& c) {
+  static FUSED_OPTIM_HD void moments(T g, T& m, T& v, const Coefficients<S>& c) {
     m = first_moment(g, m, c);
     v = maximum(absolute(g) + c.eps, c.beta2 * v);
-    const T u = corrected(m, c.bias_correction1) / v;
-    p = apply_update(p, u, c);
+  }
+
+  template <class T, class S>
+  static FUSED_OPTIM_HD T update(T, T m, T v, const Coefficients<S>& c) {
+    return corrected(m, c.bias_correction1) / v;
   }
 };
 

@@ -1,7 +1,22 @@
-// The rules that there are. A new rule is a header here and a line below.
+// The rules that there are. A new rule is a header here and a line below. It has
+//
+//   name                 as in fused_optim/rules.py
+//   moments(g, m, v, c)  makes m and v, the second state, the new ones
+//   update(g, m, v, c)   what the new ones make of it, before weight decay and learning rate
 #pragma once
 
 #include "adabelief.h"
 #include "adamaxw.h"
 
 #define FUSED_OPTIM_RULES(X) X(AdaBelief) X(AdaBeliefNesterov) X(AdamaxW)
+
+namespace fused_optim {
+
+// All of a step, of a number or a pack of them.
+template <class Rule, class T, class S>
+FUSED_OPTIM_HD void step(T& p, T g, T& m, T& v, const Coefficients<S>& c) {
+  Rule::moments(g, m, v, c);
+  p = apply_update(p, Rule::update(g, m, v, c), c);
+}
+
+}  // namespace fused_optim

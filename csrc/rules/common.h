@@ -21,7 +21,7 @@ FUSED_OPTIM_HD T maximum(T x, T y) {
 template <class T, class S>
 FUSED_OPTIM_HD T corrected(T x, S bias_correction) {
 #if !defined(__CUDACC__)
-  if (bias_correction == S(1)) return x;
+  if (is_one(bias_correction)) return x;
 #endif
   return x / bias_correction;
 }
@@ -34,10 +34,10 @@ FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<S>& c) {
 // Weight decay and the step. Decay is selected, not "add zero".
 template <class T, class S>
 FUSED_OPTIM_HD T apply_update(T p, T u, const Coefficients<S>& c) {
-  const T decay = c.decay_kind != S(0) ? c.decay * p : p;
-  u = c.decay_kind == S(1) ? u + decay : u;
+  const T decay = c.decay_kind != 0 ? c.decay * p : p;
+  u = c.decay_kind == 1 ? u + decay : u;
   const T updated = p + c.neg_lr * u;
-  return c.decay_kind == S(2) ? updated - decay : updated;
+  return c.decay_kind == 2 ? updated - decay : updated;
 }
 
 }  // namespace fused_optim
