@@ -113,6 +113,15 @@ class TorchStepper:
     def state_bytes(self) -> int:
         return sum(_bytes(value) for state in self.optimizer.state.values() for value in state.values())
 
+    def set_count(self, count: int) -> None:
+        """What number the last step had, for those that keep it with each parameter."""
+        for state in self.optimizer.state.values():
+            step = state.get("step")
+            if isinstance(step, Tensor):
+                step.fill_(count)
+            elif step is not None:
+                state["step"] = count
+
 
 def _bytes(value: Any) -> int:
     """Of tensors in nested containers; of a tensor subclass, of what it is made of. Step counters

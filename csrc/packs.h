@@ -50,151 +50,27 @@ FUSED_OPTIM_HD Doubles read_pack(const double* from) { return read_as<Doubles>(f
 FUSED_OPTIM_HD void write_pack(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
 FUSED_OPTIM_HD void write_pack(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
 
-// gcc 12 splits __builtin_convertvector of the larger registers in pieces.
+}  // namespace FUSED_OPTIM_ISA
+}  // namespace fused_optim
+
 #if FUSED_OPTIM_PACK_BYTES == 64
-
-FUSED_OPTIM_HD Words read_pack(const uint16_t* from) {
-  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(read_as<__m256i>(from)));
-}
-FUSED_OPTIM_HD Words read_pack(const int16_t* from) {
-  return reinterpret_cast<Words>(_mm512_cvtepi16_epi32(read_as<__m256i>(from)));
-}
-FUSED_OPTIM_HD Words read_pack(const uint8_t* from) {
-  return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(read_as<__m128i>(from)));
-}
-FUSED_OPTIM_HD Words read_pack(const int8_t* from) {
-  return reinterpret_cast<Words>(_mm512_cvtepi8_epi32(read_as<__m128i>(from)));
-}
-// Zeros and halves in turns; and every second half.
-FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) {
-  const __m512i order = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8,  //
-                                         7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
-  const __m512i halves = _mm512_castsi256_si512(read_as<__m256i>(from));
-  return reinterpret_cast<Words>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, order, halves));
-}
-FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) {
-  const __m512i order = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
-                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
-  const __m512i halves = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(values));
-  const __m256i first = _mm512_castsi512_si256(halves);
-  memcpy(to, &first, sizeof(first));
-}
-FUSED_OPTIM_HD void write_halves(void* to, Words values) {
-  const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(values));
-  memcpy(to, &halves, sizeof(halves));
-}
-FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
-  const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values));
-  memcpy(to, &bytes, sizeof(bytes));
-}
-FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
-FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x))); }
-FUSED_OPTIM_HD uint32_t largest_of(Words values) { return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(values)); }
-FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
-  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(values), _mm512_set1_epi32(static_cast<int>(limit))) != 0;
-}
-
+#include "packs_avx512.h"
 #elif FUSED_OPTIM_PACK_BYTES == 32
-
-FUSED_OPTIM_HD Words read_pack(const uint16_t* from) {
-  return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(read_as<__m128i>(from)));
-}
-FUSED_OPTIM_HD Words read_pack(const int16_t* from) {
-  return reinterpret_cast<Words>(_mm256_cvtepi16_epi32(read_as<__m128i>(from)));
-}
-FUSED_OPTIM_HD Words read_pack(const uint8_t* from) {
-  return reinterpret_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
-FUSED_OPTIM_HD Words read_pack(const int8_t* from) {
-  return reinterpret_cast<Words>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
-}
-// Chosen bytes of each half of the register, and then the two side by side.
-FUSED_OPTIM_HD void write_chosen_halves(void* to, Words values, __m256i chosen) {
-  const __m256i halves = _mm256_permute4x64_epi64(_mm256_shuffle_epi8(reinterpret_cast<__m256i>(values), chosen), 0x08);
-  const __m128i first = _mm256_castsi256_si128(halves);
-  memcpy(to, &first, sizeof(first));
-}
-FUSED_OPTIM_HD void write_halves(void* to, Words values) {
-  write_chosen_halves(to, values,
-                      _mm256_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                       0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
-}
-FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) {
-  write_chosen_halves(to, values,
-                      _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                       2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1));
-}
-FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_pack(from) << 16; }
-FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
-  const __m256i chosen = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
-                                          0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
-  const __m256i fours = _mm256_shuffle_epi8(reinterpret_cast<__m256i>(values), chosen);
-  const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
-  memcpy(to, &bytes, 8);
-}
-FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x))); }
-FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x))); }
-FUSED_OPTIM_HD uint32_t largest_of(Words values) {
-  const __m256i all = reinterpret_cast<__m256i>(values);
-  __m128i largest = _mm_max_epu32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
-  largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0x4e));
-  largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0xb1));
-  return static_cast<uint32_t>(_mm_cvtsi128_si32(largest));
-}
-FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
-  const Ints reached = reinterpret_cast<Ints>(values >= limit);
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(reached), reinterpret_cast<__m256i>(reached));
-}
-
+#include "packs_avx2.h"
 #else
-
-template <class Stored>
-using Narrow __attribute__((vector_size(kWords * sizeof(Stored)))) = Stored;
-
-template <class Stored>
-FUSED_OPTIM_HD Words read_pack(const Stored* from) {
-  return __builtin_convertvector(read_as<Narrow<Stored>>(from), Words);
-}
-template <class Stored>
-FUSED_OPTIM_HD void write_narrow(void* to, Words values) {
-  const auto narrow = __builtin_convertvector(values, Narrow<Stored>);
-  memcpy(to, &narrow, sizeof(narrow));
-}
-FUSED_OPTIM_HD void write_halves(void* to, Words values) { write_narrow<uint16_t>(to, values); }
-FUSED_OPTIM_HD void write_bytes(void* to, Words values) { write_narrow<uint8_t>(to, values); }
-FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_pack(from) << 16; }
-FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) { write_halves(to, values >> 16); }
-#if defined(__SSE2__)
-FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm_sqrt_ps(reinterpret_cast<__m128>(x))); }
-FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x))); }
-#else
-template <class Pack>
-FUSED_OPTIM_HD Pack square_roots(Pack x) {
-  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
-  return x;
-}
+#include "packs_any.h"
 #endif
-FUSED_OPTIM_HD uint32_t largest_of(Words values) {
-  uint32_t largest = 0;
-  for (int64_t i = 0; i < kWords; ++i) largest = values[i] > largest ? values[i] : largest;
-  return largest;
-}
-FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
-  const auto reached = values >= limit;
-  uint64_t halves[2];
-  memcpy(halves, &reached, sizeof(reached));
-  return (halves[0] | halves[1]) != 0;
-}
 
-#endif
+namespace fused_optim {
+namespace FUSED_OPTIM_ISA {
 
 FUSED_OPTIM_HD void write_pack(uint16_t* to, Words values) { write_halves(to, values); }
 FUSED_OPTIM_HD void write_pack(int16_t* to, Words values) { write_halves(to, values); }
 FUSED_OPTIM_HD void write_pack(uint8_t* to, Words values) { write_bytes(to, values); }
 FUSED_OPTIM_HD void write_pack(int8_t* to, Words values) { write_bytes(to, values); }
 
-// The first `n` of a pack alone, one or more. A call of memcpy for each operand of a tensor of one element takes
-// longer than its step.
+// The first `n` of a pack alone, one or more. A call of memcpy for each operand of a tensor of one
+// element takes longer than its step.
 template <class Stored>
 FUSED_OPTIM_HD void copy_from(Stored* part, const Stored* from, int64_t n) {
 #if FUSED_OPTIM_PACK_BYTES == 64

@@ -395,7 +395,9 @@ void encode_operand(const float* values, const Place& place, int64_t n, void* st
   for (int64_t begin = 0; begin < n; begin += length) {
     const int64_t end = minimum(length, n - begin);
     array.begin_tile(begin, end, place);
-    for_packs<kWords>(0, end, [&](int64_t i, auto count) { array.write(read_pack(values + begin + i, count), i, count); });
+    for_packs<kWords>(0, end, [&](int64_t i, auto count) {
+      array.write(read_pack(values + begin + i, count), i, count);
+    });
     array.end_block(0, 0, end);
     array.begin_block(0);
     encode_all(array, end);
@@ -411,7 +413,9 @@ void decode_operand(const void* stored, const void* extra, int64_t n, float* val
     const int64_t end = minimum(kBlockElements, n - begin);
     array.look_at_codes(0, end);
     array.begin_block(0);
-    for_packs<kWords>(0, end, [&](int64_t i, auto count) { write_pack(values + begin + i, array.read(i, count), count); });
+    for_packs<kWords>(0, end, [&](int64_t i, auto count) {
+      write_pack(values + begin + i, array.read(i, count), count);
+    });
     array.end_tile(end);
   }
 }

@@ -1,0 +1,49 @@
+// What packs.h needs of AVX-512. gcc 12 splits __builtin_convertvector of these registers in pieces.
+#pragma once
+
+namespace fused_optim {
+namespace FUSED_OPTIM_ISA {
+
+FUSED_OPTIM_HD Words read_pack(const uint16_t* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(read_as<__m256i>(from)));
+}
+FUSED_OPTIM_HD Words read_pack(const int16_t* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepi16_epi32(read_as<__m256i>(from)));
+}
+FUSED_OPTIM_HD Words read_pack(const uint8_t* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(read_as<__m128i>(from)));
+}
+FUSED_OPTIM_HD Words read_pack(const int8_t* from) {
+  return reinterpret_cast<Words>(_mm512_cvtepi8_epi32(read_as<__m128i>(from)));
+}
+// Zeros and halves in turns; and every second half.
+FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) {
+  const __m512i order = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8,  //
+                                         7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i halves = _mm512_castsi256_si512(read_as<__m256i>(from));
+  return reinterpret_cast<Words>(_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, order, halves));
+}
+FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) {
+  const __m512i order = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i halves = _mm512_permutexvar_epi16(order, reinterpret_cast<__m512i>(values));
+  const __m256i first = _mm512_castsi512_si256(halves);
+  memcpy(to, &first, sizeof(first));
+}
+FUSED_OPTIM_HD void write_halves(void* to, Words values) {
+  const __m256i halves = _mm512_cvtepi32_epi16(reinterpret_cast<__m512i>(values));
+  memcpy(to, &halves, sizeof(halves));
+}
+FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
+  const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values));
+  memcpy(to, &bytes, sizeof(bytes));
+}
+FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
+FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x))); }
+FUSED_OPTIM_HD uint32_t largest_of(Words values) { return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(values)); }
+FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
+  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(values), _mm512_set1_epi32(static_cast<int>(limit))) != 0;
+}
+
+}  // namespace FUSED_OPTIM_ISA
+}  // namespace fused_optim
