@@ -11,10 +11,10 @@
 //   store_usual         where `has_usual`, the same in fewer operations for magnitudes below kUnusual
 //   load_usual          of blocked formats, the same where the bits `code_bits` of each code are
 //                       below `infinity`
-//   is_upper_half       what is stored are 16 bits that a pack has as the upper halves of words
+//   is_upper_half       what is stored are 16 bits that are the upper halves of words
 //
 // Values, integers and random bits are single numbers or packs of them, see numbers.h. What is
-// stored is a Stored for a number; for a pack it comes and goes in 32 bits, cut to Stored in memory.
+// stored comes and goes in 32 bits, cut to Stored in memory.
 //
 // NaN becomes the canonical NaN of the format.
 #pragma once
