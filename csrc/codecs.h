@@ -11,10 +11,10 @@
 //   store_usual         where `has_usual`, the same in fewer operations for magnitudes below kUnusual
 //   load_usual          of blocked formats, the same where the bits `code_bits` of each code are
 //                       below `infinity`
-//   is_upper_half       what is stored are 16 bits that a pack has as the upper halves of words
+//   is_upper_half       what is stored are 16 bits that are the upper halves of words
 //
 // Values, integers and random bits are single numbers or packs of them, see numbers.h. What is
-// stored is a Stored for a number; for a pack it comes and goes in 32 bits, cut to Stored in memory.
+// stored comes and goes in 32 bits, cut to Stored in memory.
 //
 // NaN becomes the canonical NaN of the format.
 #pragma once
@@ -94,7 +94,7 @@ struct Bf16 : Codec {
 
   template <class W>
   static FUSED_OPTIM_HD auto load(W x, NoExtra) {
-    return float_of(upper(x));
+    return float_of(x);
   }
 
   template <class F>
@@ -105,24 +105,24 @@ struct Bf16 : Codec {
 
   template <class F>
   static FUSED_OPTIM_HD auto nearest(F x) {
-    return upper_half(select(magnitude_bits(x) > kInfinity, kNaN, nearest_bits(x)));
+    return select(magnitude_bits(x) > kInfinity, kNaN, nearest_bits(x));
   }
 
   template <class F>
   static FUSED_OPTIM_HD auto nearest_usual(F x) {
-    return upper_half(nearest_bits(x));
+    return nearest_bits(x);
   }
 
   // `word`: 16 bits. A finite value becomes infinite only where rounding to nearest makes it so.
   template <class F, class R>
   static FUSED_OPTIM_HD auto at_odds(F x, R word) {
     const auto b = canonical_bits(x);
-    return upper_half(b + select((b & kMagnitude) >= 0x7f7f0000u, 0x8000u, word));
+    return b + select((b & kMagnitude) >= 0x7f7f0000u, 0x8000u, word);
   }
 
   template <class F, class R>
   static FUSED_OPTIM_HD auto at_odds_usual(F x, R word) {
-    return upper_half(bits_of(x) + word);
+    return bits_of(x) + word;
   }
 
   template <class F, class R, class E>
@@ -159,8 +159,7 @@ struct Fp16 : Codec {
 #else
   // Integers and selects alone, since a processor may lack F16C.
   template <class W>
-  static FUSED_OPTIM_HD auto load(W stored, NoExtra) {
-    const auto x = wide(stored);
+  static FUSED_OPTIM_HD auto load(W x, NoExtra) {
     const auto sign = (x & 0x8000u) << 16, shifted = (x & 0x7fffu) << 13;
     // The exponent's bias is moved by a multiplication by 2^112, exact for subnormals too.
     const auto finite = bits_of(float_of(shifted) * bit_cast<float>(0x77800000u));
@@ -195,8 +194,7 @@ struct Bf16Master : Bf16 {
 
   template <class W, class F>
   static FUSED_OPTIM_HD auto load(W x, F master) {
-    const auto param = upper(x);
-    return float_of(select(bits_of(master) - param + 0x8000u <= 0x10000u, bits_of(master), param));
+    return float_of(select(bits_of(master) - x + 0x8000u <= 0x10000u, bits_of(master), x));
   }
 
   template <class F, class R>
@@ -218,7 +216,7 @@ struct Fp16Master : Fp16 {
   template <class W, class F>
   static FUSED_OPTIM_HD auto load(W x, F master) {
     const auto param = bits_of(Fp16::load(x, NoExtra{}));
-    return float_of(select(nearest(master) == wide(x), bits_of(master), param));
+    return float_of(select(nearest(master) == x, bits_of(master), param));
   }
 
   template <class F, class R>
@@ -232,9 +230,8 @@ struct Fp16Master : Fp16 {
 // the parameter: then there is none, since its sum with the old one would be a NaN.
 template <class W, class I>
 FUSED_OPTIM_HD auto joined(W x, I rest) {
-  const auto b = upper(x), twice = b << 1;
-  const auto least = -int_of(smaller(twice, 0x8000u));
-  return float_of(b + bits_of(larger(rest, least)));
+  const auto least = -int_of(smaller(x << 1, 0x8000u));
+  return float_of(x + bits_of(larger(rest, least)));
 }
 
 // A float32 as a bfloat16, rounded half away from zero, and the rest.
@@ -247,13 +244,13 @@ struct Split16 : Codec {
 
   template <class W, class E>
   static FUSED_OPTIM_HD auto load(W x, E rest) {
-    return joined(x, int_of(wide(rest)));
+    return joined(x, int_of(rest));
   }
 
   template <class W, class E>
   static FUSED_OPTIM_HD auto split(W b, E& rest) {
     rest = (E)b;  // less a multiple of 2^16
-    return upper_half(b + 0x8000u);
+    return b + 0x8000u;
   }
 
   template <class F, class R, class E>
@@ -277,13 +274,13 @@ struct Split8 : Codec {
 
   template <class W, class E>
   static FUSED_OPTIM_HD auto load(W x, E rest) {
-    return joined(x, int_of(wide(rest)) * 256);
+    return joined(x, int_of(rest) * 256);
   }
 
   template <class W, class E>
   static FUSED_OPTIM_HD auto split(W b, E& rest) {
     rest = (E)(b >> 8);  // less a multiple of 2^16
-    return upper_half(b + 0x8000u);
+    return b + 0x8000u;
   }
 
   template <class F, class R, class E>
@@ -385,8 +382,7 @@ struct E4M3 : Blocked {
   }
 
   template <class W>
-  static FUSED_OPTIM_HD auto load(W stored, uint32_t base) {
-    const auto x = wide(stored);
+  static FUSED_OPTIM_HD auto load(W x, uint32_t base) {
     const auto code = x & code_bits;
     const auto value = select(code < infinity, finite_bits(code, base), kInfinity + ((code - infinity) << 22));
     return float_of(value | (x & 0x80u) << 24);
@@ -434,8 +430,7 @@ struct E5M3 : Blocked {
   }
 
   template <class W>
-  static FUSED_OPTIM_HD auto load(W stored, uint32_t base) {
-    const auto code = wide(stored);
+  static FUSED_OPTIM_HD auto load(W code, uint32_t base) {
     return float_of(select(code < infinity, finite_bits(code, base), kInfinity + ((code - infinity) << 22)));
   }
 

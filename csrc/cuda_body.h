@@ -6,7 +6,7 @@
 #include <cstring>
 #include <type_traits>
 
-#include "codecs.h"
+#include "cuda_codecs.h"
 #include "rules/all.h"
 #include "table.h"
 
@@ -109,29 +109,68 @@ FUSED_OPTIM_DEVICE void prologue_body(const CudaTask& task, int64_t i) {
   if (!skip) *step = count;
 }
 
-// `n` neighbours as they lie in memory.
-template <class T, int n>
-struct Pack {
-  static constexpr size_t bytes = n * sizeof(T);
+// What codecs are given and return for what is stored: integers in 32 bits.
+template <class Stored>
+using Wide = std::conditional_t<std::is_floating_point<Stored>::value, Stored,
+                                std::conditional_t<std::is_signed<Stored>::value, int32_t, uint32_t>>;
+
+// `n` neighbours as they lie in memory. Halves and bytes are taken out of words and put into them in one or
+// two instructions each; of arrays of them nvcc makes two or three. `upper`: codecs have them as the upper
+// halves of 32 bits.
+template <class Stored, int n, bool upper = false>
+class Pack {
+  static constexpr bool kInWords = n > 1 && sizeof(Stored) < 4;
+  static constexpr int kBits = 8 * sizeof(Stored);
+  static constexpr size_t kBytes = n * sizeof(Stored);
   using Access = std::conditional_t<
-      n == 1, T, std::conditional_t<bytes % sizeof(Vector) == 0, Vector, HalfVector>>;
-  static constexpr int accesses = bytes / sizeof(Access);
-  static_assert(accesses * sizeof(Access) == bytes, "neighbours must fill whole accesses");
+      n == 1, Stored, std::conditional_t<kBytes % sizeof(Vector) == 0, Vector, HalfVector>>;
+  static constexpr int kAccesses = kBytes / sizeof(Access);
+  static_assert(kAccesses * sizeof(Access) == kBytes, "neighbours must fill whole accesses");
 
-  T item[n];
+ public:
+  using Item = std::conditional_t<kInWords, uint32_t, Stored>;
+  static constexpr int kEach = sizeof(Item) / sizeof(Stored);  // elements in an item
 
-  FUSED_OPTIM_DEVICE void read(const T* source) {
-    Access all[accesses];
+  Item item[n / kEach];
+
+  FUSED_OPTIM_DEVICE void read(const Stored* source) {
+    Access all[kAccesses];
 #pragma unroll
-    for (int i = 0; i < accesses; ++i) all[i] = reinterpret_cast<const Access*>(source)[i];
-    memcpy(item, all, bytes);
+    for (int i = 0; i < kAccesses; ++i) all[i] = reinterpret_cast<const Access*>(source)[i];
+    memcpy(item, all, kBytes);
   }
 
-  FUSED_OPTIM_DEVICE void write(T* target) const {
-    Access all[accesses];
-    memcpy(all, item, bytes);
+  FUSED_OPTIM_DEVICE void write(Stored* target) const {
+    Access all[kAccesses];
+    memcpy(all, item, kBytes);
 #pragma unroll
-    for (int i = 0; i < accesses; ++i) reinterpret_cast<Access*>(target)[i] = all[i];
+    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<Access*>(target)[i] = all[i];
+  }
+
+  FUSED_OPTIM_DEVICE Wide<Stored> get(int k) const {
+    if constexpr (kInWords) {
+      const uint32_t highest = item[k / kEach] << (32 - kBits - kBits * (k % kEach));
+      if constexpr (upper) return highest & 0xffff0000u;
+      return static_cast<Wide<Stored>>(highest) >> (32 - kBits);
+    } else if constexpr (upper) {
+      return static_cast<uint32_t>(item[k]) << 16;
+    } else {
+      return item[k];
+    }
+  }
+
+  // From the first on, one after another. What `x` has beside the element does not count.
+  FUSED_OPTIM_DEVICE void set(int k, Wide<Stored> x) {
+    if constexpr (kInWords) {
+      constexpr uint32_t halves[] = {0, upper ? 0x7632u : 0x5410u}, bytes[] = {0, 0x3240u, 0x3410u, 0x4210u};
+      const uint32_t selector = kEach == 2 ? halves[k % kEach] : bytes[k % kEach];
+      uint32_t& word = item[k / kEach];
+      word = k % kEach == 0 ? x : __byte_perm(word, x, selector);
+    } else if constexpr (upper) {
+      item[k] = static_cast<Stored>(x >> 16);
+    } else {
+      item[k] = static_cast<Stored>(x);
+    }
   }
 };
 
@@ -163,12 +202,15 @@ struct RandomBits {
   }
 };
 
-// The largest of the values that `lanes` neighbouring lanes have; all lanes of the warp must ask.
+constexpr uint32_t kAllLanes = 0xffffffffu;
+
+// The largest of the values that `lanes` neighbouring lanes have; all lanes of the warp must ask. (Of two
+// redux.sync for the two blocks of a warp nvcc makes as many instructions, and takes up to 4 registers more.)
 template <int lanes>
 FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
 #pragma unroll
   for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    x = maximum(__shfl_xor_sync(0xffffffffu, x, offset), x);
+    x = maximum(__shfl_xor_sync(kAllLanes, x, offset), x);
   }
   return x;
 }
@@ -182,6 +224,8 @@ struct Array {
   FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t extra_address, int64_t begin)
       : stored(global<typename Codec::Stored>(stored_address) + begin),
         extra(global<typename Codec::Extra>(extra_address) + begin / Codec::block) {}
+
+  FUSED_OPTIM_DEVICE typename Codec::Extra* base_of(uint32_t i) const { return extra + i / uint32_t{Codec::block}; }
 };
 
 // `n` neighbours of one operand.
@@ -189,24 +233,48 @@ template <class Codec, Operand operand, int n>
 struct Elements {
   using Stored = typename Codec::Stored;
   using Extra = typename Codec::Extra;
+  using Part = std::conditional_t<std::is_same<Extra, NoExtra>::value, NoExtra, Wide<Extra>>;
 
-  Pack<Stored, n> stored;
-  Pack<Extra, kExtraEach<Codec> ? n : 1> extra;
+  Pack<Stored, n, Codec::is_upper_half> stored, new_stored;
+  Pack<Extra, kExtraEach<Codec> ? n : 1> extra, new_extra;
   RandomBits<Codec, operand, n> random;
   typename Codec::Working value[n];
 
   // What a whole block has in common is read on its own, since it may be needed for longer.
-  FUSED_OPTIM_DEVICE void read_base(const Array<Codec>& from, int i) {
-    if constexpr (kBlocked<Codec>) extra.read(from.extra + i / Codec::block);
+  template <class From>
+  FUSED_OPTIM_DEVICE void read_base(const From& from, int i) {
+    if constexpr (kBlocked<Codec>) extra.read(from.base_of(i));
   }
 
-  FUSED_OPTIM_DEVICE void read(const Array<Codec>& from, int i) {
+  template <class From>
+  FUSED_OPTIM_DEVICE void read(const From& from, int i) {
     stored.read(from.stored + i);
     if constexpr (kExtraEach<Codec>) extra.read(from.extra + i);
   }
 
   FUSED_OPTIM_DEVICE void decode(int k) {
-    value[k] = Codec::load(stored.item[k], extra.item[kExtraEach<Codec> ? k : 0]);
+    Part part;
+    if constexpr (!std::is_same<Extra, NoExtra>::value) part = extra.get(kExtraEach<Codec> ? k : 0);
+    value[k] = Codec::load(stored.get(k), part);
+  }
+
+  // Whether a code in memory is that of infinity or NaN. Four are tested at once: no sum leaves its byte.
+  FUSED_OPTIM_DEVICE bool has_unusual_codes() const {
+    uint32_t unusual = 0;
+    if constexpr (kBlocked<Codec>) {
+#pragma unroll
+      for (const uint32_t codes : stored.item) {
+        const uint32_t sums = (codes & 0x7f7f7f7fu) + (Codec::code_bits + 1 - Codec::infinity) * 0x01010101u;
+        unusual |= Codec::code_bits == 0xffu ? sums & codes : sums;
+      }
+    }
+    return (unusual & 0x80808080u) != 0;
+  }
+
+  // Whether a new value needs a codec for all values. Of blocks largest() says so.
+  FUSED_OPTIM_DEVICE bool is_unusual(int k) const {
+    if constexpr (Codec::has_usual && !kBlocked<Codec>) return !(absolute(value[k]) < float_of(kUnusual));
+    return false;
   }
 
   // Of what the block's extra depends on.
@@ -222,50 +290,55 @@ struct Elements {
   // Where it takes no more than the element itself.
   FUSED_OPTIM_DEVICE void encode(int k) {
     if constexpr (!kBlocked<Codec>) {
-      Extra part;
-      stored.item[k] = Codec::store(value[k], random.get(k), part);
-      if constexpr (kExtraEach<Codec>) extra.item[k] = part;
+      Part part;
+      new_stored.set(k, Codec::store(value[k], random.get(k), part));
+      if constexpr (kExtraEach<Codec>) new_extra.set(k, part);
     }
   }
 
   // `block_largest`: of the whole block.
-  FUSED_OPTIM_DEVICE void write(const Array<Codec>& to, int i, uint32_t block_largest) {
+  template <class To>
+  FUSED_OPTIM_DEVICE void write(const To& to, int i, uint32_t block_largest) {
     if constexpr (kBlocked<Codec>) {
-      Extra base = Codec::extra_of(block_largest);
+      const Extra base = Codec::extra_of(block_largest);
 #pragma unroll
-      for (int k = 0; k < n; ++k) stored.item[k] = Codec::store(value[k], random.get(k), base);
-      if (i % Codec::block == 0) to.extra[i / Codec::block] = base;
+      for (int k = 0; k < n; ++k) new_stored.set(k, Codec::store(value[k], random.get(k), base));
+      if (i % Codec::block == 0) *to.base_of(i) = base;
     }
-    stored.write(to.stored + i);
-    if constexpr (kExtraEach<Codec>) extra.write(to.extra + i);
+    new_stored.write(to.stored + i);
+    if constexpr (kExtraEach<Codec>) new_extra.write(to.extra + i);
   }
 };
 
-// A row's operands from the beginning of a chunk on.
+// A row's operands from the beginning of a chunk on, and what else a step depends on.
 template <class Param, class Grad, class Mu, class Nu>
-struct Arrays {
+struct Operands {
   Array<Param> p;
   Array<Grad> g;
   Array<Mu> mu;
   Array<Nu> nu;
+  int64_t begin;
+  Place place;
+  Coefficients<typename Param::Working> c;
 };
 
 // `n` neighbours of each.
 template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
 struct Neighbours {
   using T = typename Param::Working;
-  using From = Arrays<Param, Grad, Mu, Nu>;
 
   Elements<Param, kParam, n> p;
   Elements<Grad, kParam, n> g;
   Elements<Mu, kMu, n> mu;
   Elements<Nu, kNu, n> nu;
 
+  template <class From>
   FUSED_OPTIM_DEVICE void read_bases(const From& from, int i) {
     mu.read_base(from.mu, i);
     nu.read_base(from.nu, i);
   }
 
+  template <class From>
   FUSED_OPTIM_DEVICE void read(const From& from, int i) {
     p.read(from.p, i);
     g.read(from.g, i);
@@ -275,8 +348,10 @@ struct Neighbours {
   }
 
   // What can be encoded is at once, element by element: with eight values of each operand waiting
-  // some kernels spilled at 64 registers, and now they take 53. `first`: the index in the parameter.
-  FUSED_OPTIM_DEVICE void update(const Coefficients<T>& c, int64_t first, const Place& place) {
+  // some kernels spilled at 64 registers. `first`: the index in the parameter. Returns whether a new value
+  // is unusual, of those that blocks do not tell of.
+  FUSED_OPTIM_DEVICE bool update(const Coefficients<T>& c, int64_t first, const Place& place) {
+    bool unusual = false;
     p.random.begin(first, place);
     mu.random.begin(first, place);
     nu.random.begin(first, place);
@@ -288,10 +363,12 @@ struct Neighbours {
       nu.decode(k);
       if (c.grad_divisor != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
       step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
+      unusual |= p.is_unusual(k) | mu.is_unusual(k) | nu.is_unusual(k);
       p.encode(k);
       mu.encode(k);
       nu.encode(k);
     }
+    return unusual;
   }
 };
 
@@ -300,71 +377,116 @@ struct Neighbours {
 template <class T, class... Codec>
 constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : sizeof(Vector) / sizeof(T);
 
+// Whether full chunks are stepped by the codecs of usual values, with a test. With float32 moments it
+// would take more instructions than it saves.
+template <class Mu, class Nu>
+constexpr bool kTested = Mu::has_usual && Nu::has_usual;
+
+// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has an unusual value it
+// writes nothing and returns false.
+template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
+FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
+  constexpr bool tested = kTested<Mu, Nu>;
+  std::conditional_t<tested, Neighbours<Rule, Usual<Param>, Grad, Usual<Mu>, Usual<Nu>, n>,
+                     Neighbours<Rule, Param, Grad, Mu, Nu, n>>
+      x;
+  x.read_bases(operands, i);
+  x.read(operands, i);
+  bool unusual = x.mu.has_unusual_codes() | x.nu.has_unusual_codes();
+  unusual |= x.update(operands.c, operands.begin + i, operands.place);
+  const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
+  unusual |= maximum(mu_largest, nu_largest) >= kUnusual;
+  if (tested && __any_sync(kAllLanes, unusual)) return false;
+  // One after another, since what is written needs no register any more; mu last, since its
+  // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
+  x.p.write(operands.p, i, 0);
+  x.nu.write(operands.nu, i, largest_of_lanes<Nu::block / n>(nu_largest));
+  x.mu.write(operands.mu, i, largest_of_lanes<Mu::block / n>(mu_largest));
+  return true;
+}
+
+template <class Mu, class Nu>
+constexpr bool kAnyBlocked = kBlocked<Mu> || kBlocked<Nu>;
+
+// Elements that a warp takes at a time where each lane takes one: whole blocks.
+template <class Mu, class Nu>
+constexpr int kSpan = kAnyBlocked<Mu, Nu> ? kBlockElements : kLanes;
+
+// Spans, from `first` to `end` and `stride` apart, of any values and alignment. What a block's elements share
+// is known only when all are updated: so blocked formats update twice and write the second time.
+template <class Rule, class Param, class Grad, class Mu, class Nu>
+FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands, int first, int end, int stride,
+                                   int lane) {
+  Neighbours<Rule, Param, Grad, Mu, Nu, 1> x;
+#pragma unroll 1
+  for (; first < end; first += stride) {
+    uint32_t mu_largest = 0, nu_largest = 0;
+    x.read_bases(operands, first);
+#pragma unroll 1
+    for (bool write = !kAnyBlocked<Mu, Nu>;; write = true) {
+#pragma unroll 1
+      for (int i = first + lane; i < first + kSpan<Mu, Nu> && i < end; i += kLanes) {
+        x.read(operands, i);
+        x.update(operands.c, operands.begin + i, operands.place);
+        if (write) {
+          x.p.write(operands.p, i, 0);
+          x.mu.write(operands.mu, i, mu_largest);
+          x.nu.write(operands.nu, i, nu_largest);
+        } else {
+          mu_largest = maximum(x.mu.largest(), mu_largest);
+          nu_largest = maximum(x.nu.largest(), nu_largest);
+        }
+      }
+      if (write) break;
+      mu_largest = largest_of_lanes<kLanes>(mu_largest);
+      nu_largest = largest_of_lanes<kLanes>(nu_largest);
+    }
+  }
+}
+
 // One thread's share of one chunk.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int thread) {
   using T = typename Param::Working;
   static_assert(!kBlocked<Param> && !kBlocked<Grad>, "blocks are for moments");
+  constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu, Nu>;
+  static_assert(kChunk % round == 0, "a chunk must be whole rounds of all threads");
+  static_assert(kLanes * n % span == 0, "a warp's neighbours must be whole spans");
   // Asked for first and looked at last: the read hides behind those of the table.
   const bool skip = skips(task);
   const Chunk chunk = read_only(task.chunks + block);
   const Row row = read_only(task.rows + chunk.row);
   const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
   if (skip) return;
-  const int64_t begin = (chunk.chunk >= 0 ? chunk.chunk : ~chunk.chunk) * kChunk;
-  const Place place{c.count, static_cast<uint64_t>(row.key)};
-  const Arrays<Param, Grad, Mu, Nu> arrays{{row.param, row.param_extra, begin},
-                                           {row.grad, 0, begin},
-                                           {row.mu, row.mu_extra, begin},
-                                           {row.nu, row.nu_extra, begin}};
-
-  if (chunk.chunk >= 0) {
-    constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>;
-    static_assert(kChunk % (kThreads * n) == 0, "a chunk must be whole rounds of all threads");
+  const bool full = chunk.chunk >= 0;
+  const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;
+  const Operands<Param, Grad, Mu, Nu> operands{{row.param, row.param_extra, begin},
+                                               {row.grad, 0, begin},
+                                               {row.mu, row.mu_extra, begin},
+                                               {row.nu, row.nu_extra, begin},
+                                               begin,
+                                               {c.count, static_cast<uint64_t>(row.key)},
+                                               c};
+  const int lane = thread % kLanes;
+  int i = thread * n;
+  if (full && !kTested<Mu, Nu>) {
 #pragma unroll 1
-    for (int i = thread * n; i < kChunk; i += kThreads * n) {
-      Neighbours<Rule, Param, Grad, Mu, Nu, n> x;
-      x.read_bases(arrays, i);
-      x.read(arrays, i);
-      x.update(c, begin + i, place);
-      // One after another, since what is written needs no register any more; mu last, since its
-      // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
-      x.p.write(arrays.p, i, 0);
-      x.nu.write(arrays.nu, i, largest_of_lanes<Nu::block / n>(x.nu.largest()));
-      x.mu.write(arrays.mu, i, largest_of_lanes<Mu::block / n>(x.mu.largest()));
-    }
-  } else {
-    // A lane takes one element at a time, and a warp whole blocks. What a block's elements share
-    // is known only when all are updated: so blocked formats update twice and write the second time.
-    constexpr bool blocked = kBlocked<Mu> || kBlocked<Nu>;
-    constexpr int span = blocked ? kBlockElements : kLanes;
-    const int end = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
-    Neighbours<Rule, Param, Grad, Mu, Nu, 1> x;
-#pragma unroll 1
-    for (int first = thread / kLanes * span; first < end; first += kThreads / kLanes * span) {
-      uint32_t mu_largest = 0, nu_largest = 0;
-      x.read_bases(arrays, first);
-#pragma unroll 1
-      for (bool write = !blocked;; write = true) {
-#pragma unroll 1
-        for (int i = first + thread % kLanes; i < first + span && i < end; i += kLanes) {
-          x.read(arrays, i);
-          x.update(c, begin + i, place);
-          if (write) {
-            x.p.write(arrays.p, i, 0);
-            x.mu.write(arrays.mu, i, mu_largest);
-            x.nu.write(arrays.nu, i, nu_largest);
-          } else {
-            mu_largest = maximum(x.mu.largest(), mu_largest);
-            nu_largest = maximum(x.nu.largest(), nu_largest);
-          }
-        }
-        if (write) break;
-        mu_largest = largest_of_lanes<kLanes>(mu_largest);
-        nu_largest = largest_of_lanes<kLanes>(nu_largest);
-      }
-    }
+    for (; i < kChunk; i += round) step_neighbours<Rule, n>(operands, i);
+    return;
   }
+  const int length = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
+  // A warp that meets an unusual value steps its round as spans, by the code that short chunks have.
+#pragma unroll 1
+  do {
+    int first = thread / kLanes * span, end = length, stride = kThreads / kLanes * span;
+    if (full) {
+      if (step_neighbours<Rule, n>(operands, i)) continue;
+      first = i - lane * n;
+      end = first + kLanes * n;
+      stride = span;
+    }
+    step_spans<Rule>(operands, first, end, stride, lane);
+  } while (full && (i += round) < kChunk);
 }
 
 }  // namespace fused_optim

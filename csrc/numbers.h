@@ -88,29 +88,6 @@ FUSED_OPTIM_HD typename Traits<T>::Int int_of(T bits) {
   return bit_cast<typename Traits<T>::Int>(bits);
 }
 
-// A stored integer in 32 bits, in which a pack is already.
-template <class T>
-FUSED_OPTIM_HD T wide(T x) {
-  return x;
-}
-FUSED_OPTIM_HD uint32_t wide(uint8_t x) { return x; }
-FUSED_OPTIM_HD uint32_t wide(uint16_t x) { return x; }
-FUSED_OPTIM_HD int32_t wide(int8_t x) { return x; }
-FUSED_OPTIM_HD int32_t wide(int16_t x) { return x; }
-
-// 16 stored bits as the upper half of a word, and back. A pack is read and written so.
-template <class T>
-FUSED_OPTIM_HD T upper(T word) {
-  return word;
-}
-FUSED_OPTIM_HD uint32_t upper(uint16_t x) { return static_cast<uint32_t>(x) << 16; }
-
-template <class T>
-FUSED_OPTIM_HD T upper_half(T word) {
-  return word;
-}
-FUSED_OPTIM_HD uint16_t upper_half(uint32_t word) { return static_cast<uint16_t>(word >> 16); }
-
 // Of integers, for each element; a number counts for all elements of a pack.
 template <class Condition, class A, class B>
 FUSED_OPTIM_HD auto select(Condition condition, A a, B b) {

@@ -5,11 +5,12 @@
 // may not call it.
 #include <ucontext.h>
 
-#include <cmath>
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <exception>
+#include <random>
 #include <string>
 #include <vector>
 
@@ -27,14 +28,6 @@ enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice }
 #define __CUDACC_VER_MINOR__ 0
 #define __CUDACC_VER_BUILD__ 0
 #define CUDART_VERSION 0
-
-namespace {
-float __fadd_rz(float x, float y) {  // for 0 <= x <= y
-  const float nearest = x + y;
-  return nearest - y > x ? std::nextafter(nearest, 0.0f) : nearest;
-}
-}  // namespace
-#define FUSED_OPTIM_ADD_TOWARDS_ZERO __fadd_rz
 
 namespace {
 constexpr int kDevices = 2;
@@ -71,7 +64,7 @@ cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream
 
 namespace {
 
-// The lanes of a warp, each with a stack of its own: a lane that shuffles waits for all others.
+// The lanes of a warp, each with a stack of its own: a lane that asks the others waits for all of them.
 class Warp {
  public:
   static constexpr unsigned kSize = 32;
@@ -90,26 +83,28 @@ class Warp {
       lanes_[i].uc_link = &scheduler_;
       makecontext(&lanes_[i], start, 0);
     }
-    shuffles_ = 0;
+    questions_ = 0;
     do {
       waiting_ = 0;
       for (lane_ = kSize; lane_-- > 0;) {
         threadIdx.x = first + lane_;
         swapcontext(&scheduler_, &lanes_[lane_]);
       }
-      if (waiting_ != 0 && waiting_ != kSize) fail("some lanes of a warp shuffle and others do not");
-      ++shuffles_;
+      if (waiting_ != 0 && waiting_ != kSize) fail("some lanes of a warp ask the others and some do not");
+      ++questions_;
     } while (waiting_ != 0);
     threadIdx.x = first;
   }
 
-  uint32_t shuffle(uint32_t x, unsigned from) {
-    const unsigned now = shuffles_ % 2;  // the last shuffle's values may still be to be read
+  // What all lanes gave, by lane.
+  const uint32_t* values_of_all(unsigned lanes, uint32_t x) {
+    if (lanes != 0xffffffffu) fail("some lanes only are asked");
+    const unsigned now = questions_ % 2;  // the last question's values may still be to be read
     values_[now][lane_] = x;
     ++waiting_;
     const unsigned lane = lane_;
     swapcontext(&lanes_[lane], &scheduler_);
-    return values_[now][from];
+    return values_[now];
   }
 
   unsigned lane() const { return lane_; }
@@ -127,7 +122,7 @@ class Warp {
   std::vector<char> stacks_;
   ucontext_t scheduler_, lanes_[kSize];
   uint32_t values_[2][kSize];
-  unsigned lane_ = 0, waiting_ = 0, shuffles_ = 0;
+  unsigned lane_ = 0, waiting_ = 0, questions_ = 0;
   void (*body_)(const void*) = nullptr;
   const void* argument_ = nullptr;
 } warp;
@@ -135,8 +130,25 @@ class Warp {
 void Warp::start() { warp.body_(warp.argument_); }
 
 uint32_t __shfl_xor_sync(unsigned lanes, uint32_t x, int difference) {
-  if (lanes != 0xffffffffu) Warp::fail("a shuffle of some lanes only");
-  return warp.shuffle(x, warp.lane() ^ static_cast<unsigned>(difference));
+  const unsigned from = warp.lane() ^ static_cast<unsigned>(difference);
+  return warp.values_of_all(lanes, x)[from];
+}
+
+int n_yes = 0;  // votes of warps
+
+int __any_sync(unsigned lanes, int x) {
+  const uint32_t* const all = warp.values_of_all(lanes, x != 0);
+  const bool any = std::any_of(all, all + Warp::kSize, [](uint32_t of_lane) { return of_lane != 0; });
+  n_yes += any && warp.lane() == 0;
+  return any;
+}
+
+// Byte k of the result is the one that digit k of `selector` names, of x's four and then y's.
+uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
+  const uint64_t bytes = static_cast<uint64_t>(y) << 32 | x;
+  uint32_t result = 0;
+  for (int k = 0; k < 4; ++k) result |= static_cast<uint32_t>(bytes >> 8 * (selector >> 4 * k & 7) & 0xff) << 8 * k;
+  return result;
 }
 
 }  // namespace
@@ -196,6 +208,37 @@ int64_t coefficients_bytes(const char* param, char* error, int64_t size) {
 
 // Blocks, threads, stream and device of a launch of the last step.
 const int64_t* launch_of_last_step(int i) { return &launched[i].blocks; }
+
+// How often a warp had a lane that voted yes since the last call.
+int yes_votes() {
+  const int n = n_yes;
+  n_yes = 0;
+  return n;
+}
+
+// How many magnitudes, of `n` tried under each base, Usual<E4M3> stores otherwise than E4M3 does with the least
+// random bits that round it up, or with one less.
+int64_t e4m3_differences(int64_t n) {
+  using fused_optim::E4M3;
+  using UsualE4M3 = fused_optim::Usual<E4M3>;
+  std::mt19937 generator(0);
+  const auto word = [&] { return static_cast<uint32_t>(generator()); };
+  int64_t differences = 0;
+  for (uint32_t base = 0; base < 240; ++base) {
+    for (int64_t i = 0; i < n; ++i) {
+      // Of the largest magnitudes under the base and of those that are rounded to its smallest code.
+      const uint32_t orders = std::min(word() % 40, base + 14);
+      const float x = fused_optim::float_of((base + 14 - orders) << 23 | word() >> 9);
+      const uint32_t code = E4M3::store(x, 0u, base);
+      uint32_t random = 1u << 20;
+      for (uint32_t step = random / 2; step > 0; step /= 2)
+        if (E4M3::store(x, (random - step) << 12, base) != code) random -= step;
+      for (const uint32_t bits : {random, random - 1})
+        if (bits < 1u << 20) differences += UsualE4M3::store(x, bits << 12, base) != E4M3::store(x, bits << 12, base);
+    }
+  }
+  return differences;
+}
 
 void refuse_launches(bool yes) { refuse = yes; }
 int current() { return current_device; }

@@ -89,7 +89,7 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        for name in ("step_on_host", "chunk_size", "coefficients_bytes"):
+        for name in ("step_on_host", "chunk_size", "coefficients_bytes", "e4m3_differences"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
         self.library.refuse_launches.argtypes = [ctypes.c_bool]
@@ -112,6 +112,10 @@ class Host:
     def launches(self, n: int) -> list[tuple[int, ...]]:
         """(blocks, threads, stream, device) of the last step's launches."""
         return [tuple(self.library.launch_of_last_step(i)[:4]) for i in range(n)]
+
+    def yes_votes(self) -> int:
+        """How many warps had an unusual value since the last call."""
+        return int(self.library.yes_votes())
 
 
 @pytest.fixture(scope="session")
@@ -167,6 +171,8 @@ class World:
         self.buffers: list[Tensor] = []
         self.grads: list[Tensor] = []
         self.steps: list[Tensor] = []
+        self.stored: list[list[Tensor]] = []
+        self.extras: list[list[Tensor | None]] = []
         items = []
         for key, row in enumerate(rows):
             numel, offsets = row.numel, row.offsets
@@ -186,6 +192,8 @@ class World:
             items.append(item)
             self.grads.append(g)
             self.steps.append(step)
+            self.stored.append(stored)
+            self.extras.append(extras)
         self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], *formats), items)
         self.hyper = torch.tensor(HYPER, dtype=torch.float64)
 
@@ -274,6 +282,99 @@ def test_sizes_and_alignments(host: Host, rule: str, formats: Formats) -> None:
         EAGER.step(worlds[0].batch, worlds[0].inputs(grad_scale, found_inf))
         assert worlds[1].step(host, worlds[1].inputs(grad_scale, found_inf)) == 2
         assert_same_bits(worlds[1].contents(), worlds[0].contents())
+
+
+NARROW = [f for f in COVERING if f.mu.dtype.itemsize < 4]
+TESTED_PARAMS = ("bf16", "bf16_master", "split16", "split8", "bf16_stochastic")
+"""Those of which new values are tested where moments are narrow."""
+
+
+def unusual_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
+    """Whether a warp must notice it, the operand, what an element has stored, and its second part or base."""
+    yield False, "grad", 0.0, None
+    for x in (torch.inf, -torch.inf, torch.nan, 2.0**127):
+        yield True, "grad", x, None
+        rest = x if formats.param.name.endswith("master") else 0
+        yield formats.param.name in TESTED_PARAMS, "param", x, rest
+    if formats.param.name.startswith("split"):
+        for zero in (0.0, -0.0):
+            yield True, "param", zero, -1  # somebody wrote it
+    if formats.mu.name == "e4m3":
+        codes = [("mu", code | sign) for code in (126, 127) for sign in (0, 128)]
+        yield from ((True, operand, code, None) for operand, code in [*codes, ("nu", 254), ("nu", 255)])
+        yield True, "mu", 125, 239  # 1.6 * 2^127
+    else:
+        for x in (torch.inf, torch.nan, 3.38e38):
+            yield True, "mu", x, None
+            yield True, "mu", -x, None
+            yield True, "nu", x, None
+
+
+@rules
+@pytest.mark.parametrize("formats", NARROW, ids=str)
+def test_unusual_values(host: Host, rule: str, formats: Formats) -> None:
+    """One in a chunk, in a warp's first, middle or last lane: its warp notices, and no other does."""
+    chunk, warp = host.chunk_size(), 256
+    cases = [
+        (chunk - 3 * warp + place, case)
+        for case in unusual_values(formats)
+        for place in (0, warp // 2 + 3, warp - 1)
+    ]
+    worlds = [World(rule, formats, [Row(chunk)] * len(cases)) for _ in range(2)]
+    for world in worlds:
+        world.new_gradients()
+        for row, (i, (_, operand, x, rest)) in enumerate(cases):
+            if operand == "grad":
+                world.grads[row][i] = x
+            else:
+                k = ("param", "mu", "nu").index(operand)
+                world.stored[row][k][i] = x
+                extra = world.extras[row][k]
+                if extra is not None and rest is not None:
+                    extra[i if len(extra) == chunk else i // 128] = rest
+    host.yes_votes()
+    for expected in (sum(noticed for _, (noticed, *_) in cases), None):
+        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+        worlds[1].step(host, worlds[1].inputs(None, None))
+        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+        assert host.yes_votes() == expected or expected is None
+        for world in worlds:
+            world.new_gradients()
+
+
+@pytest.mark.parametrize("grad_exponents", [(-149, -20), (-20, 20), (20, 126)], ids=str)
+def test_all_codes_under_all_bases(host: Host, grad_exponents: tuple[int, int]) -> None:
+    """Every finite code under every base of usual values, and gradients that lead to every base."""
+    blocks = 240
+    numel = 2 * blocks * 128
+    worlds = [World("adamaxw", named("fp32", "fp32", "e4m3", "e5m3"), [Row(numel)]) for _ in range(2)]
+    for world in worlds:
+        _, mu, nu = world.stored[0]
+        _, mu_bases, nu_bases = world.extras[0]
+        code = torch.arange(numel) // 128 % 2 * 128 + torch.arange(numel) % 128
+        mu.copy_(torch.where(code % 128 < 126, code, 0))
+        nu.copy_(torch.where(code < 254, code, 0))
+        mu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=238))
+        nu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=222))
+    host.yes_votes()
+    first, last = grad_exponents
+    for _ in range(3):
+        for world in worlds:
+            exponent = first + (last - first) * torch.rand(
+                2 * blocks, generator=world.rng, dtype=torch.float64
+            )
+            spread = 2.0 ** (-20 * torch.rand(numel, generator=world.rng, dtype=torch.float64))
+            sign = 1 - 2 * torch.randint(2, (numel,), generator=world.rng)
+            world.grads[0].copy_((2.0**exponent).repeat_interleave(128) * spread * sign)
+        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+        worlds[1].step(host, worlds[1].inputs(None, None))
+        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+    assert host.yes_votes() == 0
+
+
+def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
+    """By the GPU's own arithmetic, to the last of the bits that rounding depends on."""
+    assert host.library.e4m3_differences(ctypes.c_int64(1000)) == 0
 
 
 @rules
@@ -401,7 +502,7 @@ EXACT_IN_PTX = re.compile(
     r"|cvt\.rn\.f32\.f64|cvt\.f64\.f32|cvt\.rn\.f16\.f32|cvt\.f32\.f16"
 )
 """Each a single correctly rounded operation, or none at all."""
-EXACT_IN_PTX_OF = {"E4M3": r"add\.rz\.f32", "Fp16Stochastic": r"cvt\.rzi\.s32\.f32"}
+EXACT_IN_PTX_OF = {"Fp16Stochastic": r"cvt\.rzi\.s32\.f32"}
 """What codecs cut with, on purpose."""
 
 

@@ -3,14 +3,23 @@
 // (-ffp-contract=off, -fmad=false). T is a number or a pack of them, S the number.
 #pragma once
 
+#include <type_traits>
+
 #include "../coefficients.h"
 #include "../numbers.h"
 
 namespace fused_optim {
 
-// NaN on either side gives NaN, unlike fmax. Of two zeros it is x.
+// NaN on either side gives NaN, unlike fmax. Of two zeros it is x, which must not be the negative one.
 template <class T>
 FUSED_OPTIM_HD T maximum(T x, T y) {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+  // One instruction, where nvcc makes three of the comparisons.
+  if constexpr (std::is_same<T, float>::value) {
+    asm("max.NaN.f32 %0, %0, %1;" : "+f"(x) : "f"(y));
+    return x;
+  }
+#endif
   const T larger = y > x ? y : x;
   return y != y ? y : larger;
 }
