@@ -361,7 +361,7 @@ struct Neighbours {
       g.decode(k);
       mu.decode(k);
       nu.decode(k);
-      if (c.grad_divisor != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
+      if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
       step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
       unusual |= p.is_unusual(k) | mu.is_unusual(k) | nu.is_unusual(k);
       p.encode(k);

@@ -316,9 +316,7 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
     mu.begin_tile(begin, n, place);
     nu.begin_tile(begin, n, place);
     const auto read_grad = [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
-      const Pack g = grad.read(begin + i, count);
-      if (is_one(c.grad_divisor)) return g;
-      return g / c.grad_divisor;
+      return grad.read(begin + i, count) / c.grad_divisor;
     };
     if constexpr (!kBuffered<Mu> && !kBuffered<Nu>) {
       for_packs<size>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {

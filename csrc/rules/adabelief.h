@@ -7,7 +7,7 @@ namespace fused_optim {
 
 template <class T, class S>
 FUSED_OPTIM_HD T belief_update(T m_hat, T s, const Coefficients<S>& c) {
-  return m_hat / (square_root(corrected(s, c.bias_correction2)) + c.eps);
+  return m_hat / (square_root(s / c.bias_correction2) + c.eps);
 }
 
 struct AdaBelief {
@@ -22,7 +22,7 @@ struct AdaBelief {
 
   template <class T, class S>
   static FUSED_OPTIM_HD T update(T, T m, T s, const Coefficients<S>& c) {
-    return belief_update(corrected(m, c.bias_correction1), s, c);
+    return belief_update(m / c.bias_correction1, s, c);
   }
 };
 
@@ -31,8 +31,7 @@ struct AdaBeliefNesterov : AdaBelief {
 
   template <class T, class S>
   static FUSED_OPTIM_HD T update(T g, T m, T s, const Coefficients<S>& c) {
-    const T m_hat =
-        c.beta1 * corrected(m, c.bias_correction1_next) + c.one_minus_beta1 * corrected(g, c.bias_correction1);
+    const T m_hat = c.beta1 * (m / c.bias_correction1_next) + c.one_minus_beta1 * (g / c.bias_correction1);
     return belief_update(m_hat, s, c);
   }
 };

@@ -16,7 +16,7 @@ struct AdamaxW {
 
   template <class T, class S>
   static FUSED_OPTIM_HD T update(T, T m, T v, const Coefficients<S>& c) {
-    return corrected(m, c.bias_correction1) / v;
+    return (m / c.bias_correction1) / v;
   }
 };
 

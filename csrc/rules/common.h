@@ -24,17 +24,6 @@ FUSED_OPTIM_HD T maximum(T x, T y) {
   return y != y ? y : larger;
 }
 
-// From step 165 on for beta1 = 0.9 the first moment's correction is 1, and dividing by it changes
-// no bit. On the CPU, where a pack branches as one, that is 15% of a step whose data lies in a
-// cache; on a GPU it costs registers.
-template <class T, class S>
-FUSED_OPTIM_HD T corrected(T x, S bias_correction) {
-#if !defined(__CUDACC__)
-  if (is_one(bias_correction)) return x;
-#endif
-  return x / bias_correction;
-}
-
 template <class T, class S>
 FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<S>& c) {
   return c.one_minus_beta1 * g + c.beta1 * m;
