@@ -134,6 +134,9 @@ class Watch {
       inner_.back().end = tensors_.size();
     }
     if (!works_) return;
+    if (impl_bytes_ < least_bytes_) impl_bytes_ = 0;
+    for (size_t i = 0; i < tensors_.size(); ++i)
+      if (tensors_[i].impl != nullptr) digest(tensors_[i], tensors_[i].impl, facts_[i].dim);
     std::unordered_map<const void*, uint32_t> seen;
     for (py::handle step : steps) {
       const void* const counter = *torch_.version_counter(handle(step.ptr()));
@@ -383,7 +386,7 @@ class Watch {
       layouts_.insert(layouts_.end(), sizes, sizes + facts.dim);
       layouts_.insert(layouts_.end(), strides, strides + facts.dim);
       facts.version_counter = *torch_.version_counter(&was.impl);
-      digest(was, was.impl, facts.dim);
+      impl_bytes_ = std::min(impl_bytes_, allocated(was.impl) / 8 * 8);
     }
     tensors_.push_back(was);
     facts_.push_back(facts);
@@ -481,15 +484,16 @@ class Watch {
   }
 
   // Digests are for a torch whose tensor names its storage and its counter of versions, and whose
-  // storage its address.
+  // storage its address. An allocator may give a tensor more than it needs, by chance; the smallest
+  // of many allocations is what a tensor takes.
   void find_digests(py::handle scratch, const Impl* impl) {
     const auto* const storage =
         reinterpret_cast<const void*>(scratch.attr("untyped_storage")().attr("_cdata").cast<size_t>());
     const auto* const data = reinterpret_cast<const void*>(scratch.attr("data_ptr")().cast<size_t>());
     const size_t bytes = allocated(impl) / 8 * 8;
     storage_offset_ = find_word(impl, bytes, storage);
-    if (bytes <= 8 * kStorageNumbers && storage_offset_ < bytes &&
-        find_word(impl, bytes, *torch_.version_counter(&impl)) < bytes && data != nullptr &&
+    least_bytes_ = 8 + std::max(storage_offset_, find_word(impl, bytes, *torch_.version_counter(&impl)));
+    if (bytes <= 8 * kStorageNumbers && least_bytes_ <= bytes && data != nullptr &&
         allocated(storage) >= kStorageBytes && find_word(storage, kStorageBytes, data) < kStorageBytes)
       impl_bytes_ = bytes;
   }
@@ -666,7 +670,7 @@ class Watch {
   static inline const TorchInterface torch_;
   py::object type_;  // torch.Tensor
   Py_ssize_t offset_ = 0;
-  size_t storage_offset_ = 0, impl_bytes_ = 0;  // no digests
+  size_t storage_offset_ = 0, least_bytes_ = 0, impl_bytes_ = 0;  // no digests
   size_t version_offset_ = 0;
   const Impl* no_grad_ = nullptr;
   const size_t dict_version_offset_ = find_dict_version();  // 0: dicts have none
