@@ -149,9 +149,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("decode", &fused_optim::decode, "What encode stored, back to values.");
   using fused_optim::Watch;
   py::class_<Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
-      .def(py::init<py::list, py::dict, const std::vector<size_t>&, py::object>())
+      .def(py::init<py::list, py::dict, const std::vector<size_t>&, py::list, py::object>())
       .def("works", &Watch::works)
-      .def("digests", &Watch::digests)
+      .def("asked", &Watch::asked)
       .def("ask", [](Watch& watch, py::list param_lists, py::dict state, bool ask_python,
                      int threads) { return static_cast<int>(watch.ask(param_lists, state, ask_python, threads)); })
       .def("remember_versions", &Watch::remember_versions)

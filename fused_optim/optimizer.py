@@ -525,6 +525,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _current_plan(self) -> Plan:
         if self._flatten:
             self._check_gradients_arrive()
+        if self._plan is not None and self._plan.unchanged(self.param_groups, self.state):
+            return self._plan
+        if self._flatten:
             self._check_steps()
         if self._plan is None or not self._plan.still_right(self.param_groups, self.state):
             self._drop_plan()
@@ -597,6 +600,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             batches,
             [x.param for x in live],
             [state["step"] for state in states],
+            self._flatten,
             self.param_groups,
             self.state,
         )

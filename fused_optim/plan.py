@@ -73,6 +73,7 @@ class Plan:
         batches: what to launch, each with the backend that does.
         params: what is stepped.
         steps: their step numbers.
+        own_steps: whether step numbers that somebody else has written to need another plan.
         groups, state: the optimizer's, as they are now.
     """
 
@@ -81,12 +82,14 @@ class Plan:
         batches: list[tuple[Backend, Batch]],
         params: list[Tensor],
         steps: list[Tensor],
+        own_steps: bool,
         groups: list[dict[str, Any]],
         state: State,
     ) -> None:
         self.batches = batches
         self.params = params
         self.steps = steps
+        self._own_steps = own_steps
         self.steps_certain = 0
         """Steps made with this plan that no ``found_inf`` can have skipped."""
         self.steps_maybe = 0
@@ -115,7 +118,8 @@ class Plan:
             with torch.inference_mode(False):
                 # Not empty: the watch looks for its address in its storage.
                 self._scratch = torch.empty(1, device="cpu")
-            watch = native.Watch(self._lists, state, self._grad_cells(), self._scratch)
+            steps = self.steps if self._own_steps else []
+            watch = native.Watch(self._lists, state, self._grad_cells(), steps, self._scratch)
             self._watch = watch if watch.works() else None
         del fingerprint.grads
 
@@ -131,26 +135,32 @@ class Plan:
                         cells[o.position] = first + 8 * len(ROW_COLUMNS) * i
         return cells
 
+    def unchanged(self, groups: list[dict[str, Any]], state: State) -> bool:
+        """Whether the plan surely describes these tensors and nobody has written to the step
+        numbers since ``remember_steps``; gradients that have only moved are followed."""
+        if self._watch is None or state is not self._state or self._fingerprint.options != _options(groups):
+            return False
+        native: Any = extension("_cpu")[0]
+        answer = self._watch.ask(
+            [group["params"] for group in groups],
+            state,
+            not self._plain or has_torch_function((self._scratch,)),
+            torch.get_num_threads(),
+        )
+        if answer != native.UNCHANGED:
+            for _, batch in self.batches:
+                batch.on_device.pop("rows", None)
+        if answer == native.PERHAPS_NOT or (answer == native.GRADS_MOVED and not self._movable):
+            return False
+        for o in self._readers:
+            grad = self.params[o.position].grad
+            assert grad is not None
+            o.grad_source = weakref.ref(grad)
+        return True
+
     def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
-        """Whether the plan describes these tensors; gradients that have only moved are
-        followed."""
-        if self._watch is not None and state is self._state and self._fingerprint.options == _options(groups):
-            native: Any = extension("_cpu")[0]
-            answer = self._watch.ask(
-                [group["params"] for group in groups],
-                state,
-                not self._plain or has_torch_function((self._scratch,)),
-                torch.get_num_threads(),
-            )
-            if answer != native.UNCHANGED:
-                for _, batch in self.batches:
-                    batch.on_device.pop("rows", None)
-            if answer != native.PERHAPS_NOT:
-                for o in self._readers:
-                    grad = self.params[o.position].grad
-                    assert grad is not None
-                    o.grad_source = weakref.ref(grad)
-                return answer == native.UNCHANGED or self._movable
+        """Whether the plan describes these tensors, whatever ``unchanged`` says; gradients that
+        have only moved are followed."""
         every_grad = (p.grad for group in groups for p in group["params"])
         if any(g is not None and g.layout is not torch.strided for g in every_grad):
             return False
@@ -175,14 +185,14 @@ class Plan:
         """Take the step numbers as they are now for our own."""
         self._step_versions = []
         if self._watch is not None:
-            self._watch.remember_versions(self.steps, torch.get_num_threads())
+            self._watch.remember_versions()
         else:
             self._step_versions = [t._version for t in self.steps]
 
     def steps_unchanged(self) -> bool:
         """Whether nobody has written to the step numbers since ``remember_steps``."""
         if self._watch is not None and not self._step_versions:
-            return bool(self._watch.versions_unchanged(self.steps, torch.get_num_threads()))
+            return bool(self._watch.versions_unchanged(self.steps))
         return [t._version for t in self.steps] == self._step_versions
 
     def bump_versions(self) -> None:

@@ -1152,12 +1152,12 @@ MANY = 258
 
 class Beside:
     """An optimizer, and its twin on twins of its parameters, which cannot miss a change, for it
-    makes a new plan at each step."""
+    makes a new plan at each step and has no flat buffers."""
 
-    def __init__(self, make: Make, backend: str) -> None:
+    def __init__(self, make: Make, backend: str, flatten: bool = False) -> None:
         n = 5 if backend == "eager" else MANY  # eager takes its time
         self.params, self.twins = parameters([(2, 3)] * n), parameters([(2, 3)] * n)
-        self.optimizer, self.twin = make(self.params), make(self.twins)
+        self.optimizer, self.twin = make(self.params, flatten=flatten), make(self.twins)
         self.ends = (0, n - 1)
         self.steps = 0
 
@@ -1222,6 +1222,16 @@ def change_of(what: str, i: int) -> Callable[[Any, Parameters], None]:
             state["step"] = torch.tensor(5)
         elif what == "step moved":
             moved(state["step"])
+        elif what == "step written":
+            state["step"].add_(3)
+        elif what == "step written through a tensor with a counter of its own":
+            torch.utils.swap_tensors(state["step"], state["step"].data)
+            state["step"].add_(3)
+        elif what == "storage moved":
+            storage = state["exp_avg"].untyped_storage()
+            before = storage.data_ptr()
+            storage.resize_(1 << 20)
+            assert storage.data_ptr() != before
         elif what == "state started anew":
             del optimizer.state[p]
         elif what == "state a new dict":
@@ -1244,12 +1254,19 @@ def change_of(what: str, i: int) -> Callable[[Any, Parameters], None]:
         "state moved",
         "step replaced",
         "step moved",
+        "step written",
+        "step written through a tensor with a counter of its own",
+        "storage moved",
         "state started anew",
         "state a new dict",
     ],
 )
-def test_a_change_anywhere_is_noticed(make: Make, backend: str, two_threads: None, what: str) -> None:
-    beside = Beside(make, backend)
+@flat
+def test_a_change_anywhere_is_noticed(
+    make: Make, backend: str, flatten: bool, two_threads: None, what: str
+) -> None:
+    warnings.filterwarnings("ignore", "parameters were moved out of the flat buffers")
+    beside = Beside(make, backend, flatten)
     for _ in range(2):
         beside.step()
     for i in beside.ends:
@@ -1346,26 +1363,39 @@ def test_gradients_are_not_kept(make: Make) -> None:
 
 
 @compiled
+@flat
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc tells the size of an allocation")
-def test_tensors_are_asked_by_digest() -> None:
+def test_tensors_are_asked_by_digest(two_threads: None, flatten: bool) -> None:
     """Without it the answers are the same, later."""
-    params = parameters()
-    optimizer = AdaBelief(params, backend="cpu")
+    params = parameters([(2, 3)] * MANY)
+    optimizer = AdaBelief(params, backend="cpu", flatten=flatten)
     train(optimizer, params, 1)
-    assert optimizer._plan._watch.digests()
+    watch = optimizer._plan._watch
+    optimizer.step()
+    assert watch.asked() == 0
+    held = [params[-1].data, optimizer.state[params[1]]["step"].data]
+    for _ in range(2):  # a tensor more or less of a storage is seen, and its tensors are asked once
+        optimizer.step()
+        asked = watch.asked()
+        assert asked > 0
+        optimizer.step()
+        assert watch.asked() == asked
+        held.clear()
+    assert optimizer._plan._watch is watch
 
 
 @compiled
 @pytest.mark.parametrize("steps", [1, 3])
 def test_versions_go_up_by_one_a_step(two_threads: None, steps: int) -> None:
-    params = parameters([(3,)] * MANY)
+    n = 2 * MANY
+    params = parameters([(3,)] * n)
     optimizer = AdaBelief(params, backend="cpu")
     set_gradients(params, 0, skip=[1, 257])
     before = [p._version for p in params]
     for _ in range(steps):
         optimizer.step()
     gone_up = [p._version - v for p, v in zip(params, before)]
-    assert gone_up == [0 if i in (1, 257) else steps for i in range(MANY)]
+    assert gone_up == [0 if i in (1, 257) else steps for i in range(n)]
 
 
 def test_inference_tensors_have_no_version(make: Make) -> None:
