@@ -723,6 +723,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._flat = flat_sets(params)
         homes = {p: home for home in self._flat for p in home.params}
         result = []
+        moves: list[tuple[Tensor, Tensor]] = []
         for x, state in zip(live, states):
             home = homes.get(x.param)
             if home is None:
@@ -730,12 +731,20 @@ class FusedOptimizer(torch.optim.Optimizer):
                 continue
             for part in self._parts(x.param, self.param_groups[x.group]):
                 if not home.at_home(part, x.param, state[part.key]):
-                    state[part.key] = home.view(part, x.param).copy_(state[part.key])
+                    slot = home.view(part, x.param)
+                    moves.append((slot, state[part.key]))
+                    state[part.key] = slot
             if not home.at_home(home.grad, x.param, x.grad) and x.grad.dtype == x.param.dtype:
-                slot = home.view(home.grad, x.param).copy_(x.grad)
+                slot = home.view(home.grad, x.param)
+                moves.append((slot, x.grad))
                 x.param.grad = slot
                 x = x._replace(grad=slot)
             result.append(x)
+        # Two may have changed places: what lies in a buffer is copied before any slot is written.
+        buffers = {slot.untyped_storage().data_ptr() for slot, _ in moves}
+        sources = [t.clone() if t.untyped_storage().data_ptr() in buffers else t for _, t in moves]
+        for (slot, _), source in zip(moves, sources):
+            slot.copy_(source)
         return result
 
     def memory(self) -> Memory:

@@ -1030,6 +1030,25 @@ def test_parameters_that_leave_the_flat_buffers(make: Make, change: str) -> None
     flat_like_plain(run)
 
 
+@pytest.mark.parametrize("what", ["gradients", "states"])
+def test_tensors_that_change_places(make: Make, what: str) -> None:
+    """Each is in the other's slot of a flat buffer then."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters([(4, 3), (4, 3), (2,)])
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 2)
+        a, b = params[:2]
+        if what == "gradients":
+            a.grad, b.grad = b.grad, a.grad
+        else:
+            optimizer.state[a], optimizer.state[b] = optimizer.state[b], optimizer.state[a]
+        optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
 def test_parameters_replaced_by_assignment(make: Make) -> None:
     """``load_state_dict(assign=True)`` gives the model new parameters, which the optimizer does
     not have. It says so once."""
