@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .reference import MAX_COUNT
 from .rounding import MU, NU
-from .storage import BLOCK, FORMATS, Format, Formats, Part
+from .storage import BLOCK, FORMATS, MAX_BASE, Format, Formats, Part
 from .table import same_layout
 
 BASE = "_base"
@@ -178,6 +178,13 @@ def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, st
                 f"was it saved by another optimizer than {optimizer}?"
             )
     check_kinds(name, p, state, keys, ValueError)
+    for key, operand in zip(keys, (MU, NU)):
+        most = MAX_BASE[_MOMENT_8BIT[operand].name]
+        if state[key].dtype == torch.uint8 and (state[key + BASE] > most).any():
+            raise ValueError(
+                f"the saved state {key + BASE!r} of parameter {name} must be at most {most}, that of the "
+                f"largest float32, got {int(state[key + BASE].max())}"
+            )
     for key in (*keys, *_OPTIONAL):
         value = state.get(key)
         if isinstance(value, Tensor) and value.shape != p.shape:

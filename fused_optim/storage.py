@@ -210,6 +210,13 @@ def _blocks(x: Tensor) -> Tensor:
     return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
 
 
+_E4M3_ORDERS, _E5M3_ORDERS = 14, 30
+"""Binary orders from a block's base to its largest value's exponent."""
+
+MAX_BASE = {"e4m3": 254 - _E4M3_ORDERS, "e5m3": 254 - _E5M3_ORDERS}
+"""The base of a block with the largest float32 in it."""
+
+
 def _block_base(magnitude: Tensor, orders: int) -> Tensor:
     """For each block the exponent that is ``orders`` below that of its largest finite value."""
     finite = torch.where(magnitude < 0x7F800000, magnitude, 0)
@@ -223,7 +230,7 @@ def _of_elements(base: Tensor, shape: torch.Size) -> Tensor:
 
 def _encode_e5m3(values: Tensor, place: Place | None) -> Encoded:
     magnitude = bits_of(values) & 0x7FFFFFFF
-    base = _block_base(magnitude, 30)
+    base = _block_base(magnitude, _E5M3_ORDERS)
     base_of = _of_elements(base, values.shape)
     code = ((magnitude + _dither(values, place, 20)) >> 20) - 8 * base_of
     # 2039 is the largest finite float32's.
@@ -245,7 +252,7 @@ def _decode_e5m3(code: Tensor, base: Tensor | None) -> Tensor:
 def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
     b = bits_of(values)
     magnitude = b & 0x7FFFFFFF
-    base = _block_base(magnitude, 14)
+    base = _block_base(magnitude, _E4M3_ORDERS)
     base_of = _of_elements(base, values.shape)
     # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
     one = (base_of + 1) << 23

@@ -410,6 +410,12 @@ def broken_states() -> Iterator[Any]:
     n = 300
     yield "lost base", lambda s: s.pop("exp_avg_base"), ("exp_avg", "exp_avg_base", "uint8")
     yield "short base", lambda s: s.update(exp_avg_base=s["exp_avg_base"][:1]), ("exp_avg_base", "(3,)")
+    yield "large base", lambda s: s["exp_avg_base"].fill_(241), ("exp_avg_base", "at most 240", "241")
+    yield (
+        "large base of nu",
+        lambda s: s["exp_avg_var_base"].fill_(225),
+        ("exp_avg_var_base", "at most 224", "225"),
+    )
     yield (
         "integer moment",
         lambda s: s.update(exp_avg=torch.zeros(n, dtype=torch.int32)),
