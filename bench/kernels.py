@@ -102,15 +102,13 @@ def elements_per_thread(row: Row) -> int:
 
 
 def register_limit(row: Row) -> int:
-    """64 registers leave room for four blocks of 256 threads in 65,536, 65 to 80 for three. With a float32
-    master or an 8-bit remainder beside float32 moments Nesterov's take two blocks on sm_100: these have
-    64 KiB of reads in flight, more than a B200 needs."""
+    """64 registers leave room for four blocks of 256 threads in 65,536, 65 to 80 for three."""
     if row.get("compiler") == "nvcc":
         return 80 if row["param"] == "fp64" else 64
-    if row["state"] == "fp32" and row["param"].endswith("_master"):
-        return 96
-    limits = {("fp32", "fp32", "fp32"): 64, ("bf16", "bf16", "fp32"): 72, ("split8", "bf16", "fp32"): 88}
-    return limits.get((row["param"], row["grad"], row["state"]), 80)
+    if (row["param"], row["grad"], row["state"]) == ("fp32", "fp32", "fp32"):
+        return 48
+    plain = row["param"] in ("fp32", "bf16", "fp16", "fp64") and row["state"] in ("fp32", "fp64")
+    return 72 if plain else 80
 
 
 def problems(row: Row) -> list[str]:

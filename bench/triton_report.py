@@ -69,7 +69,7 @@ def step_kernel(
     chunk = step.chunk_size(*(PART_BYTES[operand][0] for operand in operands))
     constants = step.step_constants(rule, *operands, chunk)
     options = step.launch_options(target.backend, target.warp_size, step.THREADS)
-    options = step.with_register_limit(options, constants) | {"enable_fp_fusion": fp_fusion}
+    options["enable_fp_fusion"] = fp_fusion
     working = "fp64" if param == "fp64" else "fp32"
     pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{working}"}
     return compile_kernel(step.step_kernel, pointers, constants, {}, target, options)

@@ -1,7 +1,7 @@
 """The update rules that there are: one line each.
 
-A new rule is a function in ``reference.py`` (the definition), ``kernels/rules.py``
-and ``csrc/rules/`` under the same name, and a line here and in
+A new rule is a function in ``reference.py`` (the definition) and, under the same name
+and in two parts, in ``kernels/rules.py`` and ``csrc/rules/``; and a line here and in
 ``csrc/rules/all.h``.
 """
 

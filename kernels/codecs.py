@@ -26,6 +26,9 @@ NARROW = frozenset(
 )
 """Formats of few bits, which take half the instructions where ``at.usual``."""
 
+IN_PARTS = frozenset(["bf16_master", "fp16_master", "split16", "split8"])
+"""Formats of a parameter that lies in two tensors."""
+
 PARAM, MU, NU = tl.constexpr(0xA54FF53B), tl.constexpr(0x6A09E667), tl.constexpr(0xBB67AE85)
 """The operands that are stored, by what each multiplies an element's index by for its dither."""
 
@@ -65,9 +68,10 @@ def _store(row, at, x):
     tl.store(_pointers(row, x.dtype, at, 1), x, at.mask)
 
 
-# Narrow values are read and written as words that hold neighbours, and taken out by shifts and masks.
-# Left to itself LLVM makes vectors of bytes and halves, in two or three instructions a value. (Halves
-# beside float32 moments are few, and take up to 12 registers less as they are.)
+# Narrow values are read as words that hold neighbours, and taken out by shifts and masks, and bytes are
+# written so too. Left to itself LLVM makes vectors of bytes and halves, in two or three instructions a
+# value. (Halves beside float32 moments are few, and take up to 12 registers less as they are; written,
+# two take one instruction less as they are.)
 
 
 @triton.jit
@@ -90,12 +94,7 @@ def _high_halves(halves):
 
 @triton.jit
 def _store_high_halves(row, at, x):
-    if at.usual is not None:
-        first, second = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
-        pairs = (first >> 16) | (second & 0xFFFF0000)
-        tl.store(_pointers(row, tl.uint32, at, 2), pairs)
-    else:
-        _store(row, at, (x >> 16).to(tl.uint16))
+    _store(row, at, (x >> 16).to(tl.uint16))
 
 
 @triton.jit
@@ -118,12 +117,14 @@ def _high_bytes(b):
 
 
 @triton.jit
-def _store_low_bytes(row, at, x):
+def _store_bytes(row, at, x):
+    """``x``: at most 255 in a full chunk."""
     if at.mask is None:
         even, odd = tl.split(tl.reshape(x, [x.shape[0] // 4, 2, 2]))
         b0, b2 = tl.split(even)
         b1, b3 = tl.split(odd)
-        words = (b0 | (b1 << 8)) | ((b2 | (b3 << 8)) << 16)
+        # A shift and an addition are one instruction, a shift and an "or" are two.
+        words = ((b3 * 256 + b2) * 256 + b1) * 256 + b0
         tl.store(_pointers(row, tl.uint32, at, 4), words)
     else:
         _store(row, at, x.to(tl.uint8))
@@ -360,7 +361,7 @@ def store_split8(row, at, x, OPERAND: tl.constexpr):
         dither = tl.where((bits & 0x7FFFFFFF) >= 0x7F7FFF00, 0, dither)
     bits += dither
     _store_high_halves(row, at, bits + 0x8000)
-    _store_low_bytes(row + EXTRA, at, (bits >> 8) & 0xFF)
+    _store_bytes(row + EXTRA, at, (bits >> 8) & 0xFF)
 
 
 @triton.jit
@@ -432,12 +433,6 @@ def store_bf16_dither(row, at, x, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def _bases(row, at):
-    block = at.start // BLOCK + tl.arange(0, at.offset.shape[0] // BLOCK)
-    return tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + block
-
-
-@triton.jit
 def _of_elements(base):
     """A block's base for each of its elements."""
     N: tl.constexpr = base.shape[0]
@@ -445,8 +440,16 @@ def _of_elements(base):
 
 
 @triton.jit
+def _of_threads(base):
+    """A block's base for each of the 16 threads that hold it in a full chunk."""
+    N: tl.constexpr = base.shape[0]
+    return tl.reshape(tl.broadcast_to(base[:, None], [N, 16]), [16 * N])
+
+
+@triton.jit
 def _load_base(row, at):
-    return tl.load(_bases(row, at), at.block_mask).to(tl.int32)
+    block = at.start // BLOCK + tl.arange(0, at.offset.shape[0] // BLOCK)
+    return tl.load(tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8)) + block, at.block_mask).to(tl.int32)
 
 
 @triton.jit
@@ -462,14 +465,13 @@ def _new_base(row, at, magnitude, ORDERS: tl.constexpr):
         magnitude = tl.where(at.mask & (magnitude < INF), magnitude, 0)
     largest = tl.max(tl.reshape(magnitude, [N, BLOCK]), 1)
     base = tl.maximum((largest >> 23) - ORDERS, 0)
-    # 16 threads hold a block in a full chunk and one of them stores: stored as one value a block,
-    # bases go through shared memory. ``+ lane`` tells the compiler which threads are neighbours.
-    lane = tl.arange(0, 16)[None, :]
-    first = lane == 0
+    # Stored as one value a block, bases would go through shared memory.
+    thread = tl.arange(0, 16 * N)
+    first = (thread & 15) == 0
     if at.mask is not None:
-        first = first & at.block_mask[:, None]
-    stored = tl.broadcast_to(base.to(tl.uint8)[:, None], [N, 16])
-    tl.store(_bases(row, at)[:, None] + lane, stored, first)
+        first = first & _of_threads(at.block_mask)
+    bases = tl.load(row + EXTRA).to(tl.pointer_type(tl.uint8))
+    tl.store(bases + (at.start // BLOCK + (thread >> 4)), _of_threads(base.to(tl.uint8)), first)
     return base
 
 
@@ -510,7 +512,7 @@ def store_e5m3(row, at, x, OPERAND: tl.constexpr):
     code = tl.minimum(tl.maximum(code, 1), magnitude)  # zero is the only one below its code
     if at.usual is None:
         code = _unusual(code, magnitude, base, 254)
-    _store_low_bytes(row, at, code.to(tl.uint32))
+    _store_bytes(row, at, code.to(tl.uint32))
 
 
 # A finite code, shifted, is a float32 of the value under base 0, subnormal values too: the base is a
@@ -549,4 +551,4 @@ def store_e4m3(row, at, x, OPERAND: tl.constexpr):
     code = (_bits_of(y) + _dither(at, OPERAND, 20)) >> 20
     if at.usual is None:
         code = _unusual(code.to(tl.int32), magnitude, base, 126).to(tl.uint32)
-    _store_low_bytes(row, at, code | ((_bits_of(x) >> 24) & 0x80))
+    _store_bytes(row, at, code | ((_bits_of(x) >> 24) & 0x80))

@@ -45,7 +45,13 @@ PLAIN = (
     "bf16:fp32:fp32",
     "fp64:fp64:fp64",
 )
-HEAVY = ("fp32:fp32:8bit", "bf16_stochastic:bf16:8bit")
+HEAVY = (
+    "fp32:fp32:8bit",
+    "bf16_stochastic:bf16:8bit",
+    "split8:bf16:8bit",
+    "split8:bf16:fp32",
+    "bf16_master:bf16:fp32",
+)
 """The formats of the highest registers, looked at on every target; the others on one."""
 
 
@@ -70,7 +76,7 @@ def formats(*names: str) -> tuple[str, ...]:
 @pytest.mark.parametrize("target", TARGETS)
 def test_compiled_kernels(version: str, target: str) -> None:
     rows = report(version, "--target", target, *formats(*PLAIN, *HEAVY))
-    assert len(rows) == 3 * 8 + 2
+    assert len(rows) == 3 * len(PLAIN + HEAVY) + 2
     assert [(row, problem) for row in rows if (problem := problems(row))] == []
 
 
