@@ -38,6 +38,7 @@ test-exhaustive: $(VENV)/installed
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	! git grep -nE '^(<<<<<<<|>>>>>>>)'
 
 check: $(VENV)/installed
 	$(BIN)/python -m fused_optim

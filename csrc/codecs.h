@@ -108,11 +108,6 @@ struct Bf16 : Codec {
     return select(magnitude_bits(x) > kInfinity, kNaN, nearest_bits(x));
   }
 
-  template <class F>
-  static FUSED_OPTIM_HD auto nearest_usual(F x) {
-    return nearest_bits(x);
-  }
-
   // `word`: 16 bits. A finite value becomes infinite only where rounding to nearest makes it so.
   template <class F, class R>
   static FUSED_OPTIM_HD auto at_odds(F x, R word) {
@@ -131,7 +126,7 @@ struct Bf16 : Codec {
   }
   template <class F, class R, class E>
   static FUSED_OPTIM_HD auto store_usual(F x, R, E&) {
-    return nearest_usual(x);
+    return nearest_bits(x);
   }
 };
 
@@ -205,7 +200,7 @@ struct Bf16Master : Bf16 {
   template <class F, class R>
   static FUSED_OPTIM_HD auto store_usual(F x, R, F& master) {
     master = x;
-    return nearest_usual(x);
+    return nearest_bits(x);
   }
 };
 

@@ -18,8 +18,11 @@ struct StoringUsual<Codec, true> : Codec {
   }
 };
 
+// Blocked codecs each say below which `magnitude` is not finite alone, or none is found to be unusual.
 template <class Codec>
-struct Usual : StoringUsual<Codec> {};
+struct Usual : StoringUsual<Codec> {
+  static_assert(!kBlocked<Codec>, "a blocked codec needs a magnitude that infinities and NaN have too");
+};
 
 // A zero with a negative rest, which somebody wrote to the parameter, is decoded to a NaN here; so the new
 // parameter is one too.

@@ -87,7 +87,7 @@ FUSED_OPTIM_HD auto select(Condition condition, A a, B b) {
   return condition ? Both{} + a : Both{} + b;
 }
 
-// Of integers, likewise. As selects of a comparison gcc 12 takes two instructions and a mask for each.
+// Of integers, likewise. Written with `select`, gcc 12 takes two instructions and a mask for each.
 template <class A, class B>
 FUSED_OPTIM_HD auto larger(A a, B b) {
   using Both = decltype(a + b);

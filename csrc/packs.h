@@ -43,7 +43,7 @@ FUSED_OPTIM_HD To read_as(const From* from) {
   return to;
 }
 
-// A whole pack from memory; integers are widened to 32 bits, those with a sign keep it.
+// A whole pack from memory, and to it.
 FUSED_OPTIM_HD Floats read_pack(const float* from) { return read_as<Floats>(from); }
 FUSED_OPTIM_HD Doubles read_pack(const double* from) { return read_as<Doubles>(from); }
 
@@ -53,6 +53,9 @@ FUSED_OPTIM_HD void write_pack(double* to, Doubles values) { memcpy(to, &values,
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim
 
+// For each instruction set: read_pack of integers, which widens them to 32 bits and keeps a sign;
+// write_halves and write_bytes, which cut; read_upper_halves and write_upper_halves; square_roots,
+// largest_of and any_at_least.
 #if FUSED_OPTIM_PACK_BYTES == 64
 #include "packs_avx512.h"
 #elif FUSED_OPTIM_PACK_BYTES == 32

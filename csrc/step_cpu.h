@@ -116,7 +116,7 @@ struct Array {
     if constexpr (kExtraEach<Codec>) prefetch_bytes(extra + kAhead, kTile * sizeof(Extra));
     if constexpr (Codec::random == kPhilox) random_tile(place, begin, buffers.random);
     if (n == kTile)
-      look_at_codes(0, kTile);
+      look_at_codes(0, kTile);  // a number that is known is a loop without a rest
     else
       look_at_codes(0, n);
   }
@@ -329,24 +329,24 @@ inline void step_elements(const Row& row, const Gradient<typename Param::Working
       });
     } else {
       const int64_t block_length = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : n;
-      for (int64_t block = 0, i = 0; i < n; ++block, i += block_length) {
-        const int64_t block_end = minimum(i + block_length, n);
+      for (int64_t block = 0, first = 0; first < n; ++block, first += block_length) {
+        const int64_t block_end = minimum(first + block_length, n);
         mu.begin_block(block);
         nu.begin_block(block);
-        for_packs<size>(i, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+        for_packs<size>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
           Pack m = mu.read(i, count), v = nu.read(i, count);
           Rule::moments(read_grad(i, count), m, v, c);
           mu.write(m, i, count);
           nu.write(v, i, count);
         });
-        mu.end_block(block, i, block_end);
-        nu.end_block(block, i, block_end);
+        mu.end_block(block, first, block_end);
+        nu.end_block(block, first, block_end);
       }
       const auto update_and_encode = [&](auto usual) FUSED_OPTIM_INLINE {
-        for (int64_t block = 0, i = 0; i < n; ++block, i += block_length) {
+        for (int64_t block = 0, first = 0; first < n; ++block, first += block_length) {
           mu.begin_block(block);
           nu.begin_block(block);
-          for_packs<size>(i, minimum(i + block_length, n), [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+          for_packs<size>(first, minimum(first + block_length, n), [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
             const Pack p = param.read(i, count), m = mu.written(i, count), v = nu.written(i, count);
             const Pack u = Rule::update(read_grad(i, count), m, v, c);
             mu.template encode<usual.value>(i, count);

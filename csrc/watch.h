@@ -18,10 +18,10 @@
 #include <unordered_map>
 #include <vector>
 
-// By force: gcc drops calls of functions that do nothing but prefetch, and a function for one
-// instruction set takes in no other by itself.
-#define FUSED_OPTIM_INLINE __attribute__((always_inline))
+#include "coefficients.h"
 
+// FUSED_OPTIM_HD inlines by force: gcc drops calls of functions that do nothing but prefetch, and a
+// function for one instruction set takes in no other by itself.
 namespace fused_optim {
 
 namespace py = pybind11;
@@ -289,8 +289,9 @@ class Watch {
     static constexpr size_t kRoles = 8;
     const void* storages[kRoles] = {};
     uint64_t digests[kRoles];
+    size_t asked = 0;  // see `asked`: counted by portion, since threads would wait for one another
 
-    FUSED_OPTIM_INLINE uint64_t of(const void* storage, size_t role) {
+    FUSED_OPTIM_HD uint64_t of(const void* storage, size_t role) {
       if (storages[role % kRoles] != storage) {
         storages[role % kRoles] = storage;
         digests[role % kRoles] = Isa::digest(storage, kStorageBytes, odd_.numbers + kStorageNumbers);
@@ -404,11 +405,11 @@ class Watch {
   const Tensor& grad(size_t i) const { return tensors_[2 * i + 1]; }
 
   // Whether it has the dtype and layout that it had, and its address.
-  bool ask_torch(const Facts& was, Handle tensor, void** address) {
+  bool ask_torch(const Facts& was, Handle tensor, void** address, size_t& asked) const {
     int64_t dim, *sizes, *strides;
     int32_t dtype;
     const int64_t* const layout = layouts_.data() + was.layout;
-    ++asked_;
+    ++asked;
     return torch_.dim(tensor, &dim) == 0 && dim == was.dim && torch_.dtype(tensor, &dtype) == 0 &&
            dtype == was.dtype && !torch_.is_neg(tensor) && torch_.sizes(tensor, &sizes) == 0 &&
            std::equal(layout, layout + dim, sizes) && torch_.strides(tensor, &strides) == 0 &&
@@ -416,11 +417,11 @@ class Watch {
   }
 
   template <class Isa>
-  FUSED_OPTIM_INLINE bool same(size_t i, size_t role, StorageDigests<Isa>& storages) {
+  FUSED_OPTIM_HD bool same(size_t i, size_t role, StorageDigests<Isa>& storages) {
     const Handle tensor = handle(tensors_[i].object);
     void* address;
     if (unchanged(tensors_[i], *tensor, role, storages)) return true;
-    if (!ask_torch(facts_[i], tensor, &address) || address != facts_[i].address ||
+    if (!ask_torch(facts_[i], tensor, &address, storages.asked) || address != facts_[i].address ||
         *torch_.version_counter(tensor) != facts_[i].version_counter)
       return false;
     digest(tensors_[i], *tensor, facts_[i].dim);
@@ -431,7 +432,7 @@ class Watch {
   // tensor is as it was to the bit, so is all that matters of it; where not (a count of references
   // is among them), torch is asked.
   template <class Isa>
-  FUSED_OPTIM_INLINE bool unchanged(const Tensor& was, const Impl* impl, size_t role,
+  FUSED_OPTIM_HD bool unchanged(const Tensor& was, const Impl* impl, size_t role,
                                     StorageDigests<Isa>& storages) const {
     return was.storage != nullptr && impl == was.impl && word(impl, storage_offset_) == address_of(was.storage) &&
            Isa::digest(impl, impl_bytes_, odd_.numbers) + storages.of(was.storage, role) == was.digest;
@@ -498,13 +499,13 @@ class Watch {
       impl_bytes_ = bytes;
   }
 
-  FUSED_OPTIM_INLINE static void prefetch(const void* first, int bytes) {
+  FUSED_OPTIM_HD static void prefetch(const void* first, int bytes) {
     const char* const at = static_cast<const char*>(first);
     for (int i = 0; i < bytes - 1; i += 64) __builtin_prefetch(at + i);
     __builtin_prefetch(at + bytes - 1);
   }
 
-  FUSED_OPTIM_INLINE void prefetch(const Tensor& t) const {
+  FUSED_OPTIM_HD void prefetch(const Tensor& t) const {
     prefetch(handle(t.object), 1);
     prefetch(t.impl, kImplBytes);
     prefetch(t.storage, kStorageBytes);
@@ -575,7 +576,7 @@ class Watch {
   }
 
   template <class Isa>
-  FUSED_OPTIM_INLINE Found param_found(size_t i, StorageDigests<Isa>& storages) {
+  FUSED_OPTIM_HD Found param_found(size_t i, StorageDigests<Isa>& storages) {
     if (i + 2 * kAhead < params_.size()) {
       prefetch(param(i + 2 * kAhead));
       prefetch(params_[i + 2 * kAhead].grad_handle, 1);
@@ -591,7 +592,7 @@ class Watch {
     Facts& facts = facts_[2 * i + 1];
     void* address;
     // A sparse tensor has no strides and no address to ask for.
-    if (!is_strided(now) || !ask_torch(facts, now, &address)) return kOther;
+    if (!is_strided(now) || !ask_torch(facts, now, &address, storages.asked)) return kOther;
     if (*now == was.impl && address == facts.address) {
       digest(was, *now, facts.dim);
       return kSame;
@@ -625,7 +626,7 @@ class Watch {
   }
 
   template <class Isa>
-  FUSED_OPTIM_INLINE Found state_found(size_t i, StorageDigests<Isa>& storages) {
+  FUSED_OPTIM_HD Found state_found(size_t i, StorageDigests<Isa>& storages) {
     if (i + kAhead < inner_.size()) {
       const Inner& next = inner_[i + kAhead];
       prefetch(next.dict, sizeof(PyDictObject));
@@ -648,12 +649,13 @@ class Watch {
   }
 
   template <class Isa>
-  FUSED_OPTIM_INLINE int portion_found(size_t first, size_t last) {
+  FUSED_OPTIM_HD int portion_found(size_t first, size_t last) {
     StorageDigests<Isa> storages;
     const size_t n = params_.size();
     int found = kSame;
     for (size_t i = first; i < last && !(found & kOther); ++i)
       found |= i < n ? param_found(i, storages) : state_found(i - n, storages);
+    asked_.fetch_add(storages.asked, std::memory_order_relaxed);
     return found;
   }
 

@@ -724,6 +724,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         homes = {p: home for home in self._flat for p in home.params}
         result = []
         moves: list[tuple[Tensor, Tensor]] = []
+        grads: list[tuple[Tensor, Tensor]] = []
         for x, state in zip(live, states):
             home = homes.get(x.param)
             if home is None:
@@ -737,7 +738,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             if not home.at_home(home.grad, x.param, x.grad) and x.grad.dtype == x.param.dtype:
                 slot = home.view(home.grad, x.param)
                 moves.append((slot, x.grad))
-                x.param.grad = slot
+                grads.append((x.param, slot))
                 x = x._replace(grad=slot)
             result.append(x)
         # Two may have changed places: what lies in a buffer is copied before any slot is written.
@@ -745,6 +746,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         sources = [t.clone() if t.untyped_storage().data_ptr() in buffers else t for _, t in moves]
         for (slot, _), source in zip(moves, sources):
             slot.copy_(source)
+        for param, slot in grads:
+            param.grad = slot
         return result
 
     def memory(self) -> Memory:

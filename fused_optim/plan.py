@@ -73,7 +73,7 @@ class Plan:
         batches: what to launch, each with the backend that does.
         params: what is stepped.
         steps: their step numbers.
-        own_steps: whether step numbers that somebody else has written to need another plan.
+        watch_steps: whether step numbers that somebody else has written to need another plan.
         groups, state: the optimizer's, as they are now.
     """
 
@@ -82,14 +82,14 @@ class Plan:
         batches: list[tuple[Backend, Batch]],
         params: list[Tensor],
         steps: list[Tensor],
-        own_steps: bool,
+        watch_steps: bool,
         groups: list[dict[str, Any]],
         state: State,
     ) -> None:
         self.batches = batches
         self.params = params
         self.steps = steps
-        self._own_steps = own_steps
+        self._watch_steps = watch_steps
         self.steps_certain = 0
         """Steps made with this plan that no ``found_inf`` can have skipped."""
         self.steps_maybe = 0
@@ -118,7 +118,7 @@ class Plan:
             with torch.inference_mode(False):
                 # Not empty: the watch looks for its address in its storage.
                 self._scratch = torch.empty(1, device="cpu")
-            steps = self.steps if self._own_steps else []
+            steps = self.steps if self._watch_steps else []
             watch = native.Watch(self._lists, state, self._grad_cells(), steps, self._scratch)
             self._watch = watch if watch.works() else None
         del fingerprint.grads
