@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, Backend, extension, native
+from fused_optim.reference import bias_correction
 
 RULES: dict[str, tuple[type, dict[str, Any]]] = {
     "adabelief": (AdaBelief, {}),
@@ -467,6 +468,27 @@ def test_every_step_number(backend: str, step: int, dtype: torch.dtype) -> None:
     pair.step()
     pair.check()
     assert int(pair.eager.state[pair.want[0]]["step"]) == min(step + 2, 2**31 - 1)
+
+
+@backends
+@rules
+@pytest.mark.parametrize("memory", ["fp32", *MEMORY])
+def test_where_bias_corrections_become_1(backend: str, rule: str, memory: str) -> None:
+    """The first moment's at step 165, the second's at 17,321: no sooner may a backend leave out the
+    divisions, in full chunks and in tails."""
+    shapes = [(2048,), (100,)]
+    pair = Pair(rule, backend, shapes) if memory == "fp32" else pair_in(memory, rule, backend, shapes)
+    pair.step()
+    for beta, last in ((0.9, 164), (0.999, 17320)):
+        counts = torch.tensor([last, last + 1])
+        corrections = bias_correction(torch.tensor([beta] * 2, dtype=torch.float64), counts, torch.float32)
+        assert (corrections == 1).tolist() == [False, True]
+        for optimizer in (pair.eager, pair.optimizer):
+            for state in optimizer.state.values():
+                state["step"].fill_(last - 1)
+        pair.step()
+        pair.step()
+        pair.check()
 
 
 @contextmanager
