@@ -127,7 +127,8 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
 
     What the listing holds beside them is passed over: a branch is taken if it skips a call, and no
     wide access. Calls are the rare cases of divisions and square roots, and every division by a
-    number that is 1 is skipped whole.
+    number that is 1 is skipped whole. Of two loops with calls, one in place of the other, the shorter
+    is taken: it has no divisions by bias corrections, which are 1 for most of a training.
     """
     found = re.findall(
         r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\S+\s+)?([A-Z][\w.]*)([^;]*);", disassembly, re.MULTILINE
@@ -141,6 +142,10 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
     bytes_too = any(re.match(r"STG\S*\.[SU]8", name) for *_, name, _ in operations)
     last = r"STG\S*\.(?:128|64)" if bytes_too else r"STG\S*\.128"
     stores = [i for i, (*_, name, _) in enumerate(operations) if re.match(last, name)]
+
+    def calls_in(span: range) -> bool:
+        return any(operations[j][2].startswith("CALL") for j in span)
+
     counts = dict.fromkeys(("before", "all", *PIPES), 0)
     counts["before"] = i = wide[0]
     while i <= stores[-1]:
@@ -152,9 +157,17 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
         i += 1
         if name == "BRA" and target and (to := index.get(int(target[1], 16), 0)) > i:
             skipped = range(i, to)
-            calls = any(operations[j][2].startswith("CALL") for j in skipped)
-            if not conditional or (calls and not any(j in skipped for j in [*wide, *stores])):
-                i = to
+            accessed = any(j in skipped for j in [*wide, *stores])
+            if not conditional or (calls_in(skipped) and not accessed):
+                # Where what is skipped ends in a jump, another loop may lie on the way to its target.
+                _, also_conditional, last, jump = operations[to - 1]
+                end = re.search(r"0x([0-9a-f]+)\s*$", jump)
+                if not conditional or also_conditional or last != "BRA" or end is None:
+                    i = to
+                    continue
+                other = range(to, index.get(int(end[1], 16), 0))
+                if not calls_in(other) or len(other) <= len(skipped):
+                    i = to
     return counts
 
 

@@ -19,31 +19,24 @@ struct Hyperparameters {
   double lr, weight_decay, beta1, beta2, eps, eps_root, initial_lr, maximize;
 };
 
-// What is divided by. Dividing by 1 changes no bit, so the CPU leaves it out, where a pack branches as
-// one: from step 165 on for beta1 = 0.9 the first moment's correction is 1, and its division is 15% of
-// a step whose data lies in a cache. On a GPU that costs registers.
+// What is divided by. Dividing by 1 changes no bit, so it is left out: from step 165 on for beta1 = 0.9
+// the first moment's correction is 1, and its division is 15% of a step on the CPU whose data lies in a
+// cache, and 10 of some 80 instructions on a GPU. On the CPU a pack branches as one; for a GPU
+// cuda_body.h makes most flags constants.
 template <class T>
 struct Divisor {
   T value;
-#if !defined(__CUDACC__)
-  uint32_t is_one;  // once for all packs, and as an integer: a processor is done with it sooner
-#endif
+  uint32_t is_one;  // once for all, and as an integer: a processor is done with it sooner
 };
 
 template <class T>
 FUSED_OPTIM_HD Divisor<T> divisor(T value) {
-#if defined(__CUDACC__)
-  return {value};
-#else
   return {value, value == T(1)};
-#endif
 }
 
 template <class X, class T>
 FUSED_OPTIM_HD X operator/(X x, const Divisor<T>& divisor) {
-#if !defined(__CUDACC__)
   if (divisor.is_one) return x;
-#endif
   return x / divisor.value;
 }
 

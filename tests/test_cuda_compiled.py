@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import ctypes
 import importlib.util
+import itertools
 import os
 import re
 import shutil
@@ -392,6 +393,32 @@ def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
     assert [int(s) for s in worlds[1].steps] == [min(row.count + 64, MAX_COUNT) for row in rows]
 
 
+def steps_until_one(beta: float, working: torch.dtype) -> int:
+    """The first step number whose bias correction is exactly 1."""
+    rounded = float(torch.tensor(beta, dtype=working))
+    return next(n for n in itertools.count(1) if 1 - torch.tensor(rounded**n).to(working) == 1)
+
+
+@rules
+@pytest.mark.parametrize("formats", [FP32, FP64, *NARROW], ids=str)
+def test_corrections_that_become_one(host: Host, rule: str, formats: Formats) -> None:
+    """Step by step from corrections other than 1 to 1, with a learning rate that lets the last bit through."""
+    chunk, working = host.chunk_size(), formats.param.working
+    first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
+    if working == torch.float32:
+        assert (first, second) == (165, 17321)
+    rows = [Row(chunk + 5, count=count - 4) for count in (first, second, second + 80)]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
+    for world in worlds:
+        world.hyper[0, 0] = 1.0
+    for _ in range(5):
+        for world in worlds:
+            world.new_gradients()
+        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+        worlds[1].step(host, worlds[1].inputs(None, None))
+        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+
+
 @pytest.mark.parametrize("formats", COMBINATIONS, ids=str)
 def test_64_bit_offsets(host: Host, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
     chunk, before = host.chunk_size(), 2**33
@@ -478,9 +505,9 @@ def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
 def test_the_extension() -> None:
     cuda = pytest.importorskip("fused_optim._cuda", reason="fused_optim._cuda is not built")
     assert cuda.chunk_size() % 2048 == 0
-    numbers, words = 12, 2
-    assert cuda.coefficients_bytes("fp32") == 4 * numbers + 4 * words
-    assert cuda.coefficients_bytes("fp64") == 8 * numbers + 4 * words
+    numbers, divisors, words = 12, 4, 2
+    assert cuda.coefficients_bytes("fp32") == 4 * (numbers + divisors + words)
+    assert cuda.coefficients_bytes("fp64") == 8 * (numbers + divisors) + 4 * words
     assert cuda.device_count() >= 0
     assert (
         re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ") and cuda.runtime_version

@@ -13,6 +13,13 @@ FUSED_OPTIM_HD T belief_update(T m_hat, T s, const Coefficients<S>& c) {
 struct AdaBelief {
   static constexpr const char* name = "adabelief";
 
+  // Nesterov's needs both. Of one alone nvcc makes up to 3.4% more instructions for AdaBelief too, where
+  // there are corrections.
+  template <class S>
+  static FUSED_OPTIM_HD bool leaves_out_first(const Coefficients<S>& c) {
+    return c.bias_correction1.is_one && c.bias_correction1_next.is_one;
+  }
+
   template <class T, class S>
   static FUSED_OPTIM_HD void moments(T g, T& m, T& s, const Coefficients<S>& c) {
     m = first_moment(g, m, c);

@@ -1,6 +1,7 @@
 // The rules that there are. A new rule is a header here and a line below. It has
 //
 //   name                 as in fused_optim/rules.py
+//   leaves_out_first(c)  whether all first moment's corrections that update divides by are 1
 //   moments(g, m, v, c)  makes m and v, the second state, the new ones
 //   update(g, m, v, c)   the update that these make, before weight decay and learning rate
 #pragma once
