@@ -64,6 +64,7 @@ TRIPLES = (
     ("fp32", "fp32", "bf16"),
     ("fp32", "fp32", "8bit"),
     ("bf16", "bf16", "bf16"),
+    ("bf16", "bf16", "8bit"),
     ("split16", "bf16", "bf16"),
     ("split8", "bf16", "8bit"),
     ("bf16_stochastic", "bf16", "8bit"),

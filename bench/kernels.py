@@ -103,13 +103,12 @@ def elements_per_thread(row: Row) -> int:
 
 def register_limit(row: Row) -> int:
     """64 registers leave room for four blocks of 256 threads in 65,536, 65 to 80 for three. The compilers
-    are told 64 for CUDA and 80 for Triton: what does not fit is seen in spills."""
+    are told how many there are: what does not fit is seen in spills."""
     if row.get("compiler") == "nvcc":
         return 80 if row["param"] == "fp64" else 64
-    if (row["param"], row["grad"], row["state"]) == ("fp32", "fp32", "fp32"):
-        return 48
-    plain = row["param"] in ("fp32", "bf16", "fp16", "fp64") and row["state"] in ("fp32", "fp64")
-    return 72 if plain else 80
+    if (row["param"], row["grad"]) == ("fp32", "fp32"):
+        return 48 if row["state"] == "fp32" else 64
+    return 72
 
 
 def problems(row: Row) -> list[str]:

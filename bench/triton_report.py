@@ -68,7 +68,8 @@ def step_kernel(
     operands = (param, grad, *STATES[state])
     chunk = step.chunk_size(*(PART_BYTES[operand][0] for operand in operands))
     constants = step.step_constants(rule, *operands, chunk)
-    options = step.launch_options(target.backend, target.warp_size, step.THREADS)
+    registers = step.registers(param, grad, STATES[state][0])
+    options = step.launch_options(target.backend, target.warp_size, step.THREADS, registers)
     options["enable_fp_fusion"] = fp_fusion
     working = "fp64" if param == "fp64" else "fp32"
     pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{working}"}
@@ -79,7 +80,9 @@ def prologue_kernel(step: Any, working: str, target: GPUTarget, fp_fusion: bool)
     import triton.language as tl
 
     constants = {"DTYPE": {"fp32": tl.float32, "fp64": tl.float64}[working], "LANES": step.PROLOGUE_LANES}
-    options = step.launch_options(target.backend, target.warp_size, step.PROLOGUE_LANES)
+    options = step.launch_options(
+        target.backend, target.warp_size, step.PROLOGUE_LANES, step.PROLOGUE_REGISTERS
+    )
     options["enable_fp_fusion"] = fp_fusion
     pointers = {
         "counters": "*i64",
@@ -150,12 +153,13 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
     counts["before"] = i = wide[0]
     while i <= stores[-1]:
         _, conditional, name, rest = operations[i]
+        conditional = conditional or bool(re.match(r"\s*!?UP\d", rest))  # BRA.U of sm_100
         counts["all"] += 1
         for pipe, pattern in PIPES.items():
             counts[pipe] += bool(re.match(pattern, name))
         target = re.search(r"0x([0-9a-f]+)\s*$", rest)
         i += 1
-        if name == "BRA" and target and (to := index.get(int(target[1], 16), 0)) > i:
+        if name in ("BRA", "BRA.U") and target and (to := index.get(int(target[1], 16), 0)) > i:
             skipped = range(i, to)
             accessed = any(j in skipped for j in [*wide, *stores])
             if not conditional or (calls_in(skipped) and not accessed):
@@ -282,12 +286,12 @@ def main() -> None:
     parser.add_argument("--kernels", type=Path, default=DEFAULT_KERNELS, help="folder with step.py")
     parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
     parser.add_argument(
-        "--formats", action="append", metavar="PARAM:GRAD:STATES", help="may be repeated; default: all"
+        "--formats", action="append", metavar="PARAM:GRAD:STATES", help="may be repeated; default: the usual ones"
     )
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
     arguments = parser.parse_args()
     step = load_kernels(arguments.kernels)
-    chosen = [f for f in TRIPLES if not arguments.formats or ":".join(f) in arguments.formats]
+    chosen = [tuple(f.split(":")) for f in arguments.formats] if arguments.formats else TRIPLES
     for text in arguments.target or ["cuda:90"]:
         target = parse_target(text)
         report = nvidia_report if target.backend == "cuda" else amd_report

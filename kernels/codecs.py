@@ -26,9 +26,6 @@ NARROW = frozenset(
 )
 """Formats of few bits, which take half the instructions where ``at.usual``."""
 
-IN_PARTS = frozenset(["bf16_master", "fp16_master", "split16", "split8"])
-"""Formats of a parameter that lies in two tensors."""
-
 PARAM, MU, NU = tl.constexpr(0xA54FF53B), tl.constexpr(0x6A09E667), tl.constexpr(0xBB67AE85)
 """The operands that are stored, by what each multiplies an element's index by for its dither."""
 
@@ -248,8 +245,9 @@ def _random_words(at):
     c1 = (group >> 32).to(tl.uint32)
     c2 = tl.zeros([N], tl.uint32) + _bits_of(at.count)
     c3 = tl.zeros([N], tl.uint32)
-    k0 = at.key.to(tl.uint32)
-    k1 = (at.key >> 32).to(tl.uint32)
+    key = tl.load(at.key)
+    k0 = key.to(tl.uint32)
+    k1 = (key >> 32).to(tl.uint32)
     for _ in tl.static_range(10):
         p0 = c0.to(tl.uint64) * 0xD2511F53
         p1 = c2.to(tl.uint64) * 0xCD9E8D57

@@ -22,6 +22,18 @@ def divide(x, y):
 
 
 @triton.jit
+def corrected(x, bias_correction, c):
+    """With narrow moments without a division by 1, which changes no bit: 10 instructions less for each
+    element, in float32 from step 165 on with beta 0.9, from 17,321 on with 0.999. What bounds kernels with
+    float32 moments is memory, and with branches some spill at 72 registers."""
+    if c.skips_ones is None:
+        x = divide(x, bias_correction)
+    elif bias_correction != 1:
+        x = divide(x, bias_correction)
+    return x
+
+
+@triton.jit
 def square_root(x):
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
@@ -51,22 +63,20 @@ def adabelief_moments(g, m, s, c):
 
 
 @triton.jit
-def adabelief(p, g, m, s, c):
-    m_hat = divide(m, c.bias_correction1)
-    u = divide(m_hat, square_root(divide(s, c.bias_correction2)) + c.eps)
-    return apply_update(p, u, c)
+def adabelief(g, m, s, c):
+    m_hat = corrected(m, c.bias_correction1, c)
+    return divide(m_hat, square_root(corrected(s, c.bias_correction2, c)) + c.eps)
 
 
 adabelief_nesterov_moments = adabelief_moments
 
 
 @triton.jit
-def adabelief_nesterov(p, g, m, s, c):
-    # The divisor first: after m_hat it makes split8 with 8-bit moments spill 8 bytes (Triton 3.6, sm_100).
-    divisor = square_root(divide(s, c.bias_correction2)) + c.eps
-    m_hat = c.beta1 * divide(m, c.bias_correction1_next) + c.one_minus_beta1 * divide(g, c.bias_correction1)
-    u = divide(m_hat, divisor)
-    return apply_update(p, u, c)
+def adabelief_nesterov(g, m, s, c):
+    # Other orders, and one branch for both, spill up to 32 bytes with narrow moments.
+    g, m = corrected(g, c.bias_correction1, c), corrected(m, c.bias_correction1_next, c)
+    m_hat = first_moment(g, m, c)
+    return divide(m_hat, square_root(corrected(s, c.bias_correction2, c)) + c.eps)
 
 
 @triton.jit
@@ -77,6 +87,5 @@ def adamaxw_moments(g, m, v, c):
 
 
 @triton.jit
-def adamaxw(p, g, m, v, c):
-    u = divide(divide(m, c.bias_correction1), v)
-    return apply_update(p, u, c)
+def adamaxw(g, m, v, c):
+    return divide(corrected(m, c.bias_correction1, c), v)

@@ -34,13 +34,15 @@ NUM_COEFFICIENTS = tl.constexpr(13)
 step number."""
 
 PROLOGUE_LANES = 128
+PROLOGUE_REGISTERS = 72
 THREADS = 256
 
 Coefficients = namedtuple(
     "Coefficients",
     "beta1 one_minus_beta1 beta2 one_minus_beta2 eps eps_root bias_correction1 bias_correction1_next "
-    "bias_correction2 neg_lr decay decay_kind grad_divisor",
+    "bias_correction2 neg_lr decay decay_kind grad_divisor skips_ones",
 )
+"""Those of the prologue, and ``skips_ones``, None or True when compiling: see ``rules.corrected``."""
 
 
 def chunk_size(*element_bytes: int) -> int:
@@ -67,7 +69,6 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, chunk: in
         "STORE_NU": getattr(codecs, f"store_{nu}"),
         "NARROW_PARAM": param in codecs.NARROW,
         "NARROW_MOMENTS": mu in codecs.NARROW,
-        "DECODED_AT_ONCE": param in codecs.IN_PARTS and mu not in codecs.NARROW,
         "SPECIAL_MU": getattr(codecs, f"special_{mu}", None),
         "SPECIAL_NU": getattr(codecs, f"special_{nu}", None),
         "CHUNK": chunk,
@@ -75,13 +76,22 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, chunk: in
     }
 
 
-def launch_options(target: str, warp_size: int, threads: int) -> dict[str, Any]:
-    """Compiler options of every launch: nothing contracted, nothing flushed to zero. 80 registers leave
-    room for three blocks of 256 threads in 65,536. Left to itself NVIDIA's compiler takes up to 108 with
-    narrow moments, for two blocks; with float32 moments it takes fewer, but 5% more instructions."""
+def registers(param: str, grad: str, mu: str) -> int:
+    """Registers that a thread of :func:`step_kernel` may take: the fewest with which none spills. 64 leave
+    room for four blocks of 256 threads in 65,536, up to 80 for three. Left to itself NVIDIA's compiler
+    takes up to 108 with narrow moments, and up to 79 with float32 ones, but 5% more instructions."""
+    if mu in codecs.NARROW and (param, grad) == ("fp32", "fp32"):
+        return 64
+    if mu in codecs.NARROW and param.endswith("_master"):
+        return 80
+    return 72
+
+
+def launch_options(target: str, warp_size: int, threads: int, registers: int) -> dict[str, Any]:
+    """Compiler options of a launch: nothing contracted, nothing flushed to zero."""
     options: dict[str, Any] = {"num_warps": threads // warp_size, "enable_fp_fusion": False}
     if target == "cuda":
-        options |= {"enable_reflect_ftz": False, "maxnreg": 80}
+        options |= {"enable_reflect_ftz": False, "maxnreg": registers}
     return options
 
 
@@ -142,61 +152,71 @@ def prologue_kernel(
 
 
 @triton.jit
-def _new_moments(
-    row, at, c, MOMENTS: tl.constexpr, LOAD_PARAM: tl.constexpr, DECODE_PARAM: tl.constexpr,
-    LOAD_GRAD: tl.constexpr, DECODE_GRAD: tl.constexpr, LOAD_MU: tl.constexpr, DECODE_MU: tl.constexpr,
-    LOAD_NU: tl.constexpr, DECODE_NU: tl.constexpr, DECODED_AT_ONCE: tl.constexpr,
+def _read(
+    row, at, LOAD_PARAM: tl.constexpr, LOAD_GRAD: tl.constexpr, LOAD_MU: tl.constexpr, LOAD_NU: tl.constexpr
 ):  # fmt: skip
-    """Parameter, gradient, moments after the step, and what these were stored as."""
+    """What is stored of parameter, gradient and moments."""
     p = LOAD_PARAM(row + PARAM, at)
-    # A parameter in two parts takes up to 4% fewer instructions so, one of 16 bits 8 registers more.
-    if DECODED_AT_ONCE:
-        p = DECODE_PARAM(p, at)
     g = LOAD_GRAD(row + GRAD, at)
-    stored_mu = LOAD_MU(row + MU, at)
-    stored_nu = LOAD_NU(row + NU, at)
+    return p, g, LOAD_MU(row + MU, at), LOAD_NU(row + NU, at)
+
+
+@triton.jit
+def _new_moments(
+    g, mu, nu, at, c, MOMENTS: tl.constexpr, DECODE_GRAD: tl.constexpr, DECODE_MU: tl.constexpr,
+    DECODE_NU: tl.constexpr,
+):  # fmt: skip
+    """The gradient and the moments after the step, from what is stored."""
     g = DECODE_GRAD(g, at)
     if c.grad_divisor != 1:
         g = rules.divide(g, c.grad_divisor)
-    if not DECODED_AT_ONCE:
-        p = DECODE_PARAM(p, at)
-    mu, nu = MOMENTS(g, DECODE_MU(stored_mu, at), DECODE_NU(stored_nu, at), c)
-    return p, g, mu, nu, stored_mu, stored_nu
+    mu, nu = MOMENTS(g, DECODE_MU(mu, at), DECODE_NU(nu, at), c)
+    return g, mu, nu
+
+
+@triton.jit
+def _new_param(p, g, mu, nu, at, c, RULE: tl.constexpr, DECODE_PARAM: tl.constexpr):
+    # The parameter is decoded last: until then it takes fewer registers.
+    u = RULE(g, mu, nu, c)
+    return rules.apply_update(DECODE_PARAM(p, at), u, c)
 
 
 @triton.jit
 def _finish(
-    row, at, c, p, g, mu, nu, RULE: tl.constexpr, STORE_PARAM: tl.constexpr, STORE_MU: tl.constexpr,
-    STORE_NU: tl.constexpr,
+    row, p, g, mu, nu, at, c, RULE: tl.constexpr, DECODE_PARAM: tl.constexpr, STORE_PARAM: tl.constexpr,
+    STORE_MU: tl.constexpr, STORE_NU: tl.constexpr,
 ):  # fmt: skip
     # Moments first: stored after the rule they take up to 16 registers more.
     STORE_NU(row + NU, at, nu, codecs.NU)
     STORE_MU(row + MU, at, mu, codecs.MU)
-    STORE_PARAM(row + PARAM, at, RULE(p, g, mu, nu, c), codecs.PARAM)
+    STORE_PARAM(row + PARAM, at, _new_param(p, g, mu, nu, at, c, RULE, DECODE_PARAM), codecs.PARAM)
 
 
 @triton.jit
-def _is_usual(
-    p, mu, nu, stored_mu, stored_nu, NARROW_PARAM: tl.constexpr, SPECIAL_MU: tl.constexpr,
-    SPECIAL_NU: tl.constexpr,
-):  # fmt: skip
+def _special(mu, nu, SPECIAL_MU: tl.constexpr, SPECIAL_NU: tl.constexpr):
+    """For each eight elements, not zero where what is stored holds an infinity or NaN."""
+    words = SPECIAL_MU(mu[0]) | SPECIAL_NU(nu[0])
+    first, second = tl.split(tl.reshape(words, [words.shape[0] // 2, 2]))
+    return first | second
+
+
+@triton.jit
+def _is_usual(new_p, mu, nu, special):
     """``At.usual`` of a full chunk, where moments are narrow. One test of all costs less than a select for
     each value; with float32 moments it would cost more."""
-    if SPECIAL_MU is None:
+    if special is None:
         # The magnitudes' sum is at least as large as each, and NaN where one is.
         total = tl.abs(mu) + tl.abs(nu)
-        if NARROW_PARAM:
-            total += tl.abs(p)
+        if new_p is not None:
+            total += tl.abs(new_p)
         largest = codecs.largest_of_eight(codecs.magnitude_bits(total))
     else:
         # Magnitudes that the bases need anyway.
         largest = codecs.largest_of_eight(codecs.magnitude_bits(mu))
         largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(nu)))
-        if NARROW_PARAM:
-            largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(p)))
-        special = SPECIAL_MU(stored_mu[0]) | SPECIAL_NU(stored_nu[0])
-        first, second = tl.split(tl.reshape(special, [special.shape[0] // 2, 2]))
-        largest = tl.where((first | second) == 0, largest, codecs.INF)
+        if new_p is not None:
+            largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(new_p)))
+        largest = tl.where(special == 0, largest, codecs.INF)
     return tl.max(largest, 0) < 0x7F000000
 
 
@@ -207,7 +227,7 @@ def step_kernel(
     LOAD_PARAM: tl.constexpr, DECODE_PARAM: tl.constexpr, STORE_PARAM: tl.constexpr,
     LOAD_MU: tl.constexpr, DECODE_MU: tl.constexpr, STORE_MU: tl.constexpr,
     LOAD_NU: tl.constexpr, DECODE_NU: tl.constexpr, STORE_NU: tl.constexpr,
-    NARROW_PARAM: tl.constexpr, NARROW_MOMENTS: tl.constexpr, DECODED_AT_ONCE: tl.constexpr,
+    NARROW_PARAM: tl.constexpr, NARROW_MOMENTS: tl.constexpr,
     SPECIAL_MU: tl.constexpr, SPECIAL_NU: tl.constexpr, CHUNK: tl.constexpr, TAIL: tl.constexpr,
 ):  # fmt: skip
     program = tl.program_id(0).to(tl.int64)
@@ -228,41 +248,45 @@ def step_kernel(
         tl.load(k + 10),
         tl.load(k + 11),
         tl.load(k + 12),
+        True if NARROW_MOMENTS else None,
     )
     count = tl.load(k + NUM_COEFFICIENTS + 1)
-    key = tl.load(row + KEY)
     if tl.load(k + NUM_COEFFICIENTS) == 0:
         if chunk >= 0:
             start = chunk * CHUNK
             offset = start + tl.arange(0, CHUNK)
-            at = codecs.At(start, offset, None, None, count, key, True if NARROW_MOMENTS else None)
-            p, g, mu, nu, stored_mu, stored_nu = _new_moments(
-                row, at, c, MOMENTS, LOAD_PARAM, DECODE_PARAM, LOAD_GRAD, DECODE_GRAD,
-                LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU, DECODED_AT_ONCE,
-            )  # fmt: skip
+            at = codecs.At(start, offset, None, None, count, row + KEY, True if NARROW_MOMENTS else None)
+            p, g, mu, nu = _read(row, at, LOAD_PARAM, LOAD_GRAD, LOAD_MU, LOAD_NU)
+            stored_mu, stored_nu = mu, nu
+            g, mu, nu = _new_moments(g, mu, nu, at, c, MOMENTS, DECODE_GRAD, DECODE_MU, DECODE_NU)
+            special = None
+            if SPECIAL_MU is not None:
+                # Before the rule, in which what was read would take registers.
+                special = _special(stored_mu, stored_nu, SPECIAL_MU, SPECIAL_NU)
             if NARROW_MOMENTS:
-                p = RULE(p, g, mu, nu, c)
-                if _is_usual(p, mu, nu, stored_mu, stored_nu, NARROW_PARAM, SPECIAL_MU, SPECIAL_NU):
-                    # This order takes up to 30 registers less than others.
+                new_p = None
+                if NARROW_PARAM:
+                    new_p = _new_param(p, g, mu, nu, at, c, RULE, DECODE_PARAM)
+                if _is_usual(new_p, mu, nu, special):
                     STORE_NU(row + NU, at, nu, codecs.NU)
-                    STORE_PARAM(row + PARAM, at, p, codecs.PARAM)
                     STORE_MU(row + MU, at, mu, codecs.MU)
+                    if not NARROW_PARAM:
+                        new_p = _new_param(p, g, mu, nu, at, c, RULE, DECODE_PARAM)
+                    STORE_PARAM(row + PARAM, at, new_p, codecs.PARAM)
                 else:
                     chunk = -1 - chunk
             else:
-                _finish(row, at, c, p, g, mu, nu, RULE, STORE_PARAM, STORE_MU, STORE_NU)
+                _finish(row, p, g, mu, nu, at, c, RULE, DECODE_PARAM, STORE_PARAM, STORE_MU, STORE_NU)
         if chunk < 0:
             start = (-1 - chunk) * CHUNK
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
                 offset = start + tl.arange(0, TAIL)
                 block = start // codecs.BLOCK + tl.arange(0, TAIL // codecs.BLOCK)
-                at = codecs.At(start, offset, offset < end, block * codecs.BLOCK < end, count, key, None)
-                p, g, mu, nu, _, _ = _new_moments(
-                    row, at, c, MOMENTS, LOAD_PARAM, DECODE_PARAM, LOAD_GRAD, DECODE_GRAD,
-                    LOAD_MU, DECODE_MU, LOAD_NU, DECODE_NU, DECODED_AT_ONCE,
-                )  # fmt: skip
-                _finish(row, at, c, p, g, mu, nu, RULE, STORE_PARAM, STORE_MU, STORE_NU)
+                at = codecs.At(start, offset, offset < end, block * codecs.BLOCK < end, count, row + KEY, None)
+                p, g, mu, nu = _read(row, at, LOAD_PARAM, LOAD_GRAD, LOAD_MU, LOAD_NU)
+                g, mu, nu = _new_moments(g, mu, nu, at, c, MOMENTS, DECODE_GRAD, DECODE_MU, DECODE_NU)
+                _finish(row, p, g, mu, nu, at, c, RULE, DECODE_PARAM, STORE_PARAM, STORE_MU, STORE_NU)
                 start += TAIL
 
 

@@ -47,6 +47,7 @@ PLAIN = (
 )
 HEAVY = (
     "fp32:fp32:8bit",
+    "bf16:bf16:8bit",
     "bf16_stochastic:bf16:8bit",
     "split8:bf16:8bit",
     "split8:bf16:fp32",

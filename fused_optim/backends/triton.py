@@ -46,14 +46,14 @@ def _why_not(device: torch.device) -> str | None:
 
 
 @cache
-def _options(device: torch.device, threads: int) -> dict[str, Any]:
+def _options(device: torch.device, threads: int, registers: int) -> dict[str, Any]:
     kernels = _kernels()[0]
     assert kernels is not None
     if _interpreted():
         return {}
     rocm = torch.version.hip is not None
     warp_size = torch.cuda.get_device_properties(device).warp_size if rocm else 32
-    return dict(kernels.launch_options("hip" if rocm else "cuda", warp_size, threads))
+    return dict(kernels.launch_options("hip" if rocm else "cuda", warp_size, threads, registers))
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
@@ -65,9 +65,6 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     table = table_on(batch, chunk)
     n = len(table.counters)
     coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.param.working, device=device)
-    prologue_options, options = (
-        _options(device, threads) for threads in (kernels.PROLOGUE_LANES, kernels.THREADS)
-    )
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         kernels.launch_prologue(
             table.counters,
@@ -76,10 +73,12 @@ def _step(batch: Batch, inputs: Inputs) -> None:
             inputs.grad_scale,
             inputs.found_inf,
             coefficients,
-            prologue_options,
+            _options(device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS),
         )
         if len(table.chunks):
             constants = kernels.step_constants(key.rule.name, *(format.name for format in formats), chunk)
+            registers = kernels.registers(key.param.name, key.grad.name, key.mu.name)
+            options = _options(device, kernels.THREADS, registers)
             kernels.launch_step(table.rows, table.chunks, coefficients, constants, options)
 
 
