@@ -286,7 +286,10 @@ def main() -> None:
     parser.add_argument("--kernels", type=Path, default=DEFAULT_KERNELS, help="folder with step.py")
     parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
     parser.add_argument(
-        "--formats", action="append", metavar="PARAM:GRAD:STATES", help="may be repeated; default: the usual ones"
+        "--formats",
+        action="append",
+        metavar="PARAM:GRAD:STATES",
+        help="may be repeated; default: the usual ones",
     )
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
     arguments = parser.parse_args()

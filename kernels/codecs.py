@@ -34,7 +34,7 @@ At = namedtuple("At", "start offset mask block_mask count key usual")
 
 ``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: every one's index, and
 which there are; None for all. ``block_mask``: their blocks likewise. ``count``: the bits of the step
-number, in the working precision. ``key``: of the parameter's random bits. ``usual``: whether
+number, in the working precision. ``key``: where that of the parameter's random bits is. ``usual``: whether
 values to be stored in a format of NARROW are below 2^127, which need no care for infinities, NaN and what
 rounds to infinity, and no moment in memory is infinite or NaN: see ``step._is_usual``.
 """

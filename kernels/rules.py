@@ -27,10 +27,11 @@ def corrected(x, bias_correction, c):
     element, in float32 from step 165 on with beta 0.9, from 17,321 on with 0.999. What bounds kernels with
     float32 moments is memory, and with branches some spill at 72 registers."""
     if c.skips_ones is None:
-        x = divide(x, bias_correction)
-    elif bias_correction != 1:
-        x = divide(x, bias_correction)
-    return x
+        return divide(x, bias_correction)
+    else:
+        if bias_correction != 1:
+            x = divide(x, bias_correction)
+        return x
 
 
 @triton.jit

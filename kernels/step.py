@@ -11,6 +11,7 @@ whole blocks take 94 to 168).
 from __future__ import annotations
 
 from collections import namedtuple
+from functools import cache
 from typing import Any
 
 import triton
@@ -51,6 +52,7 @@ def chunk_size(*element_bytes: int) -> int:
     return THREADS * 16 // max(min(element_bytes), 2)
 
 
+@cache
 def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, chunk: int) -> dict[str, Any]:
     """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name."""
     return {
@@ -283,7 +285,9 @@ def step_kernel(
             while start < end:
                 offset = start + tl.arange(0, TAIL)
                 block = start // codecs.BLOCK + tl.arange(0, TAIL // codecs.BLOCK)
-                at = codecs.At(start, offset, offset < end, block * codecs.BLOCK < end, count, row + KEY, None)
+                at = codecs.At(
+                    start, offset, offset < end, block * codecs.BLOCK < end, count, row + KEY, None
+                )
                 p, g, mu, nu = _read(row, at, LOAD_PARAM, LOAD_GRAD, LOAD_MU, LOAD_NU)
                 g, mu, nu = _new_moments(g, mu, nu, at, c, MOMENTS, DECODE_GRAD, DECODE_MU, DECODE_NU)
                 _finish(row, p, g, mu, nu, at, c, RULE, DECODE_PARAM, STORE_PARAM, STORE_MU, STORE_NU)
