@@ -114,7 +114,7 @@ def _register(name: str) -> None:
         rule: Annotated[list[str] | None, _strings(f"Of fused_optim: {', '.join(OUR_RULES)}.")] = None,
         backend: Annotated[list[str] | None, _strings(f"Of fused_optim: {', '.join(OUR_BACKENDS)}.")] = None,
         format: Annotated[list[str] | None, _strings(f"Of fused_optim: {', '.join(FORMATS)}.")] = None,
-        layout: Annotated[list[str] | None, _strings("Of fused_optim: list, flat.")] = None,
+        layout: Annotated[list[str] | None, _strings("Of fused_optim: list, flat, static.")] = None,
         extra: Extra = None,
         device: Device = "",
         rounds: Rounds = Effort.rounds,

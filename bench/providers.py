@@ -152,14 +152,15 @@ OUR_RULES = {"adabelief": "AdaBelief", "adamaxw": "AdamaxW"}
 # Triton's interpreter, where it is chosen, runs on the CPU: to rehearse, not to be timed.
 _TRITON = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
 OUR_BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",), "eager": ("cpu", "cuda")}
-LAYOUTS = ("list", "flat")
+LAYOUTS = {"list": False, "flat": True, "static": "static"}
+"""``flatten``, by the layout that it makes."""
 
 
 def make_ours(rule: str, groups: Groups, format: Format, layout: str, backend: str) -> TorchStepper:
     """A fused_optim optimizer."""
     import fused_optim
 
-    options = {**_DECAYED, **format.arguments, "flatten": layout == "flat", "backend": backend}
+    options = {**_DECAYED, **format.arguments, "flatten": LAYOUTS[layout], "backend": backend}
     if rule == "adabelief":
         options["eps_root"] = HYPER.eps
     return TorchStepper(getattr(fused_optim, OUR_RULES[rule])(_groups(groups), **options))
@@ -185,8 +186,10 @@ def _ours() -> Iterator[Provider]:
         for backend, devices in OUR_BACKENDS.items():
             for format in FORMATS.values():
                 for layout in LAYOUTS:
-                    if backend == "eager" and layout == "flat":
+                    if backend == "eager" and layout != "list":
                         continue
+                    if layout == "static" and format.name != "fp32":
+                        continue  # like flat, but for the host
 
                     def make(
                         groups: Groups,
@@ -207,6 +210,7 @@ def _ours() -> Iterator[Provider]:
                         backend=backend,
                         format=format.name,
                         layout=layout,
+                        follows_gradients=layout != "static",
                     )
 
 

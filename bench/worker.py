@@ -120,8 +120,10 @@ def make_groups(case: Case) -> Groups:
 # The check
 
 
-def _run_check(make: Callable[[Groups], Stepper], given: Problem, device: str) -> Stepper:
-    """Make the steps of a problem, each with new gradients."""
+def _run_check(
+    make: Callable[[Groups], Stepper], given: Problem, device: str, static: bool = False
+) -> Stepper:
+    """Make the steps of a problem, each with new gradients, in the same tensors where ``static``."""
     params = [p.to(device, copy=True).requires_grad_() for p in given.params]
     for p, g in zip(params, given.gradients[0]):
         p.grad = g.to(device, copy=True)
@@ -130,7 +132,10 @@ def _run_check(make: Callable[[Groups], Stepper], given: Problem, device: str) -
     for i, gradients in enumerate(given.gradients):
         if i > 0:
             for p, g in zip(params, gradients):
-                p.grad = g.to(device, copy=True)
+                if static and p.grad is not None:
+                    p.grad.copy_(g)
+                else:
+                    p.grad = g.to(device, copy=True)
             if hasattr(stepper, "new_gradients"):
                 stepper.new_gradients()
         stepper.step()
@@ -150,7 +155,8 @@ def check(case: Case, provider: Provider) -> str:
         return "a loop: nothing to check"
     shapes = small_version(case.workload.shapes)
     given = problem(shapes, getattr(torch, case.dtype), case.seed + 1)
-    got = _run_check(provider.make, given, case.device)
+    static = isinstance(provider, OurProvider) and provider.layout == "static"
+    got = _run_check(provider.make, given, case.device, static)
     rms, worst = relative_error(provider.algorithm, given, got.params())
     tolerance = provider.tolerance(case.dtype)
     # A format that drops bits on purpose is held to eager's bits below.

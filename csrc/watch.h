@@ -47,6 +47,8 @@ class TorchInterface {
                  find(torch, "_ZN2at6native6is_negERKNS_6TensorE", is_neg) &&
                  find(torch, "_ZN5torch8autograd4impl15version_counterERKN2at6TensorE", version_counter) &&
                  find(torch, "_ZN5torch8autograd4impl12bump_versionERKN2at6TensorE", bump_version);
+    find(torch, "_ZN5torch8autograd4impl19set_version_counterERKN2at6TensorERKN3c1015VariableVersionE",
+         set_version_counter);
   }
 
   bool available() const { return available_; }
@@ -63,6 +65,7 @@ class TorchInterface {
   bool (*is_neg)(Handle) = nullptr;
   void* const* (*version_counter)(Handle) = nullptr;  // to null: an inference tensor has none
   void (*bump_version)(Handle) = nullptr;
+  void (*set_version_counter)(Handle, void* const*) = nullptr;  // null where torch has none to offer
 
  private:
   template <class Function>
@@ -93,17 +96,20 @@ class Watch {
   // `param_lists`: the groups' lists of parameters. `state`: the optimizer's state, a dict of
   // dicts. `grad_cells`: for each gradient that there is, where a table keeps its address, or 0.
   // `steps`: step numbers in the state of which is asked whether somebody wrote to them.
+  // `owners`: of parameters, the tensors that they are given the counter of versions of, as views
+  // have it of their base.
   // `scratch`: a tensor of nobody's, with an address, without a gradient. The caller keeps lists,
   // dicts, what is in them and the tables alive for as long as the watch: it only borrows them,
   // since Python's garbage collector could not see through it.
   Watch(py::list param_lists, py::dict state, const std::vector<size_t>& grad_cells, py::list steps,
-        py::object scratch)
+        py::dict owners, py::object scratch)
       : type_(py::type::of(scratch)), works_(torch_.available() && torch_as_expected(scratch)) {
     size_t live = 0;
     for (py::handle list : param_lists) {
       lists_.push_back({list.ptr(), PyList_GET_SIZE(list.ptr())});
       for (py::handle p : py::reinterpret_borrow<py::list>(list)) {
         Parameter was{};
+        shares_versions_ &= works_ && owners.contains(p) && share_version(p, owners[p]);
         remember(p);
         const py::object grad = p.attr("grad");
         if (grad.is_none()) {
@@ -149,6 +155,7 @@ class Watch {
   enum Answer { kPerhapsNot, kUnchanged, kGradsMoved };
 
   bool works() const { return works_; }
+  bool shares_versions() const { return shares_versions_; }  // each parameter that of its owner
   size_t asked() const { return asked_; }  // of how many tensors torch was, their digests being others
 
   // Whether all is where it was, and nobody wrote to the step numbers, but for gradients: these may
@@ -157,7 +164,8 @@ class Watch {
   // Where this watch cannot tell, "perhaps not"; some cells may have been given theirs then.
   // `ask_python`: p.grad may be another thing in Python than in C++.
   Answer ask(py::list param_lists, py::dict state, bool ask_python, int threads) {
-    if (!works_ || !lists_unchanged(param_lists.ptr()) || !dicts_unchanged(state.ptr())) return kPerhapsNot;
+    if (!works_ || !sizes_unchanged(param_lists.ptr()) || !dicts_unchanged(state.ptr())) return kPerhapsNot;
+    if (first_replaced(param_lists.ptr(), 0, params_.size()) != params_.size()) return kPerhapsNot;
     if (!counters_unchanged()) return kPerhapsNot;
     if (ask_python && !python_agrees()) return kPerhapsNot;
     const size_t n = params_.size();
@@ -168,6 +176,23 @@ class Watch {
       return portion_found<Scalar>(first, last);
     });
     return found & kOther ? kPerhapsNot : found & kMoved ? kGradsMoved : kUnchanged;
+  }
+
+  // Of no more than `count` parameters and as many states, the next ones in each call: the first whose
+  // tensors are not all as they were, states counted after parameters; or these.
+  static constexpr int64_t kNone = -1, kAskAll = -2;
+  int64_t ask_next(py::list param_lists, py::dict state, size_t count) {
+    if (!works_ || !sizes_unchanged(param_lists.ptr()) || !dicts_unchanged(state.ptr()) || !counters_unchanged())
+      return kAskAll;
+    const size_t most = std::max(params_.size(), inner_.size());
+    const size_t first = next_ < most ? next_ : 0, last = std::min(first + count, most);
+    next_ = last;
+    const size_t replaced = first_replaced(param_lists.ptr(), first, last);
+    if (replaced != last) return static_cast<int64_t>(replaced);
+#if defined(__x86_64__)
+    if (avx512_) return first_change_avx512(first, last);
+#endif
+    return first_change<Scalar>(first, last);
   }
 
   // How often the step numbers were written to. All that were made together are views of one
@@ -352,6 +377,15 @@ class Watch {
     return scratch.attr("_version").cast<int64_t>() == version + 1 && find_version(handle(scratch.ptr()));
   }
 
+  bool share_version(py::handle tensor, py::handle owner) const {
+    if (torch_.set_version_counter == nullptr) return false;
+    const Handle t = handle(tensor.ptr());
+    void* const* const counter = torch_.version_counter(handle(owner.ptr()));
+    if (*counter == nullptr || *torch_.version_counter(t) == nullptr) return false;
+    torch_.set_version_counter(t, counter);
+    return *torch_.version_counter(t) == *counter;
+  }
+
   // The number in a counter of versions is the one that a write makes one larger.
   bool find_version(Handle scratch) {
     const auto* const counter = static_cast<const char*>(*torch_.version_counter(scratch));
@@ -511,16 +545,26 @@ class Watch {
     prefetch(t.storage, kStorageBytes);
   }
 
-  bool lists_unchanged(PyObject* param_lists) const {
+  bool sizes_unchanged(PyObject* param_lists) const {
     if (PyList_GET_SIZE(param_lists) != static_cast<Py_ssize_t>(lists_.size())) return false;
-    size_t i = 0;
     for (size_t group = 0; group < lists_.size(); ++group) {
       PyObject* list = PyList_GET_ITEM(param_lists, group);
       if (list != lists_[group].list || PyList_GET_SIZE(list) != lists_[group].size) return false;
-      for (Py_ssize_t j = 0; j < lists_[group].size; ++j, ++i)
-        if (PyList_GET_ITEM(list, j) != param(i).object) return false;
     }
     return true;
+  }
+
+  // Of the parameters from `first` to `last`, the first that is another object; `last` if none is.
+  size_t first_replaced(PyObject* param_lists, size_t first, size_t last) const {
+    size_t begin = 0;
+    for (size_t group = 0; group < lists_.size(); ++group) {
+      PyObject* list = PyList_GET_ITEM(param_lists, group);
+      const size_t end = begin + static_cast<size_t>(lists_[group].size);
+      for (size_t i = std::max(first, begin); i < std::min(last, end); ++i)
+        if (PyList_GET_ITEM(list, i - begin) != param(i).object) return i;
+      begin = end;
+    }
+    return last;
   }
 
   // CPython before 3.14 counts the changes of all dicts, and keeps in each the count of its last
@@ -659,9 +703,24 @@ class Watch {
     return found;
   }
 
+  // See `ask_next`.
+  template <class Isa>
+  FUSED_OPTIM_HD int64_t first_change(size_t first, size_t last) {
+    StorageDigests<Isa> storages;
+    const size_t n = params_.size();
+    for (size_t i = first; i < std::min(last, n); ++i)
+      if (param_found(i, storages) != kSame) return static_cast<int64_t>(i);
+    for (size_t i = first; i < std::min(last, inner_.size()); ++i)
+      if (state_found(i, storages) != kSame) return static_cast<int64_t>(n + i);
+    return kNone;
+  }
+
 #if defined(__x86_64__)
   __attribute__((target("avx512f,avx512dq"))) int portion_found_avx512(size_t first, size_t last) {
     return portion_found<Avx512>(first, last);
+  }
+  __attribute__((target("avx512f,avx512dq"))) int64_t first_change_avx512(size_t first, size_t last) {
+    return first_change<Avx512>(first, last);
   }
 #endif
 
@@ -677,7 +736,8 @@ class Watch {
   const Impl* no_grad_ = nullptr;
   const size_t dict_version_offset_ = find_dict_version();  // 0: dicts have none
   uint64_t state_version_ = 0;
-  bool works_;
+  bool works_, shares_versions_ = true;
+  size_t next_ = 0;  // see `ask_next`
   std::atomic<size_t> asked_{0};
   std::vector<List> lists_;
   std::vector<Parameter> params_;

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, final
+from typing import Any, Literal, final
 
 from torch import Tensor
 
@@ -51,7 +51,11 @@ class AdamaxW(FusedOptimizer):
             instead of to nearest, where small updates are lost; see :attr:`seed`.
         flatten: move parameters, gradients and states into one contiguous buffer each;
             the tensors become views of them. :meth:`zero_grad` then zeroes gradients in
-            place and keeps them.
+            place and keeps them. ``"static"`` promises besides that nobody replaces or moves any of
+            them between steps (``model.zero_grad()`` and ``p.grad = ...`` do): a step then takes the
+            host as long for 10,000 parameters as for 100. It looks at 32 of them in turn, and raises
+            RuntimeError when one is elsewhere. To autograd, writing to one of the parameters in place
+            is then writing to all.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,
             ``"cpu"``, ``"eager"``.
 
@@ -88,7 +92,7 @@ class AdamaxW(FusedOptimizer):
         state_format: str = "fp32",
         master_weights: str | None = None,
         stochastic_rounding: bool = False,
-        flatten: bool = False,
+        flatten: bool | Literal["static"] = False,
         backend: str | None = None,
     ) -> None:
         defaults = {

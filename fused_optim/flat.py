@@ -72,6 +72,9 @@ class FlatSet:
             and t.numel() <= end - start
         )
 
+    def holds_grad(self, p: Tensor, grad: Tensor) -> bool:
+        return self.at_home(self.grad, p, grad)
+
     def slot(self, p: Tensor) -> tuple[int, int]:
         """Where the slot of ``p`` starts and ends, in real elements."""
         pairs = 2 if self.dtype.is_complex else 1
@@ -79,26 +82,42 @@ class FlatSet:
         return start * pairs, end * pairs
 
     @property
+    def param_buffer(self) -> Tensor:
+        return self._buffer(self.param)
+
+    @property
     def padding_bytes(self) -> int:
         """Memory of the buffers that is no tensor's."""
         used = sum(nbytes(self.view(part, p)) for part in self._buffers for p in self.params)
         return nbytes(*self._buffers.values()) - used
 
-    def zero_grad(self, set_to_none: bool) -> None:
-        """Zero the gradients that are at home, in one pass; drop or zero the others."""
+    def zero_grads_at_home(self) -> None:
+        """Zero the gradients that are at home, in one pass."""
         if self.grad in self._buffers:
             self._buffers[self.grad].zero_()
             self._grad_version = self._buffers[self.grad]._version
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        """Zero the gradients that are at home; drop or zero the others."""
+        self.zero_grads_at_home()
         for p in self.params:
-            if p.grad is not None and not self.at_home(self.grad, p, p.grad):
-                if set_to_none:
-                    p.grad = None
-                else:
-                    p.grad.detach_().zero_()
+            if p.grad is not None and not self.holds_grad(p, p.grad):
+                reset_grad(p, set_to_none)
 
     def gradient_arrived(self) -> bool:
         """Whether anything was written to the gradient buffer since ``zero_grad``."""
         return self.grad not in self._buffers or self._buffers[self.grad]._version != self._grad_version
+
+
+def reset_grad(p: Tensor, set_to_none: bool) -> None:
+    """Drop or zero the gradient of ``p``, which has one."""
+    assert p.grad is not None
+    if set_to_none:
+        p.grad = None
+    elif p.grad.grad_fn is not None:
+        p.grad.detach_().zero_()
+    else:  # perhaps a view (of DDP's buckets), which cannot be detached in place
+        p.grad.requires_grad_(False).zero_()
 
 
 def flat_sets(params: Iterable[Tensor]) -> list[FlatSet]:

@@ -72,8 +72,11 @@ class Plan:
     Args:
         batches: what to launch, each with the backend that does.
         params: what is stepped.
+        grads_at_home: whether all of its gradients lie in flat buffers.
         steps: their step numbers.
         watch_steps: whether step numbers that somebody else has written to need another plan.
+        owners: of parameters, the buffers that they are views of, if one count of versions is
+            to do for all of a buffer.
         groups, state: the optimizer's, as they are now.
     """
 
@@ -81,15 +84,19 @@ class Plan:
         self,
         batches: list[tuple[Backend, Batch]],
         params: list[Tensor],
+        grads_at_home: bool,
         steps: list[Tensor],
         watch_steps: bool,
+        owners: dict[Tensor, Tensor],
         groups: list[dict[str, Any]],
         state: State,
     ) -> None:
         self.batches = batches
         self.params = params
+        self.grads_at_home = grads_at_home
         self.steps = steps
         self._watch_steps = watch_steps
+        self._owners = owners
         self.steps_certain = 0
         """Steps made with this plan that no ``found_inf`` can have skipped."""
         self.steps_maybe = 0
@@ -108,6 +115,8 @@ class Plan:
         self._lists = [group["params"] for group in groups]
         self._state = state
         self._watch = None
+        self._doubtful = False
+        """Whether the watch has said that there is a change, which it may not say again."""
         self._plain = all(type(p) in (Tensor, Parameter) for p in fingerprint.params)
         native = extension("_cpu")[0]
         # The watch cannot see lazy conjugates, of which real tensors have none.
@@ -119,8 +128,14 @@ class Plan:
                 # Not empty: the watch looks for its address in its storage.
                 self._scratch = torch.empty(1, device="cpu")
             steps = self.steps if self._watch_steps else []
-            watch = native.Watch(self._lists, state, self._grad_cells(), steps, self._scratch)
+            watch = native.Watch(self._lists, state, self._grad_cells(), steps, self._owners, self._scratch)
             self._watch = watch if watch.works() else None
+        self._buffers = (
+            list({id(owner): owner for owner in self._owners.values()}.values())
+            if self._watch is not None and self._watch.shares_versions()
+            else []
+        )
+        """What autograd is told of in place of the parameters."""
         del fingerprint.grads
 
     def _grad_cells(self) -> list[int]:
@@ -138,7 +153,12 @@ class Plan:
     def unchanged(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the plan surely describes these tensors and nobody has written to the step
         numbers since ``remember_steps``; gradients that have only moved are followed."""
-        if self._watch is None or state is not self._state or self._fingerprint.options != _options(groups):
+        if (
+            self._watch is None
+            or self._doubtful
+            or state is not self._state
+            or self._fingerprint.options != _options(groups)
+        ):
             return False
         native: Any = extension("_cpu")[0]
         answer = self._watch.ask(
@@ -151,12 +171,35 @@ class Plan:
             for _, batch in self.batches:
                 batch.on_device.pop("rows", None)
         if answer == native.PERHAPS_NOT or (answer == native.GRADS_MOVED and not self._movable):
+            self._doubtful = True
             return False
         for o in self._readers:
             grad = self.params[o.position].grad
             assert grad is not None
             o.grad_source = weakref.ref(grad)
         return True
+
+    def changed_among_next(
+        self, groups: list[dict[str, Any]], state: State, count: int
+    ) -> list[Tensor] | None:
+        """Of ``count`` parameters, the next ones in each call, the first that is not where it was, or its
+        gradient or state, if there is one; None where all must be asked."""
+        if (
+            self._watch is None
+            or not self._plain
+            or state is not self._state
+            or self._fingerprint.options != _options(groups)
+            or has_torch_function((self._scratch,))
+        ):
+            return None
+        native: Any = extension("_cpu")[0]
+        found = self._watch.ask_next([group["params"] for group in groups], state, count)
+        if found == native.ASK_ALL:
+            return None
+        if found == native.NONE:
+            return []
+        params = [p for group in groups for p in group["params"]]
+        return [params[found] if found < len(params) else list(state)[found - len(params)]]
 
     def still_right(self, groups: list[dict[str, Any]], state: State) -> bool:
         """Whether the plan describes these tensors, whatever ``unchanged`` says; gradients that
@@ -198,7 +241,9 @@ class Plan:
     def bump_versions(self) -> None:
         """Tell autograd that the parameters were written to: a compiled backend writes behind
         its back, and a backward pass through an older graph must still notice."""
-        if self._watch is not None:
+        if self._buffers:
+            torch.autograd.graph.increment_version(self._buffers)
+        elif self._watch is not None:
             self._watch.bump_versions(torch.get_num_threads())
         else:
             torch.autograd.graph.increment_version(self.params)

@@ -101,6 +101,7 @@ PER_GROUP = [
 ]
 CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception]]] = [
     ("flatten", 1, TypeError),
+    ("flatten", "fixed", TypeError),
     ("decoupled_lr", None, TypeError),
     ("backend", "gpu", ValueError),
     ("weight_decay_mask", 3, TypeError),
@@ -111,7 +112,7 @@ CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception]]] = [
 ]
 RATHER = {
     "lr": "must be",
-    "flatten": "True or False",
+    "flatten": 'True, False or "static"',
     "maximize": "True or False",
     "nesterov": "True or False",
     "decoupled_lr": "True or False",

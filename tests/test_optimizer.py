@@ -1225,6 +1225,9 @@ def change_of(what: str, i: int) -> Callable[[Any, Parameters], None]:
             params[i] = optimizer.param_groups[0]["params"][i] = torch.nn.Parameter(gradient(p, 9))
             optimizer.state[params[i]] = optimizer.state.pop(p)
             set_gradients([params[i]], 10)
+        elif what == "parameter replaced without its state":
+            params[i] = optimizer.param_groups[0]["params"][i] = torch.nn.Parameter(gradient(p, 9))
+            set_gradients([params[i]], 10)
         elif what == "gradient replaced":
             p.grad = gradient(p, 11)
         elif what == "gradient moved":
@@ -1292,6 +1295,132 @@ def test_a_change_anywhere_is_noticed(
         beside.step(new=False)  # all gradients are there and where they were
         beside.step(change_of(what, i), new=False)
         beside.step()
+
+
+@pytest.mark.parametrize(
+    "what", ["parameter moved", "gradient replaced", "gradient moved", "gradient dropped", "state moved"]
+)
+def test_zero_grad_hides_no_change(make: Make, backend: str, two_threads: None, what: str) -> None:
+    """It asks where gradients are, as the step that comes after it does."""
+    warnings.filterwarnings("ignore", "parameters were moved out of the flat buffers")
+    beside = Beside(make, backend, flatten=True)
+    for _ in range(2):
+        beside.step()
+
+    def zeroed(optimizer: Any, params: Parameters) -> None:
+        change_of(what, beside.ends[1])(optimizer, params)
+        optimizer.zero_grad(set_to_none=False)
+        for i, p in enumerate(params):
+            if p.grad is not None:
+                p.grad += gradient(p, i)
+
+    beside.step(zeroed, new=False)
+    beside.step()
+
+
+STATIC_CHANGES = [
+    "parameter moved",
+    "parameter swapped",
+    "parameter replaced without its state",
+    "gradient replaced",
+    "gradient moved",
+    "gradient dropped",
+    "gradient lazily negated in its place",
+    "state replaced",
+    "state moved",
+    "step moved",
+    "storage moved",
+]
+"""What ``flatten="static"`` rules out. (The others are noticed at once, as without it.)"""
+
+
+@compiled
+@pytest.mark.parametrize("what", STATIC_CHANGES)
+@pytest.mark.parametrize("i", [0, MANY - 1])
+def test_static_raises_when_a_change_has_its_turn(what: str, i: int) -> None:
+    """And not before, for a step looks at 32 parameters; then it goes on from what is there."""
+    params = parameters([(2, 3)] * MANY)
+    optimizer = AdaBelief(named_many(params), backend="cpu", flatten="static")
+    train(optimizer, params, 1)
+    turns = -(-MANY // 32)
+    for _ in range(2 * turns):
+        optimizer.step()
+    change_of(what, i)(optimizer, params)
+    everywhere = what == "storage moved"  # the states share it
+    for _ in range(0 if everywhere else i // 32):
+        optimizer.step()
+    before = copies([p.detach() for p in params])
+    name = "'0'" if everywhere else f"'{i}'"
+    with pytest.raises(RuntimeError, match=f"parameter {name}, its gradient or its state is not where"):
+        optimizer.step()
+    assert_same_bits([p.detach() for p in params], before)
+    warnings.filterwarnings("ignore", "parameters were moved out of the flat buffers")
+    set_gradients(params, 1)
+    optimizer.step()
+    assert not any(torch.equal(p, q) for p, q in zip(params, before))
+
+
+def named_many(params: Parameters) -> list[tuple[str, torch.nn.Parameter]]:
+    return [(str(i), p) for i, p in enumerate(params)]
+
+
+@compiled
+def test_static_finds_the_modules_zero_grad_at_once() -> None:
+    model = torch.nn.Sequential(*[torch.nn.Linear(2, 2) for _ in range(100)])
+    optimizer = AdamaxW(model.parameters(), flatten="static", backend="cpu")
+    x = torch.ones(1, 2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).sum().backward()
+        optimizer.step()
+    model.zero_grad()
+    model(x).sum().backward()
+    with pytest.raises(RuntimeError, match=r"model\.zero_grad\(\)"):
+        optimizer.step()
+
+
+def test_static_steps_like_plain(make: Make) -> None:
+    """With groups, gradients that are always None, step numbers that somebody writes to, options
+    that change and a checkpoint."""
+
+    def run(flatten: bool) -> Any:
+        params = [*parameters([(3,), (4, 5), (), (40, 41)]), *parameters([(7,)] * 70, seed=2)]
+        groups = [{"params": params[:3], "weight_decay": 0.3}, {"params": params[3:]}]
+        optimizer = make(groups, lr=0.02, flatten="static" if flatten else False)
+        for seed in range(8):
+            optimizer.zero_grad(set_to_none=False)
+            for i, p in enumerate(params):
+                if i == 1:
+                    continue
+                p.grad = (
+                    gradient(p, 100 * seed + i)
+                    if p.grad is None
+                    else p.grad.copy_(gradient(p, 100 * seed + i))
+                )
+            if seed == 3:
+                optimizer.param_groups[1]["lr"] = 0.1
+                optimizer.state[params[0]]["step"].add_(2)
+            if seed == 5:
+                optimizer.load_state_dict(copy.deepcopy(optimizer.state_dict()))
+            optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+@compiled
+def test_static_parameters_share_their_versions() -> None:
+    """So that a backward pass through a graph of before the step is still refused."""
+    params = [*parameters([(3,)] * 70), *parameters([(2,)], torch.float64)]
+    optimizer = AdaBelief(params, flatten="static", backend="cpu")
+    train(optimizer, params, 1)
+    assert len(optimizer._plan._buffers) == 2
+    before = [p._version for p in params]
+    loss = sum((p * p).sum() for p in params)
+    optimizer.step()
+    assert [p._version for p in params] == [v + 1 for v in before]
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
 
 
 def kinds_of_gradients() -> dict[str, Callable[[Tensor], Tensor]]:
