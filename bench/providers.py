@@ -156,6 +156,18 @@ LAYOUTS = {"list": False, "flat": True, "static": "static"}
 """``flatten``, by the layout that it makes."""
 
 
+class OurStepper(TorchStepper):
+    """fused_optim's own."""
+
+    def set_count(self, count: int) -> None:
+        super().set_count(count)
+        # Known to be equal, as after a checkpoint was loaded (which would take a copy of all states):
+        # else no two flat parameters would share a row.
+        optimizer: Any = self.optimizer
+        optimizer._drop_plan()
+        optimizer._history = {state["step"]: (count, None) for state in optimizer.state.values()}
+
+
 def make_ours(rule: str, groups: Groups, format: Format, layout: str, backend: str) -> TorchStepper:
     """A fused_optim optimizer."""
     import fused_optim
@@ -163,7 +175,7 @@ def make_ours(rule: str, groups: Groups, format: Format, layout: str, backend: s
     options = {**_DECAYED, **format.arguments, "flatten": LAYOUTS[layout], "backend": backend}
     if rule == "adabelief":
         options["eps_root"] = HYPER.eps
-    return TorchStepper(getattr(fused_optim, OUR_RULES[rule])(_groups(groups), **options))
+    return OurStepper(getattr(fused_optim, OUR_RULES[rule])(_groups(groups), **options))
 
 
 @dataclass(frozen=True)

@@ -217,14 +217,13 @@ def make_flush(case: Case, moved: int) -> Callable[[], None]:
 
 
 COUNT = 1000
-"""The step number from which steps are timed on a CPU: early ones are not what training is made of, and
+"""The step number from which steps are timed: early ones are not what training is made of, and
 fused_optim divides by the first moment's bias correction there until it is 1 (step 165)."""
 
 
 def prepare(made: Made) -> Callable[[], None]:
     """What is done before each timed step, and not timed."""
-    # On a GPU step numbers that somebody wrote to cannot be known to be equal: no row would be merged.
-    if made.case.device == "cpu" and isinstance(made.stepper, TorchStepper):
+    if isinstance(made.stepper, TorchStepper):
         made.stepper.step()
         made.stepper.set_count(COUNT)
     flush = make_flush(made.case, made.extras["moved"])

@@ -637,9 +637,7 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_steps(self, live: list[_Live]) -> dict[torch.device, list[Tensor]]:
         """Step numbers for the parameters that have none, one allocation a device."""
         missing = Counter(x.param.device for x in live if "step" not in self.state.get(x.param, {}))
-        return {
-            device: list(torch.zeros(n, dtype=torch.int64, device=device)) for device, n in missing.items()
-        }
+        return {device: _step_tensors([0] * n, device) for device, n in missing.items()}
 
     def _states(
         self, live: list[_Live], dense: list[Tensor], new_steps: dict[torch.device, list[Tensor]]
@@ -917,24 +915,28 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _loaded_states(
         self, saved: dict[Any, Any], groups: list[dict[str, Any]]
     ) -> dict[Tensor, dict[str, Any]]:
-        loaded = {}
+        loaded: dict[Tensor, dict[str, Any]] = {}
+        numbers: dict[torch.device, dict[Tensor, int]] = defaultdict(dict)
         for i, (group, own) in enumerate(zip(groups, self.param_groups)):
             for j, (key, p) in enumerate(zip(group["params"], own["params"])):
                 state = saved.get(key)
                 if state:
-                    loaded[p] = self._loaded_state(self._name(i, j), p, state, group)
+                    number, loaded[p] = self._loaded_state(self._name(i, j), p, state, group)
+                    numbers[p.device][p] = number
+        for device, of_params in numbers.items():
+            for p, step in zip(of_params, _step_tensors(list(of_params.values()), device)):
+                loaded[p]["step"] = step
         return loaded
 
     def _loaded_state(
         self, name: str, p: Tensor, state: dict[str, Any], group: dict[str, Any]
-    ) -> dict[str, Any]:
+    ) -> tuple[int, dict[str, Any]]:
         step = state.get("step", group.get("step"))
         if step is None:
             raise ValueError(f"the saved state of parameter {name} has no 'step'; it has {sorted(state)}")
         number = checked_step(name, step, ValueError)
         check_saved(name, p, state, self._rule(group).states, type(self).__name__)
-        made = self._in_formats(p, group, copy_state(state), self._dense_like(p))
-        return {**made, "step": torch.tensor(number, dtype=torch.int64, device=p.device)}
+        return number, self._in_formats(p, group, copy_state(state), self._dense_like(p))
 
     def __getstate__(self) -> dict[str, Any]:
         own = (
@@ -948,6 +950,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_schedules" in state:
             self._reset()
         self._plan = None
+
+
+def _step_tensors(numbers: list[int], device: torch.device) -> list[Tensor]:
+    """One allocation, and one counter of versions for all."""
+    return list(torch.tensor(numbers, dtype=torch.int64, device=device))
 
 
 def _own_bytes(value: Any) -> Any:

@@ -1,5 +1,5 @@
 """The update rules in Triton: ``fused_optim.reference`` once more, the same operations in
-the same order. A rule is two functions, for the new moments and, from these, for the new parameter:
+the same order. A rule is two functions, for the new moments and, from these, for the update:
 moments that are stored between the two need no registers in the second.
 
 The plain ``/`` and ``tl.sqrt`` are approximate in float32 on a GPU, and the interpreter
