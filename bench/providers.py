@@ -165,7 +165,7 @@ class OurStepper(TorchStepper):
         # else no two flat parameters would share a row.
         optimizer: Any = self.optimizer
         optimizer._drop_plan()
-        optimizer._history = {state["step"]: (count, None) for state in optimizer.state.values()}
+        optimizer._know_steps({state["step"]: (count, None) for state in optimizer.state.values()})
 
 
 def make_ours(rule: str, groups: Groups, format: Format, layout: str, backend: str) -> TorchStepper:

@@ -96,20 +96,20 @@ class Watch {
   // `param_lists`: the groups' lists of parameters. `state`: the optimizer's state, a dict of
   // dicts. `grad_cells`: for each gradient that there is, where a table keeps its address, or 0.
   // `steps`: step numbers in the state of which is asked whether somebody wrote to them.
-  // `owners`: of parameters, the tensors that they are given the counter of versions of, as views
-  // have it of their base.
+  // `owners`: of each parameter that has a gradient, the tensor that it is given the counter of
+  // versions of, as a view has that of its base; or empty.
   // `scratch`: a tensor of nobody's, with an address, without a gradient. The caller keeps lists,
   // dicts, what is in them and the tables alive for as long as the watch: it only borrows them,
   // since Python's garbage collector could not see through it.
   Watch(py::list param_lists, py::dict state, const std::vector<size_t>& grad_cells, py::list steps,
         py::dict owners, py::object scratch)
       : type_(py::type::of(scratch)), works_(torch_.available() && torch_as_expected(scratch)) {
+    shares_versions_ = works_ && !owners.empty() && share_versions(owners);
     size_t live = 0;
     for (py::handle list : param_lists) {
       lists_.push_back({list.ptr(), PyList_GET_SIZE(list.ptr())});
       for (py::handle p : py::reinterpret_borrow<py::list>(list)) {
         Parameter was{};
-        shares_versions_ &= works_ && owners.contains(p) && share_version(p, owners[p]);
         remember(p);
         const py::object grad = p.attr("grad");
         if (grad.is_none()) {
@@ -155,7 +155,7 @@ class Watch {
   enum Answer { kPerhapsNot, kUnchanged, kGradsMoved };
 
   bool works() const { return works_; }
-  bool shares_versions() const { return shares_versions_; }  // each parameter that of its owner
+  bool shares_versions() const { return shares_versions_; }
   size_t asked() const { return asked_; }  // of how many tensors torch was, their digests being others
 
   // Whether all is where it was, and nobody wrote to the step numbers, but for gradients: these may
@@ -377,13 +377,22 @@ class Watch {
     return scratch.attr("_version").cast<int64_t>() == version + 1 && find_version(handle(scratch.ptr()));
   }
 
-  bool share_version(py::handle tensor, py::handle owner) const {
-    if (torch_.set_version_counter == nullptr) return false;
-    const Handle t = handle(tensor.ptr());
-    void* const* const counter = torch_.version_counter(handle(owner.ptr()));
-    if (*counter == nullptr || *torch_.version_counter(t) == nullptr) return false;
-    torch_.set_version_counter(t, counter);
-    return *torch_.version_counter(t) == *counter;
+  // All of them or none. What autograd has saved holds the old counter, or asks the tensor for the
+  // number in its present one: so the old one goes up, and the new one is past it.
+  bool share_versions(const py::dict& owners) const {
+    const auto none = [this](py::handle t) { return *torch_.version_counter(handle(t.ptr())) == nullptr; };
+    if (torch_.set_version_counter == nullptr ||
+        std::any_of(owners.begin(), owners.end(), [&](auto item) { return none(item.first) || none(item.second); }))
+      return false;
+    for (const auto& [tensor, owner] : owners) {
+      const Handle t = handle(tensor.ptr()), base = handle(owner.ptr());
+      if (*torch_.version_counter(t) == *torch_.version_counter(base)) continue;
+      torch_.bump_version(t);
+      while (version(base) <= version(t)) torch_.bump_version(base);
+      torch_.set_version_counter(t, torch_.version_counter(base));
+      if (*torch_.version_counter(t) != *torch_.version_counter(base)) return false;
+    }
+    return true;
   }
 
   // The number in a counter of versions is the one that a write makes one larger.
@@ -736,7 +745,7 @@ class Watch {
   const Impl* no_grad_ = nullptr;
   const size_t dict_version_offset_ = find_dict_version();  // 0: dicts have none
   uint64_t state_version_ = 0;
-  bool works_, shares_versions_ = true;
+  bool works_, shares_versions_ = false;
   size_t next_ = 0;  // see `ask_next`
   std::atomic<size_t> asked_{0};
   std::vector<List> lists_;

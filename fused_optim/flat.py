@@ -66,7 +66,8 @@ class FlatSet:
         buffer = self._buffer(part)
         start, end = self._slot(part, p)
         return (
-            t.dtype == buffer.dtype
+            t.layout is torch.strided
+            and t.dtype == buffer.dtype
             and t.device == buffer.device
             and (t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size())
             and t.numel() <= end - start

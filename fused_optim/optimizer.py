@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .backends import Inputs, check_name, select, to_device, used_on_current_stream
+from .backends import BACKENDS, Inputs, check_name, select, to_device, used_on_current_stream
 from .flat import FlatSet, flat_sets, reset_grad
 from .memory import Memory, nbytes
 from .plan import Plan
@@ -134,6 +134,10 @@ def _extras(
     return (None if param is None else state[param.key]), mu, nu
 
 
+def _version(t: Tensor) -> int:
+    return 0 if t.is_inference() else t._version
+
+
 def _unknown(step: Tensor) -> tuple[int, Any]:
     """The token of a step number that somebody else has set. Reading it would make the host
     wait for a GPU, where such a parameter gets a row of its own instead."""
@@ -206,6 +210,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._hyper_values: list[Hyperparameters] = []
         self._hyper: dict[torch.device, Tensor] = {}
         self._history: dict[Tensor, tuple[int, Any]] = {}
+        self._step_versions: dict[Tensor, int] = {}
         self._captured: list[Any] = []
         self._warned: set[str] = set()
 
@@ -539,6 +544,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._check_gradients_arrive()
         if self._plan is not None and self._unchanged(self._plan):
             return self._plan
+        if self._plan is not None and self._plan.static:
+            self._check_at_home(self._plan)
         if self._flatten:
             self._check_steps()
         if self._plan is None or not self._plan.still_right(self.param_groups, self.state):
@@ -547,19 +554,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         return self._plan
 
     def _unchanged(self, plan: Plan) -> bool:
-        if self._flatten != "static":
-            return plan.unchanged(self.param_groups, self.state)
         changed = plan.changed_among_next(self.param_groups, self.state, _LOOKED_AT)
         if changed is None:
             return plan.unchanged(self.param_groups, self.state)
         if changed:
-            self._drop_plan()
-            raise RuntimeError(
-                f"parameter {self._name_of(changed[0])}, its gradient or its state is not where it was, which "
-                'flatten="static" rules out (model.zero_grad(), p.grad = ..., model.to()); earlier steps may have '
-                "missed it. Use optimizer.zero_grad(), or flatten=True; the next step() takes all as it is then"
-            )
+            self._raise_not_static(changed[0])
         return True
+
+    def _check_at_home(self, plan: Plan) -> None:
+        """Look at all that a static plan steps, before another one is made for whatever reason."""
+        homes = {p: home for home in self._flat for p in home.params}
+        stepped = set(plan.params)
+        for group in self.param_groups:
+            for p in stepped.intersection(group["params"]):
+                home, state = homes[p], self.state.get(p, {})
+                parts = [(part, state.get(part.key)) for part in self._parts(p, group)]
+                for part, t in [(home.param, p), (home.grad, p.grad), *parts]:
+                    if not isinstance(t, Tensor) or not home.at_home(part, p, t):
+                        self._raise_not_static(p)
+
+    def _raise_not_static(self, p: Tensor) -> None:
+        self._drop_plan()
+        raise RuntimeError(
+            f"parameter {self._name_of(p)}, its gradient or its state is not where it was, which "
+            'flatten="static" rules out (model.zero_grad(), p.grad = ..., model.to()); earlier steps may have '
+            "missed it. Use optimizer.zero_grad(), or flatten=True; the next step() takes all as it is then"
+        )
 
     def _check_steps(self) -> None:
         """Drop a plan whose step numbers somebody else has written to: parameters share a row
@@ -623,13 +643,16 @@ class FusedOptimizer(torch.optim.Optimizer):
             key = BatchKey(x.param.device, rule, formats.param, grad_format, formats.mu, formats.nu)
             by_key[key].append(o)
         batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
+        at_home = all(o.slot is not None for items in by_key.values() for o in items)
+        static = self._flatten == "static" and at_home and BACKENDS["eager"] not in backends.values()
         return Plan(
             batches,
             [x.param for x in live],
-            all(x.param in homes and homes[x.param].holds_grad(x.param, x.grad) for x in live),
+            at_home,
+            static,
             [state["step"] for state in states],
             bool(self._flatten),
-            {p: home.param_buffer for p, home in homes.items()} if self._flatten == "static" else {},
+            {x.param: homes[x.param].param_buffer for x in live} if static else {},
             self.param_groups,
             self.state,
         )
@@ -719,7 +742,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().zero_grad(set_to_none)
             return
         plan = self._plan
-        if plan is not None and plan.grads_at_home and (self._flatten == "static" or self._unchanged(plan)):
+        groups, state = self.param_groups, self.state
+        if plan and plan.at_home and (plan.asked_in_turn(groups, state) or plan.unchanged(groups, state)):
             for home in self._flat:
                 home.zero_grads_at_home()
             return
@@ -838,9 +862,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         for steps in new_steps.values():
             self._history.update({step: (0, None) for step in steps})
         known = (state.get("step") for state in (*self.state.values(), *states))
-        self._history = {
-            step: self._history.get(step) or _unknown(step) for step in known if isinstance(step, Tensor)
-        }
+        self._know_steps(
+            {
+                step: self._history.get(step, _unknown(step))
+                if self._step_versions.get(step, _version(step)) == _version(step)
+                else _unknown(step)
+                for step in known
+                if isinstance(step, Tensor)
+            }
+        )
+
+    def _know_steps(self, history: dict[Tensor, tuple[int, Any]]) -> None:
+        """Take ``history`` for what is known of step numbers, for as long as nobody writes to them."""
+        self._history = history
+        self._step_versions = {step: _version(step) for step in history}
 
     def state_dict(self) -> dict[str, Any]:
         """The state as a dict of plain numbers and tensors, as
@@ -882,7 +917,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         def install(_: torch.optim.Optimizer) -> None:
             self.state.update(loaded)
-            self._history = {s["step"]: (step, None) for s, step in zip(loaded.values(), steps)}
+            self._know_steps({s["step"]: (step, None) for s, step in zip(loaded.values(), steps)})
             self._count, self._seed = count, seed
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.

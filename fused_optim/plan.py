@@ -72,11 +72,12 @@ class Plan:
     Args:
         batches: what to launch, each with the backend that does.
         params: what is stepped.
-        grads_at_home: whether all of its gradients lie in flat buffers.
+        at_home: whether all that is stepped lies in flat buffers.
+        static: whether it is promised to stay there.
         steps: their step numbers.
         watch_steps: whether step numbers that somebody else has written to need another plan.
-        owners: of parameters, the buffers that they are views of, if one count of versions is
-            to do for all of a buffer.
+        owners: of each parameter the buffer that it is a view of, if one count of versions is
+            to do for all of a buffer; else empty.
         groups, state: the optimizer's, as they are now.
     """
 
@@ -84,7 +85,8 @@ class Plan:
         self,
         batches: list[tuple[Backend, Batch]],
         params: list[Tensor],
-        grads_at_home: bool,
+        at_home: bool,
+        static: bool,
         steps: list[Tensor],
         watch_steps: bool,
         owners: dict[Tensor, Tensor],
@@ -93,7 +95,8 @@ class Plan:
     ) -> None:
         self.batches = batches
         self.params = params
-        self.grads_at_home = grads_at_home
+        self.at_home = at_home
+        self.static = static
         self.steps = steps
         self._watch_steps = watch_steps
         self._owners = owners
@@ -179,18 +182,24 @@ class Plan:
             o.grad_source = weakref.ref(grad)
         return True
 
+    def asked_in_turn(self, groups: list[dict[str, Any]], state: State) -> bool:
+        """Whether :meth:`changed_among_next` may do in place of :meth:`unchanged`."""
+        return (
+            self.static
+            and self._watch is not None
+            and self._plain
+            and not self._doubtful
+            and state is self._state
+            and self._fingerprint.options == _options(groups)
+            and not has_torch_function((self._scratch,))
+        )
+
     def changed_among_next(
         self, groups: list[dict[str, Any]], state: State, count: int
     ) -> list[Tensor] | None:
         """Of ``count`` parameters, the next ones in each call, the first that is not where it was, or its
         gradient or state, if there is one; None where all must be asked."""
-        if (
-            self._watch is None
-            or not self._plain
-            or state is not self._state
-            or self._fingerprint.options != _options(groups)
-            or has_torch_function((self._scratch,))
-        ):
+        if self._watch is None or not self.asked_in_turn(groups, state):
             return None
         native: Any = extension("_cpu")[0]
         found = self._watch.ask_next([group["params"] for group in groups], state, count)

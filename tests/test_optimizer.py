@@ -1408,6 +1408,140 @@ def test_static_steps_like_plain(make: Make) -> None:
     flat_like_plain(run)
 
 
+@pytest.mark.parametrize(
+    ("state_format", "last"),
+    [
+        ("fp32", torch.ones(4, 8)[:, ::2]),
+        ("8bit", torch.ones(4, 8)[:, ::2]),
+        ("8bit", torch.ones(4, 8).t()),
+        ("fp32", torch.ones(5, dtype=torch.complex64)),
+    ],
+    ids=["gaps", "gaps 8bit", "transposed 8bit", "complex"],
+)
+def test_static_beside_parameters_that_are_not_flat(make: Make, state_format: str, last: Tensor) -> None:
+    """Nothing keeps their old gradients alive, so a step asks after all tensors. So it does where there
+    is a complex one."""
+
+    def run(flatten: bool) -> Any:
+        params = [*parameters([(3,)] * 40), torch.nn.Parameter(last.clone())]
+        if not last.is_complex():
+            params[-1] = torch.nn.Parameter(torch.empty_strided(last.shape, last.stride()).copy_(last))
+        optimizer = make(params, lr=0.1, flatten="static" if flatten else False, state_format=state_format)
+        for _ in range(6):
+            optimizer.zero_grad()
+            sum((p * p).abs().sum() for p in params).backward()
+            optimizer.step()
+        if not last.is_complex():
+            params[-1].grad = None
+            optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_static_where_all_tensors_are_asked(make: Make) -> None:
+    """Under a torch function mode, which a default device is, ``zero_grad`` looks too."""
+    params = parameters([(3,), (4,)])
+    optimizer = make(params, flatten="static")
+    train(optimizer, params, 1)
+    with torch.device("cpu"):
+        params[0].grad = gradient(params[0], 5)
+        optimizer.zero_grad()
+        assert params[0].grad is None
+        assert not params[1].grad.any()
+
+
+@compiled
+def test_static_raises_before_another_plan_hides_a_change() -> None:
+    params = parameters([(3,)] * 100)
+    optimizer = AdaBelief(params, flatten="static", backend="cpu")
+    train(optimizer, params, 1)
+    params[99].grad = gradient(params[99], 5)
+    optimizer.step()
+    optimizer.param_groups[0]["nesterov"] = True
+    with pytest.raises(RuntimeError, match="parameter 99 of group 0"):
+        optimizer.step()
+    optimizer.step()
+
+
+def test_zero_grad_after_a_gradient_of_other_strides(make: Make) -> None:
+    def run(flatten: bool) -> Any:
+        (p,) = params = parameters([(4, 4)])
+        optimizer = make(params, flatten=flatten)
+        train(optimizer, params, 1)
+        p.grad = p.grad.t()
+        optimizer.step()
+        p.grad = gradient(p, 3).t()
+        optimizer.zero_grad()
+        assert p.grad is None
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+def test_zero_grad_with_a_sparse_gradient(make: Make) -> None:
+    params = parameters([(4, 4)])
+    optimizer = make(params, flatten=True)
+    train(optimizer, params, 1)
+    params[0].grad = torch.ones(4, 4).to_sparse()
+    optimizer.zero_grad()
+    assert params[0].grad is None
+
+
+@pytest.mark.parametrize("between", ["seed", "checkpoint", "group"])
+def test_a_step_number_written_while_there_is_no_plan(make: Make, between: str) -> None:
+    """Neighbours whose step numbers were equal must not share a row then."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters([(3,), (3,), (3,)])
+        optimizer = make(params[:2], lr=0.1, flatten=flatten)
+        train(optimizer, params, 1)
+        if between == "seed":
+            optimizer.seed = 1
+        elif between == "checkpoint":
+            optimizer.load_state_dict(optimizer.state_dict())
+        else:
+            optimizer.add_param_group({"params": params[2:]})
+        optimizer.state[params[1]]["step"].add_(50)
+        train(optimizer, params, 2, first=1)
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
+@compiled
+@pytest.mark.parametrize("written", [0, 1, 2, 3])
+def test_static_refuses_old_graphs_from_the_first_step_on(written: int) -> None:
+    """Also where autograd has saved a view, and however often a parameter was written to before."""
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Linear(3, 3))
+    with torch.no_grad():
+        for _ in range(written):
+            model[0].weight.mul_(1.1)
+    optimizer = AdamaxW(model.parameters(), flatten="static", backend="cpu")
+    for i in range(4):
+        optimizer.zero_grad()
+        loss = model(torch.ones(2, 3)).square().sum() + model[0].weight.square().sum()
+        loss.backward(retain_graph=True)
+        optimizer.step()
+        with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+            loss.backward()
+        if i == 1:
+            optimizer.add_param_group({"params": parameters([(3,)])})
+
+
+@compiled
+def test_static_leaves_versions_of_others_alone() -> None:
+    """Of parameters without a gradient, which no step writes to."""
+    params = [*parameters([(3,), (3,)]), *parameters([(2,)], torch.float64)]
+    optimizer = AdaBelief(params, flatten="static", backend="cpu")
+    set_gradients(params, 0, skip=[1, 2])
+    loss = (params[1] * params[1]).sum() + (params[2] * params[2]).sum()
+    for _ in range(3):
+        optimizer.step()
+    loss.backward()
+
+
 @compiled
 def test_static_parameters_share_their_versions() -> None:
     """So that a backward pass through a graph of before the step is still refused."""
