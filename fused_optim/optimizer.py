@@ -643,7 +643,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             key = BatchKey(x.param.device, rule, formats.param, grad_format, formats.mu, formats.nu)
             by_key[key].append(o)
         batches = [(backends[key.device], Batch(key, items)) for key, items in by_key.items()]
-        at_home = all(o.slot is not None for items in by_key.values() for o in items)
+        at_home = all(o.slot is not None for items in by_key.values() for o in items) and all(
+            homes[x.param].holds_grad(x.param, x.grad) for x in live
+        )
         static = self._flatten == "static" and at_home and BACKENDS["eager"] not in backends.values()
         return Plan(
             batches,

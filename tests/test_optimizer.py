@@ -1479,6 +1479,22 @@ def test_zero_grad_after_a_gradient_of_other_strides(make: Make) -> None:
     flat_like_plain(run)
 
 
+def test_zero_grad_with_gradients_of_another_dtype(make: Make) -> None:
+    """They do not lie in the buffer, though their parameters do."""
+
+    def run(flatten: bool) -> Any:
+        params = parameters([(3,), (4,)], torch.bfloat16)
+        params[1].grad_dtype = torch.float32
+        optimizer = make(params, lr=0.1, flatten="static" if flatten else False)
+        for _ in range(4):
+            optimizer.zero_grad()
+            sum((p * p).float().sum() for p in params).backward()
+            optimizer.step()
+        return snapshot(optimizer)
+
+    flat_like_plain(run)
+
+
 def test_zero_grad_with_a_sparse_gradient(make: Make) -> None:
     params = parameters([(4, 4)])
     optimizer = make(params, flatten=True)
