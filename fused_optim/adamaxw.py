@@ -55,7 +55,7 @@ class AdamaxW(FusedOptimizer):
             them between steps (``model.zero_grad()`` and ``p.grad = ...`` do): a step then takes the
             host as long for 10,000 parameters as for 100. It looks at 32 of them in turn, and raises
             RuntimeError when one is elsewhere. To autograd, writing to one of the parameters in place
-            is then writing to all.
+            between forward and backward (``Embedding(max_norm=...)`` does) is writing to all from then on.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,
             ``"cpu"``, ``"eager"``.
 
