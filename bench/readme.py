@@ -74,10 +74,31 @@ def section(results: dict[str, Any]) -> str:
     return f"{head}\n\n{report.markdown(HEADS, [row for row in rows if row])}"
 
 
+def host_section(results: dict[str, Any]) -> str:
+    """The time of a step on the host by number of tensors, AdaBelief's by layout."""
+    rows: dict[str, dict[str, str]] = {}
+    for r in results["records"]:
+        if r["measure"] == "host" and "median" in r and r["backend"] != "eager":
+            name = f"AdaBelief {r['backend']}, {r['layout']}" if r["rule"] == "adabelief" else r["provider"]
+            if name.startswith("AdaBelief") or name == TORCH:
+                rows.setdefault(name, {})[r["title"]] = report.number(r["median"])
+    if not rows:
+        return ""
+    titles = list(dict.fromkeys(title for row in rows.values() for title in row))
+    order = sorted(rows, key=lambda name: (name == TORCH, name))
+    cells = [[name, *(rows[name].get(title, "") for title in titles)] for name in order]
+    about = results["environment"]
+    head = f"Time until `step()` returns, ms; {about['kind']}: {about['device_name']}, {about['date']}."
+    return f"{head}\n\n{report.markdown(('host', *titles), cells)}"
+
+
 def updated(text: str) -> str:
     """The README with the figures of the last results."""
     paths = [RESULTS / f"{device}.json" for device in ("cuda", "cpu")]
-    found = "\n\n".join(section(report.read(path)) for path in paths if path.exists())
+    every = [RESULTS / f"{path.stem}_all.json" for path in paths]
+    sections = [section(report.read(path)) for path in paths if path.exists()]
+    sections += [host_section(report.read(path)) for path in (*paths, *every) if path.exists()]
+    found = "\n\n".join(filter(None, sections))
     if not paths[0].exists():
         found = f"No GPU figure has been measured yet: these are CPU figures.\n\n{found}"
     begin, end = "<!-- measured -->", "<!-- /measured -->"
