@@ -11,7 +11,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,7 @@ def stepped(
     dtype: torch.dtype,
     device: str,
     backend: str,
-    flat: bool,
+    flat: bool | Literal["static"],
 ) -> list[Tensor]:
     """Parameters and states after three steps, in two groups, the second with another lr."""
     optimizer_class, options = RULES[rule]
@@ -117,10 +117,13 @@ def many(device: str, backends: list[str]) -> Iterator[tuple[str, str | None]]:
     """Two thousand tiny tensors."""
     sizes = (33,) * (2000 if device == "cuda" else 40)
     want = stepped("adabelief", FORMATS["fp32"], sizes, torch.float32, "cpu", "eager", False)
+    layouts: dict[str, bool | Literal["static"]] = {"list": False, "static": "static"}
     for backend in backends:
-        got = stepped("adabelief", FORMATS["fp32"], sizes, torch.float32, device, backend, False)
-        n = differing(got, want)
-        yield f"{len(sizes)} tensors {backend}", f"{n} bytes differ from eager's" if n else None
+        for layout, flat in layouts.items():
+            got = stepped("adabelief", FORMATS["fp32"], sizes, torch.float32, device, backend, flat)
+            n = differing(got, want)
+            what = f"{len(sizes)} tensors {backend} {layout}"
+            yield what, f"{n} bytes differ from eager's" if n else None
 
 
 def large(backends: list[str]) -> Iterator[tuple[str, str | None]]:

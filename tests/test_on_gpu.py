@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -56,8 +57,8 @@ def no_waiting() -> Iterator[None]:
     torch.cuda.set_sync_debug_mode("default")
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_nothing_waits(backend: str, flatten: bool, request: pytest.FixtureRequest) -> None:
+@pytest.mark.parametrize("flatten", [False, True, "static"])
+def test_nothing_waits(backend: str, flatten: Any, request: pytest.FixtureRequest) -> None:
     got, want = parameters("cuda"), parameters("cpu")
     optimizer = AdaBelief(got, lr=1e-2, flatten=flatten, backend=backend)
     eager = AdaBelief(want, lr=1e-2, backend="eager")
@@ -73,8 +74,8 @@ def test_nothing_waits(backend: str, flatten: bool, request: pytest.FixtureReque
     check(got, optimizer, want, eager)
 
 
-@pytest.mark.parametrize("flatten", [False, True])
-def test_capture_and_replay_with_a_learning_rate_on_the_gpu(backend: str, flatten: bool) -> None:
+@pytest.mark.parametrize("flatten", [False, True, "static"])
+def test_capture_and_replay_with_a_learning_rate_on_the_gpu(backend: str, flatten: Any) -> None:
     got, want = parameters("cuda"), parameters("cpu")
     lr = torch.tensor(1e-2, device="cuda")
     optimizer = AdaBelief(got, lr=lr, weight_decay=0.1, flatten=flatten, backend=backend)
