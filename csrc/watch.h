@@ -476,7 +476,7 @@ class Watch {
   // is among them), torch is asked.
   template <class Isa>
   FUSED_OPTIM_HD bool unchanged(const Tensor& was, const Impl* impl, size_t role,
-                                    StorageDigests<Isa>& storages) const {
+                                StorageDigests<Isa>& storages) const {
     return was.storage != nullptr && impl == was.impl && word(impl, storage_offset_) == address_of(was.storage) &&
            Isa::digest(impl, impl_bytes_, odd_.numbers) + storages.of(was.storage, role) == was.digest;
   }
@@ -717,11 +717,13 @@ class Watch {
   FUSED_OPTIM_HD int64_t first_change(size_t first, size_t last) {
     StorageDigests<Isa> storages;
     const size_t n = params_.size();
-    for (size_t i = first; i < std::min(last, n); ++i)
-      if (param_found(i, storages) != kSame) return static_cast<int64_t>(i);
-    for (size_t i = first; i < std::min(last, inner_.size()); ++i)
-      if (state_found(i, storages) != kSame) return static_cast<int64_t>(n + i);
-    return kNone;
+    int64_t changed = kNone;
+    for (size_t i = first; i < std::min(last, n) && changed == kNone; ++i)
+      if (param_found(i, storages) != kSame) changed = static_cast<int64_t>(i);
+    for (size_t i = first; i < std::min(last, inner_.size()) && changed == kNone; ++i)
+      if (state_found(i, storages) != kSame) changed = static_cast<int64_t>(n + i);
+    asked_.fetch_add(storages.asked, std::memory_order_relaxed);
+    return changed;
   }
 
 #if defined(__x86_64__)

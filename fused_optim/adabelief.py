@@ -59,8 +59,8 @@ class AdaBelief(FusedOptimizer):
         flatten: move parameters, gradients and states into one contiguous buffer each;
             the tensors become views of them. :meth:`zero_grad` then zeroes gradients in
             place and keeps them. ``"static"`` promises besides that nobody replaces or moves any of
-            them between steps (``model.zero_grad()`` and ``p.grad = ...`` do): a step then takes the
-            host as long for 10,000 parameters as for 100. It looks at 32 of them in turn, and raises
+            them between steps (``model.zero_grad()`` and ``p.grad = ...`` do): what a step asks of the
+            host then does not grow with their number. It looks at 32 of them in turn, and raises
             RuntimeError when one is elsewhere. To autograd, writing to one of the parameters in place
             between forward and backward (``Embedding(max_norm=...)`` does) is writing to all from then on.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,

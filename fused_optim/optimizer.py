@@ -662,7 +662,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _new_steps(self, live: list[_Live]) -> dict[torch.device, list[Tensor]]:
         """Step numbers for the parameters that have none, one allocation a device."""
         missing = Counter(x.param.device for x in live if "step" not in self.state.get(x.param, {}))
-        return {device: _step_tensors([0] * n, device) for device, n in missing.items()}
+        return {
+            device: list(torch.zeros(n, dtype=torch.int64, device=device)) for device, n in missing.items()
+        }
 
     def _states(
         self, live: list[_Live], dense: list[Tensor], new_steps: dict[torch.device, list[Tensor]]
@@ -864,15 +866,12 @@ class FusedOptimizer(torch.optim.Optimizer):
         for steps in new_steps.values():
             self._history.update({step: (0, None) for step in steps})
         known = (state.get("step") for state in (*self.state.values(), *states))
-        self._know_steps(
-            {
-                step: self._history.get(step, _unknown(step))
-                if self._step_versions.get(step, _version(step)) == _version(step)
-                else _unknown(step)
-                for step in known
-                if isinstance(step, Tensor)
-            }
-        )
+        self._know_steps({step: self._token(step) for step in known if isinstance(step, Tensor)})
+
+    def _token(self, step: Tensor) -> tuple[int, Any]:
+        version = _version(step)
+        written_to = self._step_versions.get(step, version) != version
+        return _unknown(step) if written_to or step not in self._history else self._history[step]
 
     def _know_steps(self, history: dict[Tensor, tuple[int, Any]]) -> None:
         """Take ``history`` for what is known of step numbers, for as long as nobody writes to them."""
@@ -961,7 +960,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     number, loaded[p] = self._loaded_state(self._name(i, j), p, state, group)
                     numbers[p.device][p] = number
         for device, of_params in numbers.items():
-            for p, step in zip(of_params, _step_tensors(list(of_params.values()), device)):
+            # One allocation, and one counter of versions for all.
+            for p, step in zip(of_params, torch.tensor(list(of_params.values()), device=device)):
                 loaded[p]["step"] = step
         return loaded
 
@@ -987,11 +987,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_schedules" in state:
             self._reset()
         self._plan = None
-
-
-def _step_tensors(numbers: list[int], device: torch.device) -> list[Tensor]:
-    """One allocation, and one counter of versions for all."""
-    return list(torch.tensor(numbers, dtype=torch.int64, device=device))
 
 
 def _own_bytes(value: Any) -> Any:

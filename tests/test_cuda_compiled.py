@@ -261,6 +261,16 @@ class World:
         return launched
 
 
+def step_both(host: Host, worlds: list[World], new_gradients: bool = False) -> None:
+    """One step of the first by eager and of the second by the host build, which must agree."""
+    if new_gradients:
+        for world in worlds:
+            world.new_gradients()
+    EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+    worlds[1].step(host, worlds[1].inputs(None, None))
+    assert_same_bits(worlds[1].contents(), worlds[0].contents())
+
+
 def rows_of_sizes(chunk: int) -> Iterator[Row]:
     """Each size aligned and unaligned, and a full chunk with one operand unaligned."""
     sizes = (0, 1, 7, 127, 128, 129, 1025, chunk - 1, chunk, chunk + 3, 2 * chunk + 5)
@@ -335,9 +345,7 @@ def test_unusual_values(host: Host, rule: str, formats: Formats) -> None:
                     extra[i if len(extra) == chunk else i // 128] = rest
     host.yes_votes()
     for expected in (sum(noticed for _, (noticed, *_) in cases), None):
-        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-        worlds[1].step(host, worlds[1].inputs(None, None))
-        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+        step_both(host, worlds)
         assert host.yes_votes() == expected or expected is None
         for world in worlds:
             world.new_gradients()
@@ -367,9 +375,7 @@ def test_all_codes_under_all_bases(host: Host, grad_exponents: tuple[int, int]) 
             spread = 2.0 ** (-20 * torch.rand(numel, generator=world.rng, dtype=torch.float64))
             sign = 1 - 2 * torch.randint(2, (numel,), generator=world.rng)
             world.grads[0].copy_((2.0**exponent).repeat_interleave(128) * spread * sign)
-        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-        worlds[1].step(host, worlds[1].inputs(None, None))
-        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+        step_both(host, worlds)
     assert host.yes_votes() == 0
 
 
@@ -385,11 +391,7 @@ def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
     rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
     worlds = [World(rule, named(*[name] * 4), rows) for _ in range(2)]
     for _ in range(64):
-        for world in worlds:
-            world.new_gradients()
-        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-        worlds[1].step(host, worlds[1].inputs(None, None))
-        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+        step_both(host, worlds, new_gradients=True)
     assert [int(s) for s in worlds[1].steps] == [min(row.count + 64, MAX_COUNT) for row in rows]
 
 
@@ -412,11 +414,7 @@ def test_corrections_that_become_one(host: Host, rule: str, formats: Formats) ->
     for world in worlds:
         world.hyper[0, 0] = 1.0
     for _ in range(5):
-        for world in worlds:
-            world.new_gradients()
-        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-        worlds[1].step(host, worlds[1].inputs(None, None))
-        assert_same_bits(worlds[1].contents(), worlds[0].contents())
+        step_both(host, worlds, new_gradients=True)
 
 
 @pytest.mark.parametrize("formats", COMBINATIONS, ids=str)
