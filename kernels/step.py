@@ -79,9 +79,10 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, chunk: in
 
 
 def registers(param: str, grad: str, mu: str) -> int:
-    """Registers that a thread of :func:`step_kernel` may take: with these none spills. 64 leave
-    room for four blocks of 256 threads in 65,536, up to 80 for three. Left to itself NVIDIA's compiler
-    takes up to 108 with narrow moments, and up to 79 with float32 ones, but 5% more instructions."""
+    """Registers that a thread of :func:`step_kernel` may take. With these no kernel of
+    ``bench.formats.TRIPLES`` spills. 64 leave room for four blocks of 256 threads in 65,536, up
+    to 80 for three. Left to itself NVIDIA's compiler takes up to 108 with narrow moments, and up
+    to 79 with float32 ones, but 5% more instructions."""
     if mu in codecs.NARROW and (param, grad) == ("fp32", "fp32"):
         return 64
     if mu in codecs.NARROW and param.endswith("_master"):
