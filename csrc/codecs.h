@@ -407,7 +407,8 @@ struct E4M3 : Blocked {
   static FUSED_OPTIM_HD auto store(F x, R random, uint32_t base) {
     const auto b = bits_of(x), magnitude = b & kMagnitude;
     const auto code = unusual(finite_code(magnitude, random, base), magnitude, base, infinity);
-    return code | ((b >> 24) & 0x80u);
+    // A NaN has no sign here: devices give the NaN of an operation different ones.
+    return code | select(magnitude > kInfinity, 0u, (b >> 24) & 0x80u);
   }
 };
 

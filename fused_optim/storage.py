@@ -262,7 +262,9 @@ def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
     code = torch.minimum(code.clamp(max=120), 2039 - 8 * base_of)
     code = torch.where(magnitude == 0x7F800000, 126, code)
     code = torch.where(magnitude > 0x7F800000, 127, code)
-    return (code | b >> 24 & 0x80).to(torch.uint8), base.to(torch.uint8)
+    # A NaN has no sign here: devices give the NaN of an operation different ones.
+    sign = torch.where(magnitude > 0x7F800000, 0, b >> 24 & 0x80)
+    return (code | sign).to(torch.uint8), base.to(torch.uint8)
 
 
 def _decode_e4m3(stored: Tensor, base: Tensor | None) -> Tensor:

@@ -547,6 +547,9 @@ def store_e4m3(row, at, x, OPERAND: tl.constexpr):
     half = tl.minimum(base, 126)
     y = tl.abs(x) * _of_elements(_power_of_two(half - base)) * _of_elements(_power_of_two(-half))
     code = (_bits_of(y) + _dither(at, OPERAND, 20)) >> 20
+    sign = (_bits_of(x) >> 24) & 0x80
     if at.usual is None:
         code = _unusual(code.to(tl.int32), magnitude, base, 126).to(tl.uint32)
-    _store_bytes(row, at, code | ((_bits_of(x) >> 24) & 0x80))
+        # A NaN has no sign here: devices give the NaN of an operation different ones.
+        sign = tl.where(magnitude > INF, 0, sign)
+    _store_bytes(row, at, code | sign)

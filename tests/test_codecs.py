@@ -227,6 +227,15 @@ def test_adversarial_blocks(name: str, what: str, step: int) -> None:
         assert bool((got[below].double() <= torch.maximum(largest * 2.0**-28, torch.tensor(2.0**-125))).all())
 
 
+@pytest.mark.parametrize("name", OPERANDS)
+def test_every_nan_is_stored_alike(name: str) -> None:
+    """What operation gave it, and where: a CPU's has a sign, a GPU's has none."""
+    nan = float_of(torch.tensor([0x7FC00000, 0xFFC00000, 0x7F800001, 0xFF800001, 0x7FFFFFFF, 0xFFFFFFFF]))
+    alone = [of_step(x.expand(BLOCK).contiguous(), name, 3) for x in nan]
+    for got in alone:
+        assert_same_bits(got, alone[0])
+
+
 def test_a_neighbouring_block_does_not_matter() -> None:
     rng = torch.Generator().manual_seed(1)
     x = torch.rand(3 * BLOCK, generator=rng)
