@@ -140,14 +140,15 @@ def prologue_kernel(
     tl.store(c + 6, _bias_correction(beta1, count, DTYPE), live)
     tl.store(c + 7, _bias_correction(beta1, count_next, DTYPE), live)
     tl.store(c + 8, _bias_correction(beta2, count, DTYPE), live)
-    tl.store(c + 9, (-lr).to(DTYPE), live)
+    # Times -1: a minus is a difference from zero in Triton 3.6, in which a learning rate of 0 stays +0.
+    tl.store(c + 9, (-1.0 * lr).to(DTYPE), live)
     relative_lr = lr / tl.where(decoupled, initial_lr, 1.0)
     tl.store(c + 10, tl.where(decoupled, weight_decay * relative_lr, weight_decay).to(DTYPE), live)
     tl.store(c + 11, tl.where(weight_decay != 0, tl.where(decoupled, 2.0, 1.0), 0.0).to(DTYPE), live)
     divisor = tl.full([LANES], 1, DTYPE)
     if grad_scale is not None:
         divisor *= tl.load(grad_scale).to(DTYPE)
-    tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -divisor, divisor), live)
+    tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -1.0 * divisor, divisor), live)
     tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
     if DTYPE == tl.float32:  # float64 has no format that rounds by the step number
         tl.store(c + NUM_COEFFICIENTS + 1, count.to(tl.int32).to(tl.float32, bitcast=True), live)
