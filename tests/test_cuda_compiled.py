@@ -11,62 +11,49 @@ from __future__ import annotations
 import ast
 import ctypes
 import importlib.util
-import itertools
 import os
 import re
 import shutil
+import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import ptx
 import pytest
 import torch
 from helpers import assert_same_bits, built_once
-from torch import Tensor
+from worlds import (
+    COMBINATIONS,
+    COVERING,
+    FP32,
+    FP64,
+    GRAD_EXPONENTS,
+    GUARD,
+    NARROW,
+    Formats,
+    Row,
+    Work,
+    World,
+    check_64_bit_offsets,
+    check_all_codes_under_all_bases,
+    check_corrections_that_become_one,
+    check_counters,
+    check_found_inf_changes_nothing,
+    check_sizes_and_alignments,
+    named,
+    step_both,
+    unusual_worlds,
+)
 
-from fused_optim import storage
-from fused_optim.backends.base import Inputs
-from fused_optim.backends.eager import EAGER
-from fused_optim.reference import MAX_COUNT, Hyperparameters
-from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
-from fused_optim.storage import FORMATS, Format, Part
-from fused_optim.table import ADDRESSES, Batch, BatchKey, operands
+from fused_optim.storage import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-
-
-class Formats(NamedTuple):
-    """What a kernel is made for beside its rule."""
-
-    param: Format
-    grad: Format
-    mu: Format
-    nu: Format
-
-    def __str__(self) -> str:
-        return "-".join(f.name for f in self[:3])
-
-
-def named(*names: str) -> Formats:
-    return Formats(*(FORMATS[name] for name in names))
-
-
-GRADS = ("fp32", "bf16", "fp16")
-MOMENTS = (("fp32", "fp32"), ("bf16_dither", "bf16_dither"), ("e4m3", "e5m3"))
-PARAMS = (
-    "fp32", "bf16", "fp16", "bf16_master", "fp16_master", "split16", "split8", "bf16_stochastic", "fp16_stochastic"
-)  # fmt: skip
-FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
-COMBINATIONS = [FP64, *(named(p, g, *m) for p in PARAMS for g in GRADS for m in MOMENTS)]
-COVERING = [
-    FP64, *(named(p, GRADS[(i + k) % 3], *m) for i, p in enumerate(PARAMS) for k, m in enumerate(MOMENTS))
-]  # fmt: skip
-"""Each parameter format with each of moments, and either with each of gradients."""
 rules = pytest.mark.parametrize("rule", RULES)
 
 
@@ -103,12 +90,37 @@ class Host:
             raise RuntimeError(error.value.decode())
         return result
 
-    def step(self, *names_and_numbers: Any) -> int:
+    def step_of(self, *names_and_numbers: Any) -> int:
         numbers = (ctypes.c_int64 * 11)(*names_and_numbers[5:])
         return self.call("step_on_host", *names_and_numbers[:5], numbers)
 
-    def chunk_size(self) -> int:
+    def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
+        """How many launches there were."""
+        formats, inputs = work.formats, work.inputs
+        size = len(work.counters) * self.coefficients_bytes(formats)
+        coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
+        launched = self.step_of(
+            work.rule,
+            *(f.name for f in formats),
+            work.rows.data_ptr(),
+            work.chunks.data_ptr(),
+            len(work.chunks),
+            work.counters.data_ptr(),
+            len(work.counters),
+            inputs.hyper.data_ptr(),
+            coefficients.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in (inputs.grad_scale, inputs.found_inf)),
+            stream,
+            device,
+        )
+        assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
+        return launched
+
+    def chunk_size(self, formats: Formats | None = None) -> int:
         return int(self.library.chunk_size())
+
+    def coefficients_bytes(self, formats: Formats) -> int:
+        return self.call("coefficients_bytes", formats.param.name)
 
     def launches(self, n: int) -> list[tuple[int, ...]]:
         """(blocks, threads, stream, device) of the last step's launches."""
@@ -144,238 +156,28 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
 
-class Row(NamedTuple):
-    """One parameter of a test: its size, and how many elements past a 16-byte boundary each
-    of its tensors lies: gradient, parameter, moments and their second parts, as in the table."""
-
-    numel: int
-    offsets: tuple[int, ...] = (0,) * 7
-    hyper_row: int = 0
-    count: int = 0
-
-
-HYPER = [
-    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0),
-    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0),
-    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0),
-    Hyperparameters(0.0, 0.0, 0.99, 0.0, 1.0, 1e-3, 0.0, 1.0),
-]
-SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-41, 6e-8, -6e4, 3e38]
-GUARD = 64
-
-
-class World:
-    """Parameters, gradients and states with a pattern around each, and the table of them."""
-
-    def __init__(self, rule: str, formats: Formats, rows: Iterable[Row], special: bool = False) -> None:
-        self.rng = torch.Generator().manual_seed(0)
-        self.buffers: list[Tensor] = []
-        self.grads: list[Tensor] = []
-        self.steps: list[Tensor] = []
-        self.stored: list[list[Tensor]] = []
-        self.extras: list[list[Tensor | None]] = []
-        items = []
-        for key, row in enumerate(rows):
-            numel, offsets = row.numel, row.offsets
-            g = self._guarded(formats.grad.dtype, numel, offsets[0])
-            stored, extras = [], []
-            for k, (f, operand) in enumerate(((formats.param, PARAM), (formats.mu, MU), (formats.nu, NU))):
-                values = self._values(numel, special).to(f.working)
-                place = Place(torch.tensor(row.count), key, operand)
-                new, new_extra = f.encode(values.square() if operand == NU else values, place)
-                stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                extras.append(
-                    None if new_extra is None else self._extra(f.extra, numel, offsets[4 + k], new_extra)
-                )
-            step = torch.tensor(row.count)
-            item = operands(stored[0], g, *stored, tuple(extras), step)
-            item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
-            items.append(item)
-            self.grads.append(g)
-            self.steps.append(step)
-            self.stored.append(stored)
-            self.extras.append(extras)
-        self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], *formats), items)
-        self.hyper = torch.tensor(HYPER, dtype=torch.float64)
-
-    def _guarded(self, dtype: torch.dtype, numel: int, offset: int) -> Tensor:
-        fill = torch.nan if dtype.is_floating_point else 85
-        buffer = torch.full((numel + offset + 2 * GUARD,), fill, dtype=dtype)
-        assert buffer.data_ptr() % 16 == 0
-        self.buffers.append(buffer)
-        return buffer[GUARD + offset : GUARD + offset + numel]
-
-    def _extra(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
-        return self._guarded(part.dtype, part.numel(numel), offset).copy_(values)
-
-    def _values(self, numel: int, special: bool) -> Tensor:
-        values = torch.randn(numel, generator=self.rng, dtype=torch.float64)
-        values *= 10 ** (4 * torch.rand(numel, generator=self.rng) - 3)
-        if special and numel >= len(SPECIAL):
-            values[torch.randperm(numel, generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).double()
-        return values
-
-    def new_gradients(self, special: bool = False) -> None:
-        for g in self.grads:
-            g.copy_(self._values(len(g), special))
-
-    def inputs(self, grad_scale: float | None, found_inf: float | None) -> Inputs:
-        return Inputs(self.hyper, *(None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)))
-
-    def contents(self) -> list[list[Tensor]]:
-        """All memory, guards included, and the step numbers."""
-        return [[b.clone() for b in self.buffers], [s.clone() for s in self.steps]]
-
-    def step(self, host: Host, inputs: Inputs, stream: int = 0, device: int = 0, skipped: int = 0) -> int:
-        """One step by the library, of tensors as if ``skipped`` chunks lay before each."""
-        key = self.batch.key
-        chunk = host.chunk_size()
-        number = self.batch.chunks(chunk)[:, 1]
-        chunks = self.batch.chunks(chunk).clone()
-        chunks[:, 1] = torch.where(number < 0, number - skipped, number + skipped)
-        rows = self.batch.rows.clone()
-        rows[:, 0] += skipped * chunk
-        formats = (key.grad, key.param, key.mu, key.nu)
-        for i, f in enumerate(formats):
-            rows[:, ADDRESSES.start + i] -= skipped * chunk * f.dtype.itemsize
-            if f.extra is not None:
-                bytes_skipped = skipped * chunk // f.extra.block * f.extra.dtype.itemsize
-                rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
-        size = host.call("coefficients_bytes", key.param.name)
-        coefficients = torch.full((len(self.steps) * size + GUARD,), 255, dtype=torch.uint8)
-        launched = host.step(
-            key.rule.name,
-            *(f.name for f in (key.param, key.grad, key.mu, key.nu)),
-            rows.data_ptr(),
-            chunks.data_ptr(),
-            len(chunks),
-            self.batch.counters.data_ptr(),
-            len(self.batch.counters),
-            inputs.hyper.data_ptr(),
-            coefficients.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (inputs.grad_scale, inputs.found_inf)),
-            stream,
-            device,
-        )
-        assert bool((coefficients[len(self.steps) * size :] == 255).all()), "written past the coefficients"
-        return launched
-
-
-def step_both(host: Host, worlds: list[World], new_gradients: bool = False) -> None:
-    """One step of the first by eager and of the second by the host build, which must agree."""
-    if new_gradients:
-        for world in worlds:
-            world.new_gradients()
-    EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-    worlds[1].step(host, worlds[1].inputs(None, None))
-    assert_same_bits(worlds[1].contents(), worlds[0].contents())
-
-
-def rows_of_sizes(chunk: int) -> Iterator[Row]:
-    """Each size aligned and unaligned, and a full chunk with one operand unaligned."""
-    sizes = (0, 1, 7, 127, 128, 129, 1025, chunk - 1, chunk, chunk + 3, 2 * chunk + 5)
-    for i, numel in enumerate(sizes):
-        yield Row(numel, hyper_row=i % len(HYPER), count=i)
-        yield Row(numel, (1,) * 7, hyper_row=(i + 1) % len(HYPER), count=i)
-    for k in range(7):
-        yield Row(chunk + 1, tuple(3 * (k == j) for j in range(7)), hyper_row=k % len(HYPER), count=100)
-
-
 @rules
 @pytest.mark.parametrize("formats", COVERING, ids=str)
 def test_sizes_and_alignments(host: Host, rule: str, formats: Formats) -> None:
-    worlds = [World(rule, formats, rows_of_sizes(host.chunk_size()), special=True) for _ in range(2)]
-    numbers = worlds[0].batch.chunks(host.chunk_size())[:, 1]
-    assert 0 < int((numbers >= 0).sum()) < len(numbers)
-    for grad_scale, found_inf, special in ((None, None, False), (3.0, 0.0, True), (-0.5, None, False)):
-        for world in worlds:
-            world.new_gradients(special)
-        EAGER.step(worlds[0].batch, worlds[0].inputs(grad_scale, found_inf))
-        assert worlds[1].step(host, worlds[1].inputs(grad_scale, found_inf)) == 2
-        assert_same_bits(worlds[1].contents(), worlds[0].contents())
-
-
-NARROW = [f for f in COVERING if f.mu.dtype.itemsize < 4]
-TESTED_PARAMS = ("bf16", "bf16_master", "split16", "split8", "bf16_stochastic")
-"""Those of which new values are tested where moments are narrow."""
-
-
-def unusual_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
-    """Whether a warp must notice it, the operand, what an element has stored, and its second part or base."""
-    yield False, "grad", 0.0, None
-    for x in (torch.inf, -torch.inf, torch.nan, 2.0**127):
-        yield True, "grad", x, None
-        rest = x if formats.param.name.endswith("master") else 0
-        yield formats.param.name in TESTED_PARAMS, "param", x, rest
-    if formats.param.name.startswith("split"):
-        for zero in (0.0, -0.0):
-            yield True, "param", zero, -1  # somebody wrote it
-    if formats.mu.name == "e4m3":
-        codes = [("mu", code | sign) for code in (126, 127) for sign in (0, 128)]
-        yield from ((True, operand, code, None) for operand, code in [*codes, ("nu", 254), ("nu", 255)])
-        yield True, "mu", 125, 239  # 1.6 * 2^127
-    else:
-        for x in (torch.inf, torch.nan, 3.38e38):
-            yield True, "mu", x, None
-            yield True, "mu", -x, None
-            yield True, "nu", x, None
+    check_sizes_and_alignments(host, rule, formats)
 
 
 @rules
 @pytest.mark.parametrize("formats", NARROW, ids=str)
 def test_unusual_values(host: Host, rule: str, formats: Formats) -> None:
-    """One in a chunk, in a warp's first, middle or last lane: its warp notices, and no other does."""
-    chunk, warp = host.chunk_size(), 256
-    cases = [
-        (chunk - 3 * warp + place, case)
-        for case in unusual_values(formats)
-        for place in (0, warp // 2 + 3, warp - 1)
-    ]
-    worlds = [World(rule, formats, [Row(chunk)] * len(cases)) for _ in range(2)]
+    worlds, noticed = unusual_worlds(rule, formats, host.chunk_size())
+    host.yes_votes()
+    step_both(host, worlds)
+    assert host.yes_votes() == sum(noticed), "a warp notices its own, and no other does"
     for world in worlds:
         world.new_gradients()
-        for row, (i, (_, operand, x, rest)) in enumerate(cases):
-            if operand == "grad":
-                world.grads[row][i] = x
-            else:
-                k = ("param", "mu", "nu").index(operand)
-                world.stored[row][k][i] = x
-                extra = world.extras[row][k]
-                if extra is not None and rest is not None:
-                    extra[i if len(extra) == chunk else i // 128] = rest
-    host.yes_votes()
-    for expected in (sum(noticed for _, (noticed, *_) in cases), None):
-        step_both(host, worlds)
-        assert host.yes_votes() == expected or expected is None
-        for world in worlds:
-            world.new_gradients()
+    step_both(host, worlds)
 
 
-@pytest.mark.parametrize("grad_exponents", [(-149, -20), (-20, 20), (20, 126)], ids=str)
+@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
 def test_all_codes_under_all_bases(host: Host, grad_exponents: tuple[int, int]) -> None:
-    """Every finite code under every base of usual values, and gradients that lead to every base."""
-    blocks = 240
-    numel = 2 * blocks * 128
-    worlds = [World("adamaxw", named("fp32", "fp32", "e4m3", "e5m3"), [Row(numel)]) for _ in range(2)]
-    for world in worlds:
-        _, mu, nu = world.stored[0]
-        _, mu_bases, nu_bases = world.extras[0]
-        code = torch.arange(numel) // 128 % 2 * 128 + torch.arange(numel) % 128
-        mu.copy_(torch.where(code % 128 < 126, code, 0))
-        nu.copy_(torch.where(code < 254, code, 0))
-        mu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=238))
-        nu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=222))
     host.yes_votes()
-    first, last = grad_exponents
-    for _ in range(3):
-        for world in worlds:
-            exponent = first + (last - first) * torch.rand(
-                2 * blocks, generator=world.rng, dtype=torch.float64
-            )
-            spread = 2.0 ** (-20 * torch.rand(numel, generator=world.rng, dtype=torch.float64))
-            sign = 1 - 2 * torch.randint(2, (numel,), generator=world.rng)
-            world.grads[0].copy_((2.0**exponent).repeat_interleave(128) * spread * sign)
-        step_both(host, worlds)
+    check_all_codes_under_all_bases(host, grad_exponents)
     assert host.yes_votes() == 0
 
 
@@ -385,50 +187,20 @@ def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
 
 
 @rules
-@pytest.mark.parametrize("name", ["fp32", "fp64"])
-def test_counters_of_64_steps(host: Host, rule: str, name: str) -> None:
-    counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT]
-    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
-    worlds = [World(rule, named(*[name] * 4), rows) for _ in range(2)]
-    for _ in range(64):
-        step_both(host, worlds, new_gradients=True)
-    assert [int(s) for s in worlds[1].steps] == [min(row.count + 64, MAX_COUNT) for row in rows]
-
-
-def steps_until_one(beta: float, working: torch.dtype) -> int:
-    """The first step number whose bias correction is exactly 1."""
-    rounded = float(torch.tensor(beta, dtype=working))
-    return next(n for n in itertools.count(1) if 1 - torch.tensor(rounded**n).to(working) == 1)
+@pytest.mark.parametrize("formats", [FP32, FP64], ids=str)
+def test_counters_of_64_steps(host: Host, rule: str, formats: Formats) -> None:
+    check_counters(host, rule, formats, steps=64)
 
 
 @rules
 @pytest.mark.parametrize("formats", [FP32, FP64, *NARROW], ids=str)
 def test_corrections_that_become_one(host: Host, rule: str, formats: Formats) -> None:
-    """Step by step from corrections other than 1 to 1, with a learning rate that lets the last bit through."""
-    chunk, working = host.chunk_size(), formats.param.working
-    first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
-    if working == torch.float32:
-        assert (first, second) == (165, 17321)
-    rows = [Row(chunk + 5, count=count - 4) for count in (first, second, second + 80)]
-    worlds = [World(rule, formats, rows) for _ in range(2)]
-    for world in worlds:
-        world.hyper[0, 0] = 1.0
-    for _ in range(5):
-        step_both(host, worlds, new_gradients=True)
+    check_corrections_that_become_one(host, rule, formats)
 
 
 @pytest.mark.parametrize("formats", COMBINATIONS, ids=str)
 def test_64_bit_offsets(host: Host, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    chunk, before = host.chunk_size(), 2**33
-    rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
-    worlds = [World("adamaxw", formats, rows) for _ in range(2)]
-    for world in worlds:
-        world.new_gradients()
-    index = storage._index
-    monkeypatch.setattr(storage, "_index", lambda values: index(values) + before)
-    EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
-    worlds[1].step(host, worlds[1].inputs(None, None), skipped=before // chunk)
-    assert_same_bits(worlds[1].contents(), worlds[0].contents())
+    check_64_bit_offsets(host, formats, monkeypatch)
 
 
 @rules
@@ -439,11 +211,7 @@ def test_64_bit_offsets(host: Host, formats: Formats, monkeypatch: pytest.Monkey
     ids=str,
 )
 def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float, formats: Formats) -> None:
-    world = World(rule, formats, rows_of_sizes(host.chunk_size()))
-    world.new_gradients(special=True)
-    before = world.contents()
-    assert world.step(host, world.inputs(65536.0, found_inf)) == 2
-    assert_same_bits(world.contents(), before)
+    check_found_inf_changes_nothing(host, rule, formats, found_inf)
 
 
 def test_launches(host: Host) -> None:
@@ -461,7 +229,7 @@ def test_launches(host: Host) -> None:
     empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 1
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step("adamaxw", *["fp32"] * 4, *[0] * 11) == 0
+    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 11) == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
@@ -497,7 +265,7 @@ UNKNOWN = [
 @pytest.mark.parametrize("names", UNKNOWN)
 def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
     with pytest.raises(RuntimeError, match=".*".join(names)):
-        host.step(*names, *[0] * 11)
+        host.step_of(*names, *[0] * 11)
 
 
 def test_the_extension() -> None:
@@ -644,6 +412,7 @@ def classes(source: str) -> dict[str, str]:
 FORMAT_CLASSES = classes((CSRC / "codecs.h").read_text())
 RULE_CLASSES = classes("".join(path.read_text() for path in (CSRC / "rules").glob("*.h")))
 FORMAT_CLASS = {name: key for key, name in FORMAT_CLASSES.items()}
+RULE_CLASS = {name: key for key, name in RULE_CLASSES.items()}
 
 
 def step_kernels(rules: Iterable[str], formats: Iterable[Formats]) -> list[Kernel]:
@@ -652,6 +421,14 @@ def step_kernels(rules: Iterable[str], formats: Iterable[Formats]) -> list[Kerne
         for four in formats
         for rule in rules
     ]
+
+
+def rule_of(kernel: Kernel) -> str:
+    return RULE_CLASSES[kernel.arguments[0]]
+
+
+def formats_of(kernel: Kernel) -> Formats:
+    return named(*(FORMAT_CLASSES[x] for x in kernel.arguments[1:]))
 
 
 # Some 250 kernels take two minutes. Nesterov's, which have the most operands and operations, in
@@ -711,10 +488,6 @@ def resource_problems(resources: dict[Kernel, Resources]) -> list[str]:
         if used.registers > limit or used.stack or used.spills:
             problems.append(f"{kernel}: {used}, at most {limit} registers")
     return problems
-
-
-def formats_of(kernel: Kernel) -> Formats:
-    return named(*(FORMAT_CLASSES[x] for x in kernel.arguments[1:]))
 
 
 def expected_accesses(formats: Formats, n: int) -> tuple[Counter[str], Counter[str]]:
@@ -838,6 +611,79 @@ def test_accesses(code: Code, arch: str) -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_arithmetic(code: Code, arch: str) -> None:
     assert arithmetic_problems(code.ptx[arch]) == []
+
+
+class Emulated:
+    """The kernels' PTX, run by the emulator."""
+
+    def __init__(self, host: Host, code: dict[Kernel, str]) -> None:
+        self.host = host
+        self.code = code
+
+    def chunk_size(self, formats: Formats) -> int:
+        return self.host.chunk_size()
+
+    def step(self, work: Work) -> int:
+        formats, inputs = work.formats, work.inputs
+        size = len(work.counters) * self.host.coefficients_bytes(formats)
+        coefficients = torch.full((size,), 255, dtype=torch.uint8)
+        scales = (inputs.grad_scale, inputs.found_inf)
+        given = [t for t in scales if t is not None]
+        task = struct.pack(
+            "8q",
+            work.rows.data_ptr(),
+            work.chunks.data_ptr(),
+            work.counters.data_ptr(),
+            len(work.counters),
+            inputs.hyper.data_ptr(),
+            coefficients.data_ptr(),
+            *(0 if t is None else t.data_ptr() for t in scales),
+        )
+        working = "double" if formats == FP64 else "float"
+        prologue = self._kernel("prologue_kernel", working)
+        constants = [work.counters, inputs.hyper, *given]
+        blocks = -(-len(work.counters) // prologue.threads)
+        ptx.run(prologue, blocks, [task], [coefficients, *work.steps], constants)
+        step = self._kernel("step_kernel", RULE_CLASS[work.rule], *(FORMAT_CLASS[f.name] for f in formats))
+        constants = [work.rows, work.chunks, coefficients, *given]
+        ptx.run(step, len(work.chunks), [task], work.buffers, constants)
+        return 2
+
+    def _kernel(self, name: str, *arguments: str) -> ptx.Kernel:
+        return ptx.parse_entry(self.code[Kernel(name, arguments)])
+
+
+@pytest.fixture(scope="session")
+def emulated(host: Host, code: Code) -> Emulated:
+    return Emulated(host, code.ptx["90"])
+
+
+@pytest.mark.parametrize("kernel", COMPILED, ids=str)
+def test_ptx_of_sizes_and_alignments(emulated: Emulated, kernel: Kernel) -> None:
+    check_sizes_and_alignments(emulated, rule_of(kernel), formats_of(kernel))
+
+
+@pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in NARROW], ids=str)
+def test_ptx_of_unusual_values(emulated: Emulated, kernel: Kernel) -> None:
+    worlds, _ = unusual_worlds(rule_of(kernel), formats_of(kernel), emulated.chunk_size(formats_of(kernel)))
+    step_both(emulated, worlds)
+
+
+@pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in FEW], ids=str)
+def test_ptx_of_corrections_that_become_one(emulated: Emulated, kernel: Kernel) -> None:
+    check_corrections_that_become_one(emulated, rule_of(kernel), formats_of(kernel))
+
+
+@pytest.mark.parametrize("formats", FEW, ids=str)
+def test_ptx_of_counters_and_found_inf(emulated: Emulated, formats: Formats) -> None:
+    check_counters(emulated, "adamaxw", formats, steps=5)
+    for found_inf in (1.0, torch.nan):
+        check_found_inf_changes_nothing(emulated, "adamaxw", formats, found_inf)
+
+
+@pytest.mark.parametrize("formats", FEW, ids=str)
+def test_ptx_of_64_bit_offsets(emulated: Emulated, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_64_bit_offsets(emulated, formats, monkeypatch)
 
 
 @pytest.mark.parametrize(

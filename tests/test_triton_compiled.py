@@ -1,6 +1,7 @@
 """What the Triton kernels compile to, for GPUs that are not here, on the newest Triton and
 on 3.6, which torch 2.11 brings: the interpreter shows no approximate division, no
-contraction, no narrow access and no spill.
+contraction, no narrow access, no spill and no race. The reports are looked at, and what
+NVIDIA's kernels are assembled from is run by an emulator.
 
 ``make test`` puts Triton 3.6 under ``.venv/triton-3.6``; FUSED_OPTIM_TRITON_3_6 names
 another place.
@@ -11,17 +12,39 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import struct
 import subprocess
 import sys
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import ptx
 import pytest
+import torch
+from helpers import built_once
+from torch import Tensor
+from worlds import (
+    FP32,
+    FP64,
+    GRAD_EXPONENTS,
+    Formats,
+    Work,
+    check_64_bit_offsets,
+    check_all_codes_under_all_bases,
+    check_corrections_that_become_one,
+    check_counters,
+    check_found_inf_changes_nothing,
+    check_sizes_and_alignments,
+    named,
+    step_both,
+    unusual_worlds,
+)
 
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
-from bench.formats import TRIPLES
+from bench.formats import STATES, TRIPLES
 from bench.kernels import problems
 from bench.triton_report import RULES
 
@@ -138,3 +161,105 @@ def test_losses_are_caught(loss: str, tmp_path: Path) -> None:
     )
     row = next(row for row in rows if row["kernel"] == "step")
     assert any(expected in problem for problem in problems(row)), (row, problems(row))
+
+
+class Emulated:
+    """The kernels' PTX, run by the emulator, as ``fused_optim.backends.triton`` launches them."""
+
+    def __init__(self, folder: Path, step: Any) -> None:
+        self.folder = folder
+        self.module = step
+        self.shared_bytes = json.loads((folder / "shared_bytes.json").read_text())
+
+    def chunk_size(self, formats: Formats) -> int:
+        return int(self.module.chunk_size(*(f.dtype.itemsize for f in formats)))
+
+    def step(self, work: Work) -> int:
+        formats, inputs = work.formats, work.inputs
+        columns = len(work.counters) * self.module.COEFFICIENT_COLUMNS.value
+        coefficients = torch.full((columns,), torch.nan, dtype=formats.param.working)
+        # Compiled for both to be there; with these they have no effect.
+        grad_scale = torch.ones(()) if inputs.grad_scale is None else inputs.grad_scale
+        found_inf = torch.zeros(()) if inputs.found_inf is None else inputs.found_inf
+        constants = [inputs.hyper, grad_scale, found_inf]
+        self._launch(
+            "prologue-fp64" if formats == FP64 else "prologue-fp32",
+            -(-len(work.counters) // self.module.PROLOGUE_LANES),
+            [work.counters, len(work.counters), *constants, coefficients],
+            [coefficients, *work.steps],
+            [work.counters, *constants],
+        )
+        (state,) = (name for name, pair in STATES.items() if pair == (formats.mu.name, formats.nu.name))
+        constants = [work.rows, work.chunks, coefficients]
+        name = f"step-{work.rule}-{formats.param.name}-{formats.grad.name}-{state}"
+        self._launch(name, len(work.chunks), constants, work.buffers, constants)
+        return 2
+
+    def _launch(
+        self, name: str, blocks: int, arguments: Sequence[Tensor | int], tensors: Sequence[Tensor],
+        constants: Sequence[Tensor],
+    ) -> None:  # fmt: skip
+        (kernel,) = ptx.parse((self.folder / f"{name}.ptx").read_text())
+        packed = [
+            struct.pack("i", a) if isinstance(a, int) else struct.pack("q", a.data_ptr()) for a in arguments
+        ]
+        packed += [struct.pack("q", 0)] * 2  # Triton's scratch memory, of which there is none
+        ptx.run(kernel, blocks, packed, tensors, constants, self.shared_bytes[name])
+
+
+FORMATS = {":".join(names): named(*names[:2], *STATES[names[2]]) for names in TRIPLES}
+FEW = [FP32, FP64, FORMATS["bf16:bf16:bf16"], FORMATS["split8:bf16:8bit"]]
+
+
+def write_ptx(folder: Path, version: str, *arguments: str) -> None:
+    """What kernels compile to for sm_90, and how much shared memory each takes."""
+    rows = report(version, "--target", "cuda:90", "--ptx", str(folder), *arguments)
+    names = [[row[key] for key in ("kernel", "rule", "param", "grad", "state")] for row in rows]
+    shared = {"-".join(filter(None, name)): row["shared_bytes"] for name, row in zip(names, rows)}
+    (folder / "shared_bytes.json").write_text(json.dumps(shared))
+
+
+@pytest.fixture(scope="session", params=VERSIONS)
+def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
+    from fused_optim.kernels import step
+
+    version = request.param
+    name = f"triton_ptx_{version}"
+    folder = built_once(tmp_path_factory, name, lambda folder: write_ptx(folder, version))
+    return Emulated(folder, step)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+def test_ptx_of_sizes_and_alignments(emulated: Emulated, rule: str, formats: Formats) -> None:
+    check_sizes_and_alignments(emulated, rule, formats)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("formats", [f for f in FORMATS.values() if f.mu.dtype.itemsize < 4], ids=str)
+def test_ptx_of_unusual_values(emulated: Emulated, rule: str, formats: Formats) -> None:
+    worlds, _ = unusual_worlds(rule, formats, emulated.chunk_size(formats))
+    step_both(emulated, worlds)
+
+
+def test_ptx_of_all_codes_under_all_bases(emulated: Emulated) -> None:
+    for grad_exponents in GRAD_EXPONENTS:
+        check_all_codes_under_all_bases(emulated, grad_exponents)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("formats", FEW, ids=str)
+def test_ptx_of_corrections_that_become_one(emulated: Emulated, rule: str, formats: Formats) -> None:
+    check_corrections_that_become_one(emulated, rule, formats)
+
+
+@pytest.mark.parametrize("formats", FEW, ids=str)
+def test_ptx_of_counters_and_found_inf(emulated: Emulated, formats: Formats) -> None:
+    check_counters(emulated, "adamaxw", formats, steps=5)
+    for found_inf in (1.0, torch.nan):
+        check_found_inf_changes_nothing(emulated, "adamaxw", formats, found_inf)
+
+
+@pytest.mark.parametrize("formats", FEW, ids=str)
+def test_ptx_of_64_bit_offsets(emulated: Emulated, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_64_bit_offsets(emulated, formats, monkeypatch)

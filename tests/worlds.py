@@ -1,0 +1,338 @@
+"""What the tests of compiled kernels step: parameters of awkward sizes and addresses, each with a
+pattern around it that nothing may write to, and the table of them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+import pytest
+import torch
+from helpers import assert_same_bits
+from torch import Tensor
+
+from fused_optim import storage
+from fused_optim.backends.base import Inputs
+from fused_optim.backends.eager import EAGER
+from fused_optim.reference import MAX_COUNT, Hyperparameters
+from fused_optim.rounding import MU, NU, PARAM, Place
+from fused_optim.rules import RULES
+from fused_optim.storage import FORMATS, Format, Part
+from fused_optim.table import ADDRESSES, Batch, BatchKey, operands
+
+
+class Formats(NamedTuple):
+    """What a kernel is made for beside its rule."""
+
+    param: Format
+    grad: Format
+    mu: Format
+    nu: Format
+
+    def __str__(self) -> str:
+        return "-".join(f.name for f in self[:3])
+
+
+def named(*names: str) -> Formats:
+    return Formats(*(FORMATS[name] for name in names))
+
+
+GRADS = ("fp32", "bf16", "fp16")
+MOMENTS = (("fp32", "fp32"), ("bf16_dither", "bf16_dither"), ("e4m3", "e5m3"))
+PARAMS = (
+    "fp32", "bf16", "fp16", "bf16_master", "fp16_master", "split16", "split8", "bf16_stochastic", "fp16_stochastic"
+)  # fmt: skip
+FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
+COMBINATIONS = [FP64, *(named(p, g, *m) for p in PARAMS for g in GRADS for m in MOMENTS)]
+COVERING = [
+    FP64, *(named(p, GRADS[(i + k) % 3], *m) for i, p in enumerate(PARAMS) for k, m in enumerate(MOMENTS))
+]  # fmt: skip
+"""Each parameter format with each of moments, and either with each of gradients."""
+NARROW = [f for f in COVERING if f.mu.dtype.itemsize < 4]
+TESTED_PARAMS = ("bf16", "bf16_master", "split16", "split8", "bf16_stochastic")
+"""Those of which new values are tested where moments are narrow."""
+
+
+class Row(NamedTuple):
+    """One parameter of a test: its size, and how many elements past a 16-byte boundary each
+    of its tensors lies: gradient, parameter, moments and their second parts, as in the table."""
+
+    numel: int
+    offsets: tuple[int, ...] = (0,) * 7
+    hyper_row: int = 0
+    count: int = 0
+
+
+HYPER = [
+    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0),
+    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0),
+    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0),
+    Hyperparameters(0.0, 0.0, 0.99, 0.0, 1.0, 1e-3, 0.0, 1.0),
+]
+SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-41, 6e-8, -6e4, 3e38]
+GUARD = 64
+
+
+class World:
+    """Parameters, gradients and states with a pattern around each, and the table of them."""
+
+    def __init__(self, rule: str, formats: Formats, rows: Iterable[Row], special: bool = False) -> None:
+        self.rng = torch.Generator().manual_seed(0)
+        self.buffers: list[Tensor] = []
+        self.grads: list[Tensor] = []
+        self.steps: list[Tensor] = []
+        self.stored: list[list[Tensor]] = []
+        self.extras: list[list[Tensor | None]] = []
+        items = []
+        for key, row in enumerate(rows):
+            numel, offsets = row.numel, row.offsets
+            g = self._guarded(formats.grad.dtype, numel, offsets[0])
+            stored, extras = [], []
+            for k, (f, operand) in enumerate(((formats.param, PARAM), (formats.mu, MU), (formats.nu, NU))):
+                values = self._values(numel, special).to(f.working)
+                place = Place(torch.tensor(row.count), key, operand)
+                new, new_extra = f.encode(values.square() if operand == NU else values, place)
+                stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
+                extras.append(
+                    None if new_extra is None else self._extra(f.extra, numel, offsets[4 + k], new_extra)
+                )
+            step = torch.tensor(row.count)
+            item = operands(stored[0], g, *stored, tuple(extras), step)
+            item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
+            items.append(item)
+            self.grads.append(g)
+            self.steps.append(step)
+            self.stored.append(stored)
+            self.extras.append(extras)
+        self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], *formats), items)
+        self.hyper = torch.tensor(HYPER, dtype=torch.float64)
+
+    def _guarded(self, dtype: torch.dtype, numel: int, offset: int) -> Tensor:
+        fill = torch.nan if dtype.is_floating_point else 85
+        buffer = torch.full((numel + offset + 2 * GUARD,), fill, dtype=dtype)
+        assert buffer.data_ptr() % 16 == 0
+        self.buffers.append(buffer)
+        return buffer[GUARD + offset : GUARD + offset + numel]
+
+    def _extra(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
+        return self._guarded(part.dtype, part.numel(numel), offset).copy_(values)
+
+    def _values(self, numel: int, special: bool) -> Tensor:
+        values = torch.randn(numel, generator=self.rng, dtype=torch.float64)
+        values *= 10 ** (4 * torch.rand(numel, generator=self.rng) - 3)
+        if special and numel >= len(SPECIAL):
+            values[torch.randperm(numel, generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).double()
+        return values
+
+    def new_gradients(self, special: bool = False) -> None:
+        for g in self.grads:
+            g.copy_(self._values(len(g), special))
+
+    def inputs(self, grad_scale: float | None, found_inf: float | None) -> Inputs:
+        return Inputs(self.hyper, *(None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)))
+
+    def contents(self) -> list[list[Tensor]]:
+        """All memory, guards included, and the step numbers."""
+        return [[b.clone() for b in self.buffers], [s.clone() for s in self.steps]]
+
+    def step(self, library: Library, inputs: Inputs, skipped: int = 0, **where: int) -> int:
+        """One step by a library, of tensors as if ``skipped`` chunks lay before each; how many launches it
+        took. ``where``: more arguments of the library's."""
+        key, batch = self.batch.key, self.batch
+        formats = Formats(key.param, key.grad, key.mu, key.nu)
+        chunk = library.chunk_size(formats)
+        number = batch.chunks(chunk)[:, 1]
+        chunks = batch.chunks(chunk).clone()
+        chunks[:, 1] = torch.where(number < 0, number - skipped, number + skipped)
+        rows = batch.rows.clone()
+        rows[:, 0] += skipped * chunk
+        for i, f in enumerate((key.grad, key.param, key.mu, key.nu)):
+            rows[:, ADDRESSES.start + i] -= skipped * chunk * f.dtype.itemsize
+            if f.extra is not None:
+                bytes_skipped = skipped * chunk // f.extra.block * f.extra.dtype.itemsize
+                rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
+        work = Work(key.rule.name, formats, rows, chunks, batch.counters, inputs, self.steps, self.buffers)
+        return library.step(work, **where)
+
+
+class Work(NamedTuple):
+    """What a step is made from: the table, and what its addresses lead to."""
+
+    rule: str
+    formats: Formats
+    rows: Tensor
+    chunks: Tensor
+    counters: Tensor
+    inputs: Inputs
+    steps: list[Tensor]
+    buffers: list[Tensor]
+
+
+class Library(Protocol):
+    """Compiled kernels, however they are run."""
+
+    def chunk_size(self, formats: Formats) -> int: ...
+
+    def step(self, work: Work, **where: int) -> int: ...
+
+
+def step_both(
+    library: Library, worlds: list[World], grad_scale: float | None = None, found_inf: float | None = None,
+    skipped: int = 0,
+) -> None:  # fmt: skip
+    """One step of the first by eager and of the second by the library, which must agree."""
+    EAGER.step(worlds[0].batch, worlds[0].inputs(grad_scale, found_inf))
+    assert worlds[1].step(library, worlds[1].inputs(grad_scale, found_inf), skipped) == 2
+    assert_same_bits(worlds[1].contents(), worlds[0].contents())
+
+
+def rows_of_sizes(chunk: int) -> Iterator[Row]:
+    """Each size aligned and unaligned, and a full chunk with one operand unaligned."""
+    sizes = (0, 1, 7, 127, 128, 129, 1025, chunk - 1, chunk, chunk + 3, 2 * chunk + 5)
+    for i, numel in enumerate(sizes):
+        yield Row(numel, hyper_row=i % len(HYPER), count=i)
+        yield Row(numel, (1,) * 7, hyper_row=(i + 1) % len(HYPER), count=i)
+    for k in range(7):
+        yield Row(chunk + 1, tuple(3 * (k == j) for j in range(7)), hyper_row=k % len(HYPER), count=100)
+
+
+def unusual_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
+    """Whether a warp must notice it, the operand, what an element has stored, and its second part or base."""
+    yield False, "grad", 0.0, None
+    for x in (torch.inf, -torch.inf, torch.nan, 2.0**127):
+        yield True, "grad", x, None
+        rest = x if formats.param.name.endswith("master") else 0
+        yield formats.param.name in TESTED_PARAMS, "param", x, rest
+    if formats.param.name.startswith("split"):
+        for zero in (0.0, -0.0):
+            yield True, "param", zero, -1  # somebody wrote it
+    if formats.mu.name == "e4m3":
+        codes = [("mu", code | sign) for code in (126, 127) for sign in (0, 128)]
+        yield from ((True, operand, code, None) for operand, code in [*codes, ("nu", 254), ("nu", 255)])
+        yield True, "mu", 125, 239  # 1.6 * 2^127
+    else:
+        for x in (torch.inf, torch.nan, 3.38e38):
+            yield True, "mu", x, None
+            yield True, "mu", -x, None
+            yield True, "nu", x, None
+
+
+def unusual_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World], list[bool]]:
+    """Two alike, each row a full chunk with one unusual value: in a warp's first, middle or last lane of
+    eight elements. And of each row whether its warp must notice."""
+    warp = 256
+    cases = [
+        (chunk - 3 * warp + place, case)
+        for case in unusual_values(formats)
+        for place in (0, warp // 2 + 3, warp - 1)
+    ]
+    worlds = [World(rule, formats, [Row(chunk)] * len(cases)) for _ in range(2)]
+    for world in worlds:
+        world.new_gradients()
+        for row, (i, (_, operand, x, rest)) in enumerate(cases):
+            if operand == "grad":
+                world.grads[row][i] = x
+            else:
+                k = ("param", "mu", "nu").index(operand)
+                world.stored[row][k][i] = x
+                extra = world.extras[row][k]
+                if extra is not None and rest is not None:
+                    extra[i if len(extra) == chunk else i // 128] = rest
+    return worlds, [noticed for _, (noticed, *_) in cases]
+
+
+# Contracts that compiled kernels are held to, however they are run.
+
+
+def check_sizes_and_alignments(library: Library, rule: str, formats: Formats) -> None:
+    chunk = library.chunk_size(formats)
+    worlds = [World(rule, formats, rows_of_sizes(chunk), special=True) for _ in range(2)]
+    numbers = worlds[0].batch.chunks(chunk)[:, 1]
+    assert 0 < int((numbers >= 0).sum()) < len(numbers)
+    for grad_scale, found_inf, special in ((None, None, False), (3.0, 0.0, True), (-0.5, None, False)):
+        for world in worlds:
+            world.new_gradients(special)
+        step_both(library, worlds, grad_scale, found_inf)
+
+
+def steps_until_one(beta: float, working: torch.dtype) -> int:
+    """The first step number whose bias correction is exactly 1."""
+    rounded = float(torch.tensor(beta, dtype=working))
+    return next(n for n in itertools.count(1) if 1 - torch.tensor(rounded**n).to(working) == 1)
+
+
+def check_corrections_that_become_one(library: Library, rule: str, formats: Formats) -> None:
+    """Step by step from corrections other than 1 to 1, with a learning rate that lets the last bit through."""
+    chunk, working = library.chunk_size(formats), formats.param.working
+    first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
+    if working == torch.float32:
+        assert (first, second) == (165, 17321)
+    rows = [Row(chunk + 5, count=count - 4) for count in (first, second, second + 80)]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
+    for world in worlds:
+        world.hyper[0, 0] = 1.0
+    for _ in range(5):
+        for world in worlds:
+            world.new_gradients()
+        step_both(library, worlds)
+
+
+def check_64_bit_offsets(library: Library, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Elements from 2^33 on."""
+    chunk, before = library.chunk_size(formats), 2**33
+    rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
+    worlds = [World("adamaxw", formats, rows) for _ in range(2)]
+    for world in worlds:
+        world.new_gradients()
+    index = storage._index
+    monkeypatch.setattr(storage, "_index", lambda values: index(values) + before)
+    step_both(library, worlds, skipped=before // chunk)
+
+
+GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
+
+
+def check_all_codes_under_all_bases(library: Library, grad_exponents: tuple[int, int]) -> None:
+    """Every finite code under every base of usual values, and gradients that lead to every base."""
+    blocks = 240
+    numel = 2 * blocks * 128
+    worlds = [World("adamaxw", named("fp32", "fp32", "e4m3", "e5m3"), [Row(numel)]) for _ in range(2)]
+    for world in worlds:
+        _, mu, nu = world.stored[0]
+        _, mu_bases, nu_bases = world.extras[0]
+        code = torch.arange(numel) // 128 % 2 * 128 + torch.arange(numel) % 128
+        mu.copy_(torch.where(code % 128 < 126, code, 0))
+        nu.copy_(torch.where(code < 254, code, 0))
+        mu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=238))
+        nu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=222))
+    first, last = grad_exponents
+    for _ in range(3):
+        for world in worlds:
+            exponent = first + (last - first) * torch.rand(
+                2 * blocks, generator=world.rng, dtype=torch.float64
+            )
+            spread = 2.0 ** (-20 * torch.rand(numel, generator=world.rng, dtype=torch.float64))
+            sign = 1 - 2 * torch.randint(2, (numel,), generator=world.rng)
+            world.grads[0].copy_((2.0**exponent).repeat_interleave(128) * spread * sign)
+        step_both(library, worlds)
+
+
+def check_found_inf_changes_nothing(library: Library, rule: str, formats: Formats, found_inf: float) -> None:
+    world = World(rule, formats, rows_of_sizes(library.chunk_size(formats)))
+    world.new_gradients(special=True)
+    before = world.contents()
+    assert world.step(library, world.inputs(65536.0, found_inf)) == 2
+    assert_same_bits(world.contents(), before)
+
+
+def check_counters(library: Library, rule: str, formats: Formats, steps: int) -> None:
+    """Step numbers that end at the largest, under all hyperparameters, more than a program takes."""
+    counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT] * 5
+    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
+    for _ in range(steps):
+        for world in worlds:
+            world.new_gradients()
+        step_both(library, worlds)
+    assert [int(s) for s in worlds[1].steps] == [min(row.count + steps, MAX_COUNT) for row in rows]
