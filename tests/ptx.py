@@ -379,7 +379,8 @@ class Launch:
             while (live := self.next < end).any():
                 runnable = live & ~self.waiting
                 if not runnable.any():
-                    raise Fault(f"{self.kernel.name}: threads wait at a barrier that others never reach")
+                    self._pass_barriers()
+                    continue
                 at = int(self.next[runnable].min())
                 active = runnable & (self.next == at)
                 while True:
@@ -409,6 +410,8 @@ class Launch:
             return np.broadcast_to(
                 number.astype(bool) if dtype == bool else number.view(dtype), len(self.lanes)
             )
+        if not isinstance(operand, str):
+            raise Unknown
         if operand not in self.values:
             if operand.startswith("%"):
                 raise Fault(f"{self.kernel.name}: {operand} is read before it is written")
@@ -435,7 +438,7 @@ class Launch:
         self.values[name] = value
 
     def _execute(self, instruction: Instruction, active: Array) -> None:
-        _, guard, name, _, operands = instruction
+        _, guard, name, modifiers, operands = instruction
         if guard:
             wanted = self.values[guard.lstrip("!")]
             active = active & (~wanted if guard.startswith("!") else wanted)
@@ -446,7 +449,9 @@ class Launch:
         elif name == "ret":
             self.next[active] = len(self.kernel.instructions)
         elif name == "bar":
-            self._meet(instruction, active)
+            if modifiers != ("sync",) or operands != (0,):
+                raise Unknown
+            self.waiting |= active
         elif name in ("ld", "st"):
             self._access(instruction, active)
         elif name in ("shfl", "redux", "vote"):
@@ -558,16 +563,16 @@ class Launch:
             whole[active] = column
             self._assign(register, whole, active)
 
-    def _meet(self, instruction: Instruction, active: Array) -> None:
-        if instruction.modifiers != ("sync",) or instruction.operands != (0,):
-            raise Unknown
-        self.waiting |= active
-        shape = (-1, self.kernel.threads)
-        here = (self.waiting & (self.next == self.next[active][0])).reshape(shape)
-        gone = (self.next == len(self.kernel.instructions)).reshape(shape)
-        met = (here | gone).all(1) & here.any(1)
+    def _pass_barriers(self) -> None:
+        """Where all of a block that are not at their end wait at one."""
+        waiting = self.waiting.reshape(-1, self.kernel.threads)
+        at = self.next.reshape(-1, self.kernel.threads)
+        first, last = at.min(1, where=waiting, initial=2**62), at.max(1, where=waiting, initial=-1)
+        met = first == last
+        if not met.any():
+            raise Fault(f"{self.kernel.name}: threads wait at a barrier that others never reach")
         self.threads.block_meetings[met] += 1
-        self.waiting &= ~np.repeat(met, self.kernel.threads)
+        waiting[met] = False
 
     def _exchange(self, instruction: Instruction, active: Array) -> None:
         """Between the threads of a warp. What each read before, it has read: its value went into this."""

@@ -645,8 +645,8 @@ class Emulated:
         blocks = -(-len(work.counters) // prologue.threads)
         ptx.run(prologue, blocks, [task], [coefficients, *work.steps], constants)
         step = self._kernel("step_kernel", RULE_CLASS[work.rule], *(FORMAT_CLASS[f.name] for f in formats))
-        constants = [work.rows, work.chunks, coefficients, *given]
-        ptx.run(step, len(work.chunks), [task], work.buffers, constants)
+        constants = [work.rows, work.chunks, coefficients, *given, *work.grads]
+        ptx.run(step, len(work.chunks), [task], work.stored, constants)
         return 2
 
     def _kernel(self, name: str, *arguments: str) -> ptx.Kernel:

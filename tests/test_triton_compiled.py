@@ -166,9 +166,11 @@ def test_losses_are_caught(loss: str, tmp_path: Path) -> None:
 class Emulated:
     """The kernels' PTX, run by the emulator, as ``fused_optim.backends.triton`` launches them."""
 
-    def __init__(self, folder: Path, step: Any) -> None:
+    def __init__(self, folder: Path) -> None:
+        from fused_optim.kernels import step
+
         self.folder = folder
-        self.module = step
+        self.module: Any = step
         self.shared_bytes = json.loads((folder / "shared_bytes.json").read_text())
 
     def chunk_size(self, formats: Formats) -> int:
@@ -190,9 +192,9 @@ class Emulated:
             [work.counters, *constants],
         )
         (state,) = (name for name, pair in STATES.items() if pair == (formats.mu.name, formats.nu.name))
-        constants = [work.rows, work.chunks, coefficients]
         name = f"step-{work.rule}-{formats.param.name}-{formats.grad.name}-{state}"
-        self._launch(name, len(work.chunks), constants, work.buffers, constants)
+        arguments = [work.rows, work.chunks, coefficients]
+        self._launch(name, len(work.chunks), arguments, work.stored, [*arguments, *work.grads])
         return 2
 
     def _launch(
@@ -212,8 +214,8 @@ FEW = [FP32, FP64, FORMATS["bf16:bf16:bf16"], FORMATS["split8:bf16:8bit"]]
 
 
 def write_ptx(folder: Path, version: str, *arguments: str) -> None:
-    """What kernels compile to for sm_90, and how much shared memory each takes."""
-    rows = report(version, "--target", "cuda:90", "--ptx", str(folder), *arguments)
+    """What kernels compile to, and how much shared memory each takes."""
+    rows = report(version, "--ptx", str(folder), *arguments)
     names = [[row[key] for key in ("kernel", "rule", "param", "grad", "state")] for row in rows]
     shared = {"-".join(filter(None, name)): row["shared_bytes"] for name, row in zip(names, rows)}
     (folder / "shared_bytes.json").write_text(json.dumps(shared))
@@ -221,12 +223,10 @@ def write_ptx(folder: Path, version: str, *arguments: str) -> None:
 
 @pytest.fixture(scope="session", params=VERSIONS)
 def emulated(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Emulated:
-    from fused_optim.kernels import step
-
+    """For sm_90."""
     version = request.param
     name = f"triton_ptx_{version}"
-    folder = built_once(tmp_path_factory, name, lambda folder: write_ptx(folder, version))
-    return Emulated(folder, step)
+    return Emulated(built_once(tmp_path_factory, name, lambda folder: write_ptx(folder, version)))
 
 
 @pytest.mark.parametrize("rule", RULES)
@@ -263,3 +263,31 @@ def test_ptx_of_counters_and_found_inf(emulated: Emulated, formats: Formats) -> 
 @pytest.mark.parametrize("formats", FEW, ids=str)
 def test_ptx_of_64_bit_offsets(emulated: Emulated, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
     check_64_bit_offsets(emulated, formats, monkeypatch)
+
+
+@pytest.mark.parametrize("target", ["cuda:80", "cuda:100"])
+def test_ptx_for_other_gpus(target: str, tmp_path: Path) -> None:
+    names = ("fp32:fp32:fp32", "fp16:fp16:fp32", "bf16:bf16:bf16", "split8:bf16:8bit")
+    write_ptx(tmp_path, "installed", "--target", target, *formats(*names))
+    for name in names:
+        for rule in RULES:
+            check_sizes_and_alignments(Emulated(tmp_path), rule, FORMATS[name])
+
+
+PTX_LOSSES = {
+    "barriers": ("bar.sync \t0;", "", "is in a race"),
+    "a bound": ("setp.lt.s64", "setp.le.s64", "is outside what was allocated"),
+    "correct division": ("div.rn.f32", "div.full.f32", "does not know this: div.full.f32"),
+    "separate roundings": ("add.rn.f32", "add.f32", "does not know this: add.f32"),
+}
+
+
+@pytest.mark.parametrize("loss", PTX_LOSSES)
+def test_losses_in_ptx_are_caught(emulated: Emulated, loss: str, tmp_path: Path) -> None:
+    good, bad, expected = PTX_LOSSES[loss]
+    folder = Path(shutil.copytree(emulated.folder, tmp_path / "ptx"))
+    path = folder / "step-adabelief-split8-bf16-8bit.ptx"
+    assert good in path.read_text()
+    path.write_text(path.read_text().replace(good, bad))
+    with pytest.raises(ptx.Fault, match=expected):
+        check_sizes_and_alignments(Emulated(folder), "adabelief", FORMATS["split8:bf16:8bit"])

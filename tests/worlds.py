@@ -152,7 +152,10 @@ class World:
             if f.extra is not None:
                 bytes_skipped = skipped * chunk // f.extra.block * f.extra.dtype.itemsize
                 rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
-        work = Work(key.rule.name, formats, rows, chunks, batch.counters, inputs, self.steps, self.buffers)
+        stored = [t for parts in (*self.stored, *self.extras) for t in parts if t is not None]
+        work = Work(
+            key.rule.name, formats, rows, chunks, batch.counters, inputs, self.steps, self.grads, stored
+        )
         return library.step(work, **where)
 
 
@@ -166,7 +169,8 @@ class Work(NamedTuple):
     counters: Tensor
     inputs: Inputs
     steps: list[Tensor]
-    buffers: list[Tensor]
+    grads: list[Tensor]
+    stored: list[Tensor]
 
 
 class Library(Protocol):
