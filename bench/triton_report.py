@@ -292,30 +292,21 @@ def main() -> None:
         help="may be repeated; default: the usual ones",
     )
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
-    parser.add_argument(
-        "--ptx", type=Path, help="folder to write what NVIDIA's kernels are assembled from to"
-    )
     arguments = parser.parse_args()
     step = load_kernels(arguments.kernels)
     chosen = [tuple(f.split(":")) for f in arguments.formats] if arguments.formats else TRIPLES
     for text in arguments.target or ["cuda:90"]:
         target = parse_target(text)
         report = nvidia_report if target.backend == "cuda" else amd_report
-
-        kernels = {
-            ("step", rule, *formats): step_kernel(step, rule, formats, target, arguments.fp_fusion)
-            for rule in arguments.rule or RULES
-            for formats in chosen
-        }
+        for rule in arguments.rule or RULES:
+            for formats in chosen:
+                compiled = step_kernel(step, rule, formats, target, arguments.fp_fusion)
+                head = {"kernel": "step", "rule": rule, **dict(zip(("param", "grad", "state"), formats))}
+                print(json.dumps({"triton": triton.__version__, "target": text, **head, **report(compiled)}))
         for working in ("fp32", "fp64"):
-            kernel = prologue_kernel(step, working, target, arguments.fp_fusion)
-            kernels["prologue", "", working, "", ""] = kernel
-        for names, compiled in kernels.items():
-            head = dict(zip(("kernel", "rule", "param", "grad", "state"), names))
+            compiled = prologue_kernel(step, working, target, arguments.fp_fusion)
+            head = {"kernel": "prologue", "rule": "", "param": working, "grad": "", "state": ""}
             print(json.dumps({"triton": triton.__version__, "target": text, **head, **report(compiled)}))
-            if arguments.ptx is not None and target.backend == "cuda":
-                path = arguments.ptx / f"{'-'.join(filter(None, names))}.ptx"
-                path.write_text(compiled.asm["ptx"])
 
 
 if __name__ == "__main__":

@@ -1,0 +1,92 @@
+"""A GPU for Triton that is the emulator of ``ptx``: kernels are specialised, compiled, cached and launched
+as on a machine that has one, over tensors in the CPU's memory."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
+
+import ptx
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+
+
+def _lies_in(t: Tensor, whole: Tensor) -> bool:
+    return 0 <= t.data_ptr() - whole.data_ptr() < whole.numel() * whole.element_size()
+
+
+class EmulatedGpu:
+    """What Triton asks of a driver.
+
+    Attributes:
+        memory: gives the tensors that the next launch may read and write, beside those that it is given as
+            arguments, and those that it may only read.
+        kernels: those that were loaded.
+        launched: the names of those that were launched.
+        replaced: by a kernel's name a text in its PTX and what to put in its place, when it is loaded.
+    """
+
+    def __init__(self, capability: int) -> None:
+        self.target = GPUTarget("cuda", capability, ptx.WARP)
+        self.memory: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda: ((), ())
+        self.kernels: list[ptx.Kernel] = []
+        self.launched: list[str] = []
+        self.replaced: dict[str, tuple[str, str]] = {}
+        self.utils = self
+        self._ptx_file = ""
+        triton.knobs.runtime.kernel_load_start_hook.add(self._loading)
+        triton.runtime.driver.set_active(self)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_device_properties(self, device: int) -> dict[str, int]:
+        return {"max_shared_mem": 99 * 1024}  # of the smallest target
+
+    def _loading(self, module: Any, function: Any, name: str, files: dict[str, str], hash: str) -> None:
+        self._ptx_file = files[f"{name}.ptx"]
+
+    def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
+        with open(self._ptx_file) as file:
+            text = file.read()
+        if name in self.replaced:
+            old, new = self.replaced[name]
+            assert old in text, f"{name} has no {old!r}"
+            text = text.replace(old, new)
+        (kernel,) = ptx.parse(text)
+        self.kernels.append(kernel)
+        registers, spills, most_threads = 0, 0, 1024
+        return name, kernel, registers, spills, most_threads
+
+    def unload_module(self, module: Any) -> None:
+        pass
+
+    def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
+        return partial(self._launch, list(source.signature.values()), metadata.shared)
+
+    def _launch(
+        self, types: list[str], shared: int, x: int, y: int, z: int, stream: int, kernel: ptx.Kernel,
+        packed_metadata: Any, launch_metadata: Any, enter: Any, leave: Any, *arguments: Any,
+    ) -> None:  # fmt: skip
+        assert (y, z) == (1, 1)
+        tensors, constants = self.memory()
+        known = [*tensors, *constants]
+        own = [a for a in arguments if isinstance(a, Tensor) and not any(_lies_in(a, k) for k in known)]
+        packed = []
+        for kind, argument in zip(types, arguments, strict=True):
+            if kind.startswith("*"):
+                packed.append(struct.pack("q", argument.data_ptr()))
+            elif kind != "constexpr":
+                packed.append(struct.pack({"i32": "i"}[kind], argument))
+        packed += [struct.pack("q", 0)] * 2  # scratch memory, of which there is none
+        ptx.run(kernel, x, packed, [*tensors, *own], constants, shared)
+        self.launched.append(kernel.name)

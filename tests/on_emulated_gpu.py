@@ -1,0 +1,222 @@
+"""The Triton backend without its interpreter and without a GPU: see ``emulated_gpu``.
+
+``test_triton_compiled.py`` runs this file in processes of their own: Triton chooses its interpreter when it
+is imported. FUSED_OPTIM_EMULATED is the compute capability.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import defaultdict
+from collections.abc import Iterable
+from typing import Any
+
+import ptx
+import pytest
+import torch
+from emulated_gpu import EmulatedGpu
+from fused_optim.kernels import step as kernels
+from helpers import assert_same_bits, gradient, parameters, results, set_gradients
+from torch import Tensor
+from worlds import (
+    FP32,
+    FP64,
+    GRAD_EXPONENTS,
+    Formats,
+    Work,
+    check_64_bit_offsets,
+    check_all_codes_under_all_bases,
+    check_corrections_that_become_one,
+    check_counters,
+    check_found_inf_changes_nothing,
+    check_sizes_and_alignments,
+    named,
+    step_both,
+    unusual_worlds,
+)
+
+from bench.formats import STATES, TRIPLES
+from fused_optim import AdaBelief, AdamaxW
+from fused_optim.backends import BACKENDS, Inputs
+from fused_optim.backends.triton import TRITON, _options
+from fused_optim.rules import RULES
+from fused_optim.table import Batch
+
+GPU = EmulatedGpu(int(os.environ["FUSED_OPTIM_EMULATED"]))
+FORMATS = {":".join(names): named(*names[:2], *STATES[names[2]]) for names in TRIPLES}
+FEW = {
+    name: FORMATS[name] for name in ("fp32:fp32:fp32", "fp64:fp64:fp64", "bf16:bf16:bf16", "split8:bf16:8bit")
+}
+NARROW = {name: f for name, f in FORMATS.items() if f.mu.dtype.itemsize < 4}
+rules = pytest.mark.parametrize("rule", RULES)
+
+
+class Library:
+    """The launches of ``fused_optim.backends.triton``, of a table that the test made."""
+
+    def chunk_size(self, formats: Formats) -> int:
+        return kernels.chunk_size(*(f.dtype.itemsize for f in formats))
+
+    def step(self, work: Work) -> int:
+        formats, inputs = work.formats, work.inputs
+        cpu, n = torch.device("cpu"), len(work.counters)
+        size = n * kernels.COEFFICIENT_COLUMNS.value
+        coefficients = torch.full((size,), torch.nan, dtype=formats.param.working)
+        scales = [t for t in (inputs.grad_scale, inputs.found_inf) if t is not None]
+        before = len(GPU.launched)
+
+        GPU.memory = lambda: ([coefficients, *work.steps], [work.counters, inputs.hyper, *scales])
+        options = _options(cpu, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
+        kernels.launch_prologue(
+            work.counters, n, inputs.hyper, inputs.grad_scale, inputs.found_inf, coefficients, options
+        )
+        GPU.memory = lambda: (work.stored, [work.rows, work.chunks, coefficients, *work.grads])
+        names = [f.name for f in formats]
+        constants = kernels.step_constants(work.rule, *names, self.chunk_size(formats))
+        options = _options(cpu, kernels.THREADS, kernels.registers(*names[:3]))
+        kernels.launch_step(work.rows, work.chunks, coefficients, constants, options)
+        return len(GPU.launched) - before
+
+
+LIBRARY = Library()
+
+
+@rules
+@pytest.mark.parametrize("formats", FORMATS.values(), ids=FORMATS)
+def test_sizes_and_alignments(rule: str, formats: Formats) -> None:
+    check_sizes_and_alignments(LIBRARY, rule, formats)
+
+
+@rules
+@pytest.mark.parametrize("formats", NARROW.values(), ids=NARROW)
+def test_unusual_values(rule: str, formats: Formats) -> None:
+    worlds, _ = unusual_worlds(rule, formats, LIBRARY.chunk_size(formats))
+    step_both(LIBRARY, worlds)
+
+
+@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
+def test_all_codes_under_all_bases(grad_exponents: tuple[int, int]) -> None:
+    check_all_codes_under_all_bases(LIBRARY, grad_exponents)
+
+
+@rules
+@pytest.mark.parametrize("formats", FEW.values(), ids=FEW)
+def test_corrections_that_become_one(rule: str, formats: Formats) -> None:
+    check_corrections_that_become_one(LIBRARY, rule, formats)
+
+
+@pytest.mark.parametrize("formats", [FP32, FP64], ids=str)
+def test_counters(formats: Formats) -> None:
+    check_counters(LIBRARY, "adamaxw", formats, steps=5)
+
+
+@pytest.mark.parametrize("found_inf", [1.0, torch.nan])
+@pytest.mark.parametrize("formats", FEW.values(), ids=FEW)
+def test_found_inf_changes_nothing(formats: Formats, found_inf: float) -> None:
+    check_found_inf_changes_nothing(LIBRARY, "adamaxw", formats, found_inf)
+
+
+@pytest.mark.parametrize("formats", FEW.values(), ids=FEW)
+def test_64_bit_offsets(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+    check_64_bit_offsets(LIBRARY, formats, monkeypatch)
+
+
+LOSSES = {
+    "barriers": ("bar.sync \t0;", "", "is in a race"),
+    "a bound": ("setp.lt.s64", "setp.le.s64", "is outside what was allocated"),
+    "correct division": ("div.rn.f32", "div.full.f32", "does not know this: div.full.f32"),
+    "separate roundings": ("add.rn.f32", "add.f32", "does not know this: add.f32"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_losses_are_seen(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    good, bad, expected = LOSSES[loss]
+    monkeypatch.setattr(GPU, "replaced", {"step_kernel": (good, bad)})
+    # So that the kernel is loaded again.
+    monkeypatch.setattr(kernels.step_kernel, "device_caches", defaultdict(kernels.step_kernel.create_binder))
+    with pytest.raises(ptx.Fault, match=expected):
+        check_sizes_and_alignments(LIBRARY, "adabelief", FEW["split8:bf16:8bit"])
+
+
+# The optimizers.
+
+
+def whole_memory(tensors: Iterable[Tensor | None]) -> list[Tensor]:
+    """What lies behind tensors, each storage once."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
+    return [torch.empty(0, dtype=torch.uint8).set_(s) for s in storages.values()]
+
+
+@pytest.fixture
+def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
+    """backend="triton" steps what is in the CPU's memory: the parameters that a test puts into this list."""
+    params: list[Tensor] = []
+
+    def step(batch: Batch, inputs: Inputs) -> None:
+        stored = [t for o in batch.items for t in (o.param, o.mu, o.nu, *o.extras, o.step)]
+        memory = whole_memory(stored), whole_memory([*(p.grad for p in params), *inputs])
+        GPU.memory = lambda: memory
+        TRITON.step(batch, inputs)
+
+    backend = dataclasses.replace(TRITON, why_not=lambda device: None, step=step)
+    monkeypatch.setitem(BACKENDS, "triton", backend)
+    GPU.launched.clear()
+    return params
+
+
+MEMORY: list[tuple[torch.dtype, dict[str, Any]]] = [
+    (torch.float32, {}),
+    (torch.float32, {"state_format": "8bit"}),
+    (torch.bfloat16, {"master_weights": "split16", "state_format": "bf16"}),
+    (torch.bfloat16, {"stochastic_rounding": True}),
+]
+
+
+@pytest.mark.parametrize("flatten", [False, True, "static"])
+@pytest.mark.parametrize(("dtype", "options"), MEMORY, ids=str)
+@pytest.mark.parametrize("optimizer_class", [AdaBelief, AdamaxW])
+def test_optimizers(
+    on_gpu: list[Tensor],
+    optimizer_class: type[AdaBelief | AdamaxW],
+    dtype: torch.dtype,
+    options: dict[str, Any],
+    flatten: bool | str,
+) -> None:
+    """Two launches a step, whatever there is to step, and the bits of eager."""
+    shapes: list[tuple[int, ...]] = [(5,), (64, 65), (0,), (), (3, 1)]
+    sets = [parameters(shapes, dtype) for _ in range(2)]
+    on_gpu += sets[0]
+    ours, eager = (
+        optimizer_class(params, lr=0.01, weight_decay=0.1, flatten=flatten, backend=backend, **options)
+        for params, backend in zip(sets, ("triton", "eager"))
+    )
+    for params, optimizer in zip(sets, (ours, eager)):
+        set_gradients(params, 0)
+        optimizer.step()
+        for seed in (1, 2):
+            for i, p in enumerate(params):
+                p.grad.copy_(gradient(p, 1000 * seed + i))
+            optimizer.step()
+    assert_same_bits(results(ours), results(eager))
+    assert GPU.launched == ["prologue_kernel", "step_kernel"] * 3
+
+
+def test_nothing_is_compiled_twice(on_gpu: list[Tensor]) -> None:
+    """Whatever the number of tensors, sizes, hyperparameters and step numbers: Triton compiles anew for an
+    integer that is 1 or a multiple of 16, unless it is told not to."""
+
+    def step(n: int, numel: int, **options: Any) -> None:
+        params = parameters([(numel,)] * n)
+        on_gpu[:] = params
+        optimizer = AdaBelief(params, backend="triton", **options)
+        for seed in range(2):
+            set_gradients(params, seed)
+            optimizer.step()
+
+    step(2, 3)
+    compiled = len(GPU.kernels)
+    for n in (1, 15, 16, 17, 130):
+        step(n, n, lr=n / 1000, betas=(0.5, n / 200), eps=1.0 / n, weight_decay=n / 100, maximize=n == 16)
+    assert len(GPU.kernels) == compiled
