@@ -40,13 +40,25 @@ class Unknown(Exception):
     """An instruction that the emulator does not know."""
 
 
-class Address(NamedTuple):
+UNREADABLE = (Unknown, AttributeError, IndexError, KeyError, TypeError, ValueError)
+"""What comes of an instruction of another form."""
+
+
+@dataclass(frozen=True)
+class Address:
     base: str
     offset: int
 
 
+@dataclass(frozen=True)
+class FloatBits:
+    bits: int
+    size: int
+
+
 class Instruction(NamedTuple):
-    """``operands``: names, numbers, :class:`Address` and, for ``{a, b}`` and ``a|b``, tuples of them."""
+    """``operands``: names, integers, :class:`FloatBits`, :class:`Address` and, for ``{a, b}`` and ``a|b``,
+    tuples of them."""
 
     text: str
     guard: str
@@ -67,9 +79,9 @@ def _operand(text: str) -> Any:
         return tuple(map(_operand, text.split("|")))
     if text.startswith("["):
         base, _, offset = re.sub(r"\s", "", text.strip("[]")).partition("+")
-        return Address(base, int(offset or 0))
+        return Address(base, int(offset or "0", 0))
     if re.fullmatch(r"0[fF][0-9A-Fa-f]{8}|0[dD][0-9A-Fa-f]{16}", text):
-        return int("0x" + text[2:], 0)
+        return FloatBits(int("0x" + text[2:], 0), 4 if len(text) == 10 else 8)
     if re.fullmatch(r"-?(0x[0-9A-Fa-f]+|\d+)U?", text):
         return int(text.rstrip("U"), 0)
     return text
@@ -80,7 +92,7 @@ class Kernel:
     """One entry of a PTX file.
 
     ``threads``: of a block. ``parameters``: names and sizes in bytes. ``registers``: types by prefix. ``labels``: the instructions
-    that they stand before.
+    that they stand before. ``shared``: the name of its shared memory, of the size that a launch gives.
     """
 
     name: str
@@ -89,18 +101,23 @@ class Kernel:
     registers: dict[str, np.dtype[Any]] = field(default_factory=dict)
     instructions: list[Instruction] = field(default_factory=list)
     labels: dict[str, int] = field(default_factory=dict)
+    shared: str = ""
 
 
 def parse(ptx: str) -> list[Kernel]:
     """The kernels of a PTX file."""
-    return [parse_entry(entry) for entry in re.split(r"\.entry\s+", ptx)[1:]]
+    kernels = [parse_entry(entry) for entry in re.split(r"\.entry\s+", ptx)[1:]]
+    for shared in re.findall(r"\.extern \.shared [^;]*?(\w+)\[\];", ptx):
+        for kernel in kernels:
+            kernel.shared = shared
+    return kernels
 
 
 def parse_entry(text: str) -> Kernel:
     """A kernel, from its name on."""
     text = re.sub(r"//[^\n]*", "", text)
     head, _, body = re.split(r"^}", text, maxsplit=1, flags=re.MULTILINE)[0].partition("{")
-    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)", head)
+    threads = re.search(r"\.(?:reqntid|maxntid) (\d+)(?:, 1)*\s*$", head, re.MULTILINE)
     if threads is None:
         raise Fault(f"{head}: does not say how many threads a block has")
     kernel = Kernel(head.partition("(")[0].strip(), int(threads[1]))
@@ -143,15 +160,17 @@ def _shift_right(a: Array, b: Array) -> Array:
     return kept if a.dtype.kind == "i" else np.where(b < bits, kept, a.dtype.type(0))
 
 
-def _extreme(of_integers: Callable[..., Array], beyond: Callable[..., Array]) -> Callable[..., Array]:
-    def extreme(a: Array, b: Array) -> Array:
-        if a.dtype.kind != "f":
-            return of_integers(a, b)
-        # Of a number and a NaN it is the number. Of zeros of both signs the positive one is the larger.
-        zero_beyond = (a == b) & (np.signbit(b) if beyond is np.greater else np.signbit(a))
-        return np.where(beyond(a, b) | zero_beyond | np.isnan(b), a, b)
+def _largest(a: Array, b: Array) -> Array:
+    if a.dtype.kind != "f":
+        return np.maximum(a, b)
+    # Of a number and a NaN the number, of zeros of both signs the positive one.
+    return np.where((a > b) | ((a == b) & np.signbit(b)) | np.isnan(b), a, b)
 
-    return extreme
+
+def _smallest(a: Array, b: Array) -> Array:
+    if a.dtype.kind == "f":
+        raise Unknown
+    return np.minimum(a, b)
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
@@ -166,9 +185,9 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
 
 
 def _bit_field(a: Array, position: Array, length: Array) -> Array:
-    wide = a.astype(np.uint64 if a.dtype.kind == "u" else np.int64)
-    position, length = (x.astype(wide.dtype) & wide.dtype.type(255) for x in (position, length))
-    return ((wide << (64 - position - length)) >> (64 - length)).astype(a.dtype)
+    bits = 8 * a.dtype.itemsize
+    spare = bits - np.minimum(length & 255, bits)
+    return _shift_right(_shift_left(_shift_right(a, position & 255), spare), spare)
 
 
 OPERATIONS: dict[str, Callable[..., Array]] = {
@@ -177,8 +196,8 @@ OPERATIONS: dict[str, Callable[..., Array]] = {
     "and": np.bitwise_and,
     "bfe": _bit_field,
     "div": np.divide,
-    "max": _extreme(np.maximum, np.greater),
-    "min": _extreme(np.minimum, np.less),
+    "max": _largest,
+    "min": _smallest,
     "mov": lambda a: a,
     "mul": np.multiply,
     "neg": np.negative,
@@ -207,11 +226,20 @@ def _compare(name: str, a: Array, b: Array) -> Array:
     if a.dtype.kind != "f":
         return COMPARISONS[name](a, b)
     nan = np.isnan(a) | np.isnan(b)
-    if name in ("nan", "num"):
-        return nan if name == "nan" else ~nan
+    if name == "nan":
+        return nan
     if name in COMPARISONS:
         return COMPARISONS[name](a, b) & ~nan
     return COMPARISONS[name.removesuffix("u")](a, b) | nan
+
+
+def _canonical(x: Array) -> Array:
+    """As the hardware has it: a NaN that an operation makes in float16 or float32 is of one kind."""
+    if x.dtype == np.float32:
+        return np.where(np.isnan(x), np.uint32(0x7FFFFFFF), x.view(np.uint32)).view(np.float32)
+    if x.dtype == np.float16:
+        return np.where(np.isnan(x), np.uint16(0x7FFF), x.view(np.uint16)).view(np.float16)
+    return x
 
 
 def _convert(how: tuple[str, ...], a: Array, to: np.dtype[Any]) -> Array:
@@ -219,10 +247,9 @@ def _convert(how: tuple[str, ...], a: Array, to: np.dtype[Any]) -> Array:
     if how == () and "f" not in kinds:
         return a.astype(to)
     if kinds == ("f", "f") and how == (() if to.itemsize > a.dtype.itemsize else ("rn",)):
-        return a.astype(to)
-    if kinds == ("f", "i") and how == ("rzi",):
-        limits = np.iinfo(to)
-        whole = np.clip(np.trunc(a.astype(np.float64)), limits.min, limits.max)
+        return _canonical(a.astype(to))
+    if (a.dtype, to, how) == (np.float32, np.int32, ("rzi",)):
+        whole = np.clip(np.trunc(a.astype(np.float64)), -(2**31), 2**31 - 1)
         return np.where(np.isnan(a), 0, whole).astype(to)
     raise Unknown
 
@@ -236,12 +263,11 @@ def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Arr
     if name not in OPERATIONS or how not in allowed:
         raise Unknown
     result = OPERATIONS[name](*values)
+    if result.dtype != values[0].dtype:
+        raise Unknown  # a division of integers
     if how == ("NaN",):
         result = np.where(np.isnan(values[0]) | np.isnan(values[1]), result.dtype.type(np.nan), result)
-    if how and result.dtype == np.float32:
-        # As the hardware has it: it keeps neither sign nor payload of a NaN.
-        result = np.where(np.isnan(result), np.uint32(0x7FFFFFFF), result.view(np.uint32)).view(np.float32)
-    return result
+    return _canonical(result) if how else result
 
 
 # Memory.
@@ -263,18 +289,32 @@ class Space:
         self.contents = contents
         self.threads = threads
         size = len(contents)
-        self.writer = np.full(size, -1, np.int64)
-        self.written_at = np.zeros((2, size), np.int64)  # meetings of the writer's block and warp
-        # Of readers the first and the last, without those that lie before what reads now.
+        # Of the threads that wrote last, which may be several that wrote one value, the first and the last,
+        # and the meetings of their blocks and warps until then.
+        self.writers = np.full((2, size), -1, np.int64)
+        self.written_at = np.zeros((2, size), np.int64)
+        # Of readers likewise, without those that lie before what reads now.
         self.readers = np.full((2, size), -1, np.int64)
         self.read_at = np.zeros((2, size), np.int64)
 
-    def _ordered(self, before: Array, meetings: Array, lanes: Array) -> Array:
-        """Whether what threads ``before`` did lies before what ``lanes`` do now."""
+    def _ordered(self, before: Array, meetings: Array, lanes: Array, read: bool) -> Array:
+        """Whether what threads ``before`` did, read or written, lies before what ``lanes`` do now."""
         t = self.threads
         together = (t.block[before] == t.block[lanes]) & (t.block_meetings[t.block[lanes]] > meetings[0])
-        together |= (t.warp[before] == t.warp[lanes]) & (t.warp_meetings[t.warp[lanes]] > meetings[1])
+        if read:
+            # An exchange is no barrier of memory, but it is assumed to give what depends on what was read.
+            together |= (t.warp[before] == t.warp[lanes]) & (t.warp_meetings[t.warp[lanes]] > meetings[1])
         return (before < 0) | (before == lanes) | together
+
+    def _after_writers(self, places: Array, lanes: Array) -> Array:
+        first, last = (
+            self._ordered(w[places], self.written_at[:, places], lanes, False) for w in self.writers
+        )
+        return first & last
+
+    def _after_readers(self, places: Array, lanes: Array) -> Array:
+        first, last = (self._ordered(r[places], self.read_at[:, places], lanes, True) for r in self.readers)
+        return first & last
 
     def _now(self, lanes: Array) -> Array:
         t = self.threads
@@ -283,10 +323,9 @@ class Space:
     def load(self, at: Array, lanes: Array) -> tuple[Array, Array]:
         """Bytes at ``at`` [threads, width], and of which threads the writes before are ordered."""
         flat, each = at.ravel(), np.repeat(lanes, at.shape[1])
-        ordered = self._ordered(self.writer[flat], self.written_at[:, flat], each)
+        ordered = self._after_writers(flat, each)
+        forgotten = self._after_readers(flat, each)
         first, last = self.readers[:, flat]
-        forgotten = self._ordered(first, self.read_at[:, flat], each)
-        forgotten &= self._ordered(last, self.read_at[:, flat], each)
         # Threads are in order: of several that read one byte the last assignment is the last thread's.
         self.readers[1, flat] = np.where(forgotten, each, np.maximum(last, each))
         self.readers[0, flat[::-1]] = np.where(forgotten, each, np.minimum(first, each))[::-1]
@@ -297,12 +336,11 @@ class Space:
         """Write bytes ``values`` at ``at`` [threads, width]; of which threads that is ordered after what
         others did there."""
         flat, each = at.ravel(), np.repeat(lanes, at.shape[1])
-        ordered = self._ordered(self.writer[flat], self.written_at[:, flat], each)
-        for readers in self.readers:
-            ordered &= self._ordered(readers[flat], self.read_at[:, flat], each)
+        ordered = self._after_writers(flat, each) & self._after_readers(flat, each)
         self.contents[flat] = values.ravel()
         ordered &= self.contents[flat] == values.ravel()  # not so where two threads write different values
-        self.writer[flat] = each
+        self.writers[1, flat] = each
+        self.writers[0, flat[::-1]] = each[::-1]
         self.written_at[:, flat] = self._now(each)
         return ordered.reshape(at.shape).all(1)
 
@@ -314,6 +352,7 @@ class GlobalMemory:
         pairs = [*((t, False) for t in tensors), *((t, True) for t in constants)]
         pairs = sorted(((t, c) for t, c in pairs if t.numel()), key=lambda pair: pair[0].data_ptr())
         self.tensors = [t for t, _ in pairs]
+        assert all(t.is_contiguous() for t in self.tensors)
         self.constant = np.array([c for _, c in pairs])
         self.starts = np.array([t.data_ptr() for t in self.tensors], np.int64)
         self.sizes = np.array([t.numel() * t.element_size() for t in self.tensors], np.int64)
@@ -388,8 +427,8 @@ class Launch:
                     instruction = self.kernel.instructions[at]
                     try:
                         self._execute(instruction, active)
-                    except Unknown:
-                        raise self.fault(instruction, "the emulator does not know this") from None
+                    except UNREADABLE as error:
+                        raise self.fault(instruction, "the emulator does not know this") from error
                     at += 1
                     if at in leaders or at == end or instruction.name in ("bra", "ret", "bar"):
                         break
@@ -404,18 +443,24 @@ class Launch:
         return Fault(f"{self.kernel.name}: {where}{what}: {instruction.text}")
 
     def _value(self, operand: Any, dtype: np.dtype[Any]) -> Array:
+        if isinstance(operand, FloatBits):
+            if operand.size != dtype.itemsize:
+                raise Unknown
+            operand = operand.bits
+        elif isinstance(operand, int) and dtype.kind == "f":
+            raise Unknown
         if isinstance(operand, int):
             bits = np.dtype("u1" if dtype == bool else f"u{dtype.itemsize}")
             number = np.array(operand & (2 ** (8 * bits.itemsize) - 1), bits)
             return np.broadcast_to(
                 number.astype(bool) if dtype == bool else number.view(dtype), len(self.lanes)
             )
-        if not isinstance(operand, str):
-            raise Unknown
+        if operand == self.kernel.shared:
+            return np.zeros(len(self.lanes), dtype)  # where it begins
         if operand not in self.values:
-            if operand.startswith("%"):
+            if isinstance(operand, str) and operand.startswith("%"):
                 raise Fault(f"{self.kernel.name}: {operand} is read before it is written")
-            return np.zeros(len(self.lanes), dtype)  # where shared memory begins
+            raise Unknown
         value = self.values[operand]
         if value.dtype.itemsize > dtype.itemsize:
             value = value.astype(f"u{dtype.itemsize}")
@@ -444,6 +489,8 @@ class Launch:
             active = active & (~wanted if guard.startswith("!") else wanted)
             if not active.any():
                 return
+        if name in ("bra", "ret") and modifiers not in ((), ("uni",)):
+            raise Unknown
         if name == "bra":
             self.next[active] = self.kernel.labels[operands[0]]
         elif name == "ret":
@@ -551,6 +598,8 @@ class Launch:
             values = np.stack([self._value(r, np.dtype(f"u{dtype.itemsize}"))[active] for r in registers], 1)
             check(memory.store(places, lanes, values.view(np.uint8)), "is in a race")
             return
+        if space == "shared":
+            check((memory.writers[0, places] >= 0).all(1), "reads what nobody wrote")
         if constant.all():
             read = memory.contents[places]
         else:
@@ -564,18 +613,17 @@ class Launch:
             self._assign(register, whole, active)
 
     def _pass_barriers(self) -> None:
-        """Where all of a block that are not at their end wait at one."""
+        """Where all threads of a block wait at one."""
         waiting = self.waiting.reshape(-1, self.kernel.threads)
         at = self.next.reshape(-1, self.kernel.threads)
-        first, last = at.min(1, where=waiting, initial=2**62), at.max(1, where=waiting, initial=-1)
-        met = first == last
+        met = waiting.all(1) & (at.min(1) == at.max(1))
         if not met.any():
             raise Fault(f"{self.kernel.name}: threads wait at a barrier that others never reach")
         self.threads.block_meetings[met] += 1
         waiting[met] = False
 
     def _exchange(self, instruction: Instruction, active: Array) -> None:
-        """Between the threads of a warp. What each read before, it has read: its value went into this."""
+        """Between the threads of a warp."""
         _, _, name, modifiers, (result, value, *others) = instruction
         warps = active.reshape(-1, WARP)
         if (warps.any(1) != warps.all(1)).any():

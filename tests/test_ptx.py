@@ -4,10 +4,12 @@ kernel must not do against a kernel that does it."""
 from __future__ import annotations
 
 import math
+import random
 import re
 import struct
 from collections.abc import Sequence
 
+import numpy as np
 import ptx
 import pytest
 import torch
@@ -96,8 +98,11 @@ KNOWN = [
     ("sqrt.rn.f32 %r8, %r3;", (f32(-1.0),), NAN),
     ("max.NaN.f32 %r8, %r3, %r4;", (0xFFC00000, f32(1.0)), NAN),
     ("max.f32 %r8, %r3, %r4;", (0xFFC00000, f32(1.0)), f32(1.0)),
+    ("max.f32 %r8, %r3, %r4;", (f32(1.0), NAN), f32(1.0)),
+    ("max.NaN.f32 %r8, %r3, %r4;", (f32(1.0), 0xFFC00000), NAN),
     ("max.f32 %r8, %r3, %r4;", (f32(-0.0), f32(0.0)), f32(0.0)),
-    ("min.f32 %r8, %r3, %r4;", (f32(0.0), f32(-0.0)), f32(-0.0)),
+    ("max.f32 %r8, %r3, %r4;", (f32(0.0), f32(-0.0)), f32(0.0)),
+    ("max.f64 %rd8, %rd3, %rd4;", (f64(2.0), f64(-3.0)), f64(2.0)),
     ("max.s32 %r8, %r3, %r4;", (M, 1), 1),
     ("max.u32 %r8, %r3, %r4;", (M, 1), M),
     ("min.s64 %rd8, %rd3, -1;", (5,), 2**64 - 1),
@@ -116,8 +121,15 @@ KNOWN = [
     ("shr.u64 %rd8, %rd3, 32;", (2**63,), 2**31),
     ("not.b64 %rd8, %rd3;", (0,), 2**64 - 1),
     ("xor.b32 %r8, %r3, %r4;", (5, 6), 3),
+    ("and.b32 %r8, %r3, %r4;", (5, 6), 4),
+    ("or.b64 %rd8, %rd3, %rd4;", (5, 6), 7),
     ("bfe.u32 %r8, %r3, 4, 8;", (0xABCDE,), 0xCD),
     ("bfe.s32 %r8, %r3, 4, 4;", (0x90,), M - 6),
+    ("bfe.s32 %r8, %r3, 4, 0;", (0xDEADBEEF,), 0),
+    ("bfe.u32 %r8, %r3, 4, 100;", (0xDEADBEEF,), 0xDEADBEE),
+    ("bfe.u32 %r8, %r3, 0, 255;", (0xDEADBEEF,), 0xDEADBEEF),
+    ("bfe.s32 %r8, %r3, 60, 8;", (0xDEADBEEF,), M),
+    ("bfe.u64 %rd8, %rd3, 60, 8;", (0xDEADBEEFDEADBEEF,), 0xD),
     ("prmt.b32 %r8, %r3, %r4, 0x7531U;", (0x44332211, 0x88776655), 0x88664422),
     ("prmt.b32 %r8, %r3, %r4, 0x8888U;", (0x80, 0), M),
     ("cvt.s64.s32 %rd8, %r3;", (M,), 2**64 - 1),
@@ -132,10 +144,14 @@ KNOWN = [
     ("cvt.rn.f16.f32 %rs8, %r3;", (f32(65519.0),), f16(65504.0)),
     ("cvt.rn.f16x2.f32 %r8, %r3, %r4;", (f32(1.0), f32(2.0)), f16(1.0) << 16 | f16(2.0)),
     ("cvt.f32.f16 %r8, %rs3;", (1,), f32(2.0**-24)),
+    ("cvt.f32.f16 %r8, %rs3;", (0xFE00,), NAN),
+    ("cvt.rn.f16.f32 %rs8, %r3;", (0xFFC00001,), 0x7FFF),
     ("mov.b64 {%r6, %r8}, %rd3;", (7 << 32 | 5,), 7),
     ("mov.b32 %r8, {%rs3, %rs4};", (5, 7), 7 << 16 | 5),
     ("setp.lt.s32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (M, 1), 10),
     ("setp.lt.u32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (M, 1), 20),
+    ("setp.le.s32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (4, 4), 10),
+    ("setp.gt.u32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (4, 4), 20),
     ("setp.ne.f32 %p2, %r3, %r3; selp.b32 %r8, 10, 20, %p2;", (NAN,), 20),
     ("setp.neu.f32 %p2, %r3, %r3; selp.b32 %r8, 10, 20, %p2;", (NAN,), 10),
     ("setp.geu.f32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (NAN, 0), 10),
@@ -167,25 +183,24 @@ def test_threads_of_a_warp_exchange() -> None:
 
 
 def test_threads_go_apart_and_meet_again() -> None:
-    """A loop of as many turns as the thread's number, and a barrier for those that are left."""
+    """A loop of as many turns as the thread's number, a barrier, and the last threads stop."""
     data = torch.zeros(THREADS, 4, dtype=torch.int32)
     body = """
         mov.u32 %r3, 0; mov.u32 %r4, 0;
-        setp.ge.u32 %p1, %r1, 50; @%p1 bra $DONE;
     $LOOP:
         setp.ge.u32 %p2, %r3, %r1; @%p2 bra $END;
         add.s32 %r4, %r4, %r3; add.s32 %r3, %r3, 1; bra $LOOP;
     $END:
+        shl.b32 %r5, %r1, 2; sub.s32 %r7, 252, %r5;
         st.shared.b32 [%r5], %r4;
         bar.sync 0;
         ld.shared.b32 %r6, [%r7];
+        setp.ge.u32 %p1, %r1, 50; @%p1 ret;
         st.global.v2.b32 [%rd1], {%r4, %r6};
     """
-    own = "shl.b32 %r5, %r1, 2; mov.u32 %r8, 49; sub.s32 %r7, %r8, %r1; shl.b32 %r7, %r7, 2;"
-    body = body.replace("$LOOP:", f"{own} $LOOP:", 1)
     run(body, data, shared=4 * THREADS)
-    sums = torch.tensor([n * (n - 1) // 2 for n in range(50)]).int()
-    assert torch.equal(data[:50, :2], torch.stack([sums, sums.flip(0)], 1))
+    sums = torch.tensor([n * (n - 1) // 2 for n in range(THREADS)]).int()
+    assert torch.equal(data[:50, :2], torch.stack([sums, sums.flip(0)], 1)[:50])
     assert not data[50:].any()
 
 
@@ -195,6 +210,16 @@ FAULTS = {
     "approximate division": ("div.full.f32 %r3, %r1, %r1;", "does not know this"),
     "approximate root": ("sqrt.approx.f32 %r3, %r1;", "does not know this"),
     "flushing": ("mul.rn.ftz.f32 %r3, %r1, %r1;", "does not know this"),
+    "division of integers": ("div.u32 %r3, %r1, %r1;", "does not know this"),
+    "a cache's operator": ("ld.global.cg.b32 %r3, [%rd1];", "does not know this"),
+    "another barrier": ("bar.sync 1;", "does not know this"),
+    "a fence": ("membar.gl;", "does not know this"),
+    "another selection": ("setp.eq.u32 %p1, %r1, 0; selp.ftz.b32 %r3, 1, 0, %p1;", "does not know this"),
+    "a negated operand": ("setp.eq.u32 %p1, %r1, 0; selp.b32 %r3, 1, 0, !%p1;", "does not know this"),
+    "a decimal float": ("add.rn.f32 %r3, %r1, 1.5;", "does not know this"),
+    "a float of another width": ("mov.b32 %r3, 0d3FF0000000000000;", "does not know this"),
+    "an unknown name": ("mov.u32 %r3, somewhere;", "does not know this"),
+    "a rounding conversion of none": ("cvt.f16.f32 %rs3, %r1;", "does not know this"),
     "another instruction": ("atom.global.add.u32 %r3, [%rd1], 1;", "does not know this"),
     "unwritten register": ("add.s32 %r3, %r4, 1;", "%r4 is read before it is written"),
     "unaligned": ("ld.global.v2.b32 {%r3, %r4}, [%rd1+4];", "thread 0 of block 0 is not aligned"),
@@ -208,14 +233,16 @@ FAULTS = {
     "read what another wrote": ("st.global.b32 [%rd1], %r1; ld.global.b32 %r3, [%rd0];", "is in a race"),
     "write what another read": ("ld.global.b32 %r3, [%rd0]; st.global.b32 [%rd1], %r1;", "is in a race"),
     "shared, no barrier": ("mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1; ld.shared.b32 %r5, [%r3];", "is in a race"),
-    "an exchange is no barrier of a block": ("""
+    "an exchange is no barrier of memory": ("""
         mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1; mov.u32 %r9, -1;
-        redux.sync.max.s32 %r5, %r1, %r9; ld.shared.b32 %r5, [%r3];""", "thread 32 of block 0 is in a race"),
+        redux.sync.max.s32 %r5, %r1, %r9; ld.shared.b32 %r5, [%r3];""", "thread 1 of block 0 is in a race"),
+    "what nobody wrote": ("mov.u32 %r3, 0; ld.shared.b32 %r4, [%r3];", "reads what nobody wrote"),
     "what may be written is no constant": ("ld.global.nc.b32 %r3, [%rd1];", "reads as a constant"),
     "a barrier for some": ("""
         setp.lt.u32 %p1, %r1, 32; @%p1 bra $ONE; bar.sync 0; bra $DONE;
     $ONE:
         bar.sync 0; bra $DONE;""", "threads wait at a barrier"),
+    "a barrier for those that are left": ("setp.lt.u32 %p1, %r1, 16; @%p1 bra $DONE; bar.sync 0;", "threads wait at a barrier"),
     "an exchange of some": ("""
         setp.lt.u32 %p1, %r1, 8; mov.u32 %r9, -1; @%p1 redux.sync.max.s32 %r5, %r1, %r9;""", "threads of one warp are apart"),
     "an exchange within less than a warp": ("mov.u32 %r9, 255; redux.sync.max.s32 %r5, %r1, %r9;", "not for the whole warp"),
@@ -232,20 +259,81 @@ def test_faults(what: str) -> None:
 
 
 def test_what_is_ordered_is_no_race() -> None:
+    """Across a barrier, and to write after others of the warp read, across an exchange of what they read."""
     body = """
         shl.b32 %r4, %r1, 2; xor.b32 %r5, %r4, 4; sub.s32 %r6, 252, %r4; mov.u32 %r9, -1;
         st.shared.b32 [%r4], %r1;
-        redux.sync.max.s32 %r3, %r1, %r9;
+        bar.sync 0;
         ld.shared.b32 %r7, [%r5];
+        redux.sync.max.s32 %r3, %r7, %r9;
+        st.shared.b32 [%r4], %r7;
         bar.sync 0;
-        st.shared.b32 [%r6], %r7;
-        bar.sync 0;
-        ld.shared.b32 %r8, [%r4];
+        ld.shared.b32 %r8, [%r6];
         st.global.b32 [%rd1], %r8;
     """
     data = torch.zeros(THREADS, 4, dtype=torch.int32)
     run(body, data, shared=256)
     assert torch.equal(data[:, 0], (THREADS - 1 - torch.arange(THREADS)).int() ^ 1)
+
+
+def ordered(threads: ptx.Threads, thread: int, other: int, wrote: bool, of_block: int, of_warp: int) -> bool:
+    """Whether what ``other`` did, when its block and warp had met so often, lies before ``thread`` now."""
+    block, warp = threads.block[thread], threads.warp[thread]
+    met = block == threads.block[other] and threads.block_meetings[block] > of_block
+    exchanged = warp == threads.warp[other] and threads.warp_meetings[warp] > of_warp
+    return thread == other or bool(met) or (not wrote and bool(exchanged))
+
+
+def test_races_are_found() -> None:
+    """In random histories of accesses, barriers and exchanges, against every pair of accesses compared."""
+    blocks, n = 2, 2 * THREADS
+    lanes = np.arange(n)
+    block, warp = lanes // THREADS, lanes // ptx.WARP
+    races = 0
+    for seed in range(4000):
+        rng = random.Random(seed)
+        threads = ptx.Threads(block, warp, np.zeros(blocks, np.int64), np.zeros(n // ptx.WARP, np.int64))
+        space = ptx.Space(np.zeros(3, np.uint8), threads)
+        pool = rng.sample(range(ptx.WARP if seed % 3 == 0 else n), rng.choice([2, 3, 5]))
+        done: list[tuple[int, int, bool, int, int]] = []
+
+        for _ in range(rng.randint(2, 14)):
+            kind = rng.choice(["barrier", "exchange", "read", "read", "write"])
+            if kind == "barrier":
+                threads.block_meetings[rng.randrange(blocks)] += 1
+                continue
+            if kind == "exchange":
+                threads.warp_meetings[rng.randrange(n // ptx.WARP)] += 1
+                continue
+            who = sorted(rng.sample(pool, rng.randint(1, len(pool))))
+            places = [rng.randrange(3) for _ in who]
+            at, by = np.array(places)[:, None], np.array(who)
+            racing = any(
+                p == place
+                and (wrote or kind == "write")
+                and not ordered(threads, thread, other, wrote, *when)
+                for thread, place in zip(who, places)
+                for other, p, wrote, *when in done
+            )
+            if kind == "write":
+                good = space.store(at, by, np.full_like(at, 5, np.uint8))  # one value: no race among them
+            else:
+                good = space.load(at, by)[1]
+            assert bool(good.all()) is not racing, (seed, done, kind, who, places)
+            if racing:
+                races += 1
+                break
+            done += [
+                (
+                    t,
+                    p,
+                    kind == "write",
+                    int(threads.block_meetings[block[t]]),
+                    int(threads.warp_meetings[warp[t]]),
+                )
+                for t, p in zip(who, places)
+            ]
+    assert 1000 < races < 3000
 
 
 def test_constants_are_only_read() -> None:
