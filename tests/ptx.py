@@ -91,8 +91,9 @@ def _operand(text: str) -> Any:
 class Kernel:
     """One entry of a PTX file.
 
-    ``threads``: of a block. ``parameters``: names and sizes in bytes. ``registers``: types by prefix. ``labels``: the instructions
-    that they stand before. ``shared``: the name of its shared memory, of the size that a launch gives.
+    ``threads``: of a block. ``parameters``: names and sizes in bytes. ``registers``: types by prefix.
+    ``labels``: the instructions that they stand before. ``shared``: the name of its shared memory, of the
+    size that a launch gives.
     """
 
     name: str
