@@ -50,7 +50,7 @@ class EmulatedGpu:
         return self.target
 
     def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 99 * 1024}  # of the smallest target
+        return {"max_shared_mem": 99 * 1024}  # less than any target has
 
     def _loading(self, module: Any, function: Any, name: str, files: dict[str, str], hash: str) -> None:
         self._ptx_file = files[f"{name}.ptx"]

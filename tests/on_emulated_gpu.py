@@ -39,10 +39,11 @@ from worlds import (
 from bench.formats import STATES, TRIPLES
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, Inputs
-from fused_optim.backends.triton import TRITON, _options
+from fused_optim.backends.triton import TRITON
 from fused_optim.rules import RULES
 from fused_optim.table import Batch
 
+torch.use_deterministic_algorithms(True)  # memory for the coefficients is filled with NaN
 GPU = EmulatedGpu(int(os.environ["FUSED_OPTIM_EMULATED"]))
 FORMATS = {":".join(names): named(*names[:2], *STATES[names[2]]) for names in TRIPLES}
 FEW = {
@@ -53,29 +54,19 @@ rules = pytest.mark.parametrize("rule", RULES)
 
 
 class Library:
-    """The launches of ``fused_optim.backends.triton``, of a table that the test made."""
+    """``fused_optim.backends.triton``, with a table that the test made."""
 
     def chunk_size(self, formats: Formats) -> int:
         return kernels.chunk_size(*(f.dtype.itemsize for f in formats))
 
     def step(self, work: Work) -> int:
-        formats, inputs = work.formats, work.inputs
-        cpu, n = torch.device("cpu"), len(work.counters)
-        size = n * kernels.COEFFICIENT_COLUMNS.value
-        coefficients = torch.full((size,), torch.nan, dtype=formats.param.working)
-        scales = [t for t in (inputs.grad_scale, inputs.found_inf) if t is not None]
+        batch, inputs = work.batch, work.inputs
+        table = {"rows": work.rows, "chunks": work.chunks, "counters": batch.counters}
+        constants = [*table.values(), *(t for t in inputs if t is not None), *work.grads]
+        GPU.memory = lambda: ([*work.steps, *work.stored], constants)
         before = len(GPU.launched)
-
-        GPU.memory = lambda: ([coefficients, *work.steps], [work.counters, inputs.hyper, *scales])
-        options = _options(cpu, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
-        kernels.launch_prologue(
-            work.counters, n, inputs.hyper, inputs.grad_scale, inputs.found_inf, coefficients, options
-        )
-        GPU.memory = lambda: (work.stored, [work.rows, work.chunks, coefficients, *work.grads])
-        names = [f.name for f in formats]
-        constants = kernels.step_constants(work.rule, *names, self.chunk_size(formats))
-        options = _options(cpu, kernels.THREADS, kernels.registers(*names[:3]))
-        kernels.launch_step(work.rows, work.chunks, coefficients, constants, options)
+        batch.on_device = table
+        TRITON.step(batch, inputs)
         return len(GPU.launched) - before
 
 

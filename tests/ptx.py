@@ -518,7 +518,7 @@ class Launch:
             pairs = [self._value(x, TYPES["b64"])[:, None].view(np.float32) for x in operands]
             return _arithmetic(name, modifiers[:-1], pairs).view(np.uint64)[:, 0]
         if name == "cvt" and modifiers == ("rn", "f16x2", "f32"):
-            high, low = (self._value(x, TYPES["f32"]).astype(np.float16) for x in operands)
+            high, low = (_convert(("rn",), self._value(x, TYPES["f32"]), TYPES["f16"]) for x in operands)
             return np.stack([low, high], 1).view(np.uint32)[:, 0]
         if name == "cvt":
             *how, to, source = modifiers

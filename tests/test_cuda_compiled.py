@@ -1,8 +1,8 @@
 """The CUDA backend without a GPU: the same source run on the host, and the machine code read.
 
 ``cuda_on_host.cpp`` compiles ``csrc/step_cuda.cu`` with the host's compiler over a runtime that
-runs each kernel at once; its results must be the eager backend's, bit for bit. What nvcc makes of
-the same file is then searched for what a host cannot show: contracted or approximate arithmetic,
+runs each kernel at once; its results must be the eager backend's, bit for bit. So must those of the
+PTX that nvcc makes of the same file, run by an emulator; and its machine code is searched for what a host cannot show: contracted or approximate arithmetic,
 spilled registers, narrow accesses.
 """
 
@@ -34,6 +34,7 @@ from worlds import (
     GRAD_EXPONENTS,
     GUARD,
     NARROW,
+    WITH_CODES,
     Formats,
     Row,
     Work,
@@ -97,16 +98,17 @@ class Host:
     def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
         """How many launches there were."""
         formats, inputs = work.formats, work.inputs
-        size = len(work.counters) * self.coefficients_bytes(formats)
+        counters = work.batch.counters
+        size = len(counters) * self.coefficients_bytes(formats)
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
         launched = self.step_of(
-            work.rule,
+            work.batch.key.rule.name,
             *(f.name for f in formats),
             work.rows.data_ptr(),
             work.chunks.data_ptr(),
             len(work.chunks),
-            work.counters.data_ptr(),
-            len(work.counters),
+            counters.data_ptr(),
+            len(counters),
             inputs.hyper.data_ptr(),
             coefficients.data_ptr(),
             *(0 if t is None else t.data_ptr() for t in (inputs.grad_scale, inputs.found_inf)),
@@ -440,6 +442,7 @@ FEW = [
     named("split8", "bf16", "e4m3", "e5m3"),
 ]
 COMPILED = step_kernels(["AdaBeliefNesterov"], COVERING) + step_kernels(["AdaBelief", "AdamaxW"], FEW)
+COMPILED += step_kernels(["AdamaxW"], [WITH_CODES])
 COMPILED_TO_LOSE = step_kernels(["AdaBeliefNesterov", "AdamaxW"], FEW)
 
 
@@ -625,7 +628,8 @@ class Emulated:
 
     def step(self, work: Work) -> int:
         formats, inputs = work.formats, work.inputs
-        size = len(work.counters) * self.host.coefficients_bytes(formats)
+        counters = work.batch.counters
+        size = len(counters) * self.host.coefficients_bytes(formats)
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
         scales = (inputs.grad_scale, inputs.found_inf)
         given = [t for t in scales if t is not None]
@@ -633,18 +637,19 @@ class Emulated:
             "8q",
             work.rows.data_ptr(),
             work.chunks.data_ptr(),
-            work.counters.data_ptr(),
-            len(work.counters),
+            counters.data_ptr(),
+            len(counters),
             inputs.hyper.data_ptr(),
             coefficients.data_ptr(),
             *(0 if t is None else t.data_ptr() for t in scales),
         )
         working = "double" if formats == FP64 else "float"
         prologue = self._kernel("prologue_kernel", working)
-        constants = [work.counters, inputs.hyper, *given]
-        blocks = -(-len(work.counters) // prologue.threads)
+        constants = [counters, inputs.hyper, *given]
+        blocks = -(-len(counters) // prologue.threads)
         ptx.run(prologue, blocks, [task], [coefficients, *work.steps], constants)
-        step = self._kernel("step_kernel", RULE_CLASS[work.rule], *(FORMAT_CLASS[f.name] for f in formats))
+        rule = RULE_CLASS[work.batch.key.rule.name]
+        step = self._kernel("step_kernel", rule, *(FORMAT_CLASS[f.name] for f in formats))
         constants = [work.rows, work.chunks, coefficients, *given, *work.grads]
         ptx.run(step, len(work.chunks), [task], work.stored, constants)
         return 2
@@ -667,6 +672,11 @@ def test_ptx_of_sizes_and_alignments(emulated: Emulated, kernel: Kernel) -> None
 def test_ptx_of_unusual_values(emulated: Emulated, kernel: Kernel) -> None:
     worlds, _ = unusual_worlds(rule_of(kernel), formats_of(kernel), emulated.chunk_size(formats_of(kernel)))
     step_both(emulated, worlds)
+
+
+@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
+def test_ptx_of_all_codes_under_all_bases(emulated: Emulated, grad_exponents: tuple[int, int]) -> None:
+    check_all_codes_under_all_bases(emulated, grad_exponents)
 
 
 @pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in FEW], ids=str)

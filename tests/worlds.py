@@ -153,20 +153,18 @@ class World:
                 bytes_skipped = skipped * chunk // f.extra.block * f.extra.dtype.itemsize
                 rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
         stored = [t for parts in (*self.stored, *self.extras) for t in parts if t is not None]
-        work = Work(
-            key.rule.name, formats, rows, chunks, batch.counters, inputs, self.steps, self.grads, stored
-        )
+        work = Work(batch, formats, rows, chunks, inputs, self.steps, self.grads, stored)
         return library.step(work, **where)
 
 
 class Work(NamedTuple):
-    """What a step is made from: the table, and what its addresses lead to."""
+    """What a step is made from: a batch, with rows and chunks in place of its own, and what the addresses
+    in these lead to."""
 
-    rule: str
+    batch: Batch
     formats: Formats
     rows: Tensor
     chunks: Tensor
-    counters: Tensor
     inputs: Inputs
     steps: list[Tensor]
     grads: list[Tensor]
@@ -294,6 +292,7 @@ def check_64_bit_offsets(library: Library, formats: Formats, monkeypatch: pytest
     step_both(library, worlds, skipped=before // chunk)
 
 
+WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
@@ -301,7 +300,7 @@ def check_all_codes_under_all_bases(library: Library, grad_exponents: tuple[int,
     """Every finite code under every base of usual values, and gradients that lead to every base."""
     blocks = 240
     numel = 2 * blocks * 128
-    worlds = [World("adamaxw", named("fp32", "fp32", "e4m3", "e5m3"), [Row(numel)]) for _ in range(2)]
+    worlds = [World("adamaxw", WITH_CODES, [Row(numel)]) for _ in range(2)]
     for world in worlds:
         _, mu, nu = world.stored[0]
         _, mu_bases, nu_bases = world.extras[0]
