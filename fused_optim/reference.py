@@ -42,6 +42,8 @@ class Hyperparameters(NamedTuple):
     """0 for weight decay times lr; else weight decay times ``lr / initial_lr``."""
     maximize: Any
     """1 to ascend, 0 to descend."""
+    nesterov: Any
+    """1 for Nesterov's look-ahead in the first moment, in rules that have it; else 0."""
 
 
 class Coefficients(NamedTuple):
@@ -68,6 +70,7 @@ class Coefficients(NamedTuple):
     grad_divisor: Tensor
     """``grad_scale``, 1 for none; negative to ascend: dividing by the negative number gives
     the negative quotient, bit for bit."""
+    nesterov: Tensor
 
 
 def integer_power(base: Tensor, exponent: Tensor) -> Tensor:
@@ -126,6 +129,7 @@ def coefficients(
         decay=torch.where(decoupled, h.weight_decay * (h.lr / h.initial_lr), h.weight_decay),
         decay_kind=torch.where(h.weight_decay != 0, torch.where(decoupled, 2.0, 1.0), 0.0),
         grad_divisor=torch.where(h.maximize != 0, -scale, scale),
+        nesterov=h.nesterov,
     )
     return Coefficients(*(value.to(dtype) for value in exact))
 
@@ -148,6 +152,12 @@ def first_moment(g: Tensor, m: Tensor, c: Coefficients) -> Tensor:
     return c.one_minus_beta1 * g + c.beta1 * m
 
 
+def corrected_first_moment(g: Tensor, m: Tensor, c: Coefficients) -> Tensor:
+    """The first moment over its bias correction, with Nesterov's look-ahead where ``c.nesterov`` is set."""
+    ahead = c.beta1 * (m / c.bias_correction1_next) + c.one_minus_beta1 * (g / c.bias_correction1)
+    return torch.where(c.nesterov != 0, ahead, m / c.bias_correction1)
+
+
 def apply_update(p: Tensor, u: Tensor, c: Coefficients) -> Tensor:
     """Weight decay and the step, shared by every rule. Decay is selected, not "add
     zero": they differ for infinite and NaN parameters and for signed zeros."""
@@ -157,29 +167,13 @@ def apply_update(p: Tensor, u: Tensor, c: Coefficients) -> Tensor:
     return torch.where(c.decay_kind == 2, new - decay, new)
 
 
-def belief(g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor]:
-    """AdaBelief's two moments; ``eps_root`` goes into the stored state, every step."""
+def adabelief(p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """AdaBelief: the step is large where the gradient is as predicted. ``eps_root`` goes into the
+    stored state, every step."""
     m = first_moment(g, m, c)
     e = g - m
     s = (c.one_minus_beta2 * (e * e) + c.beta2 * s) + c.eps_root
-    return m, s
-
-
-def adabelief(p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaBelief: the step is large where the gradient is as predicted."""
-    m, s = belief(g, m, s, c)
-    m_hat = m / c.bias_correction1
-    u = m_hat / (sqrt(s / c.bias_correction2) + c.eps)
-    return apply_update(p, u, c), m, s
-
-
-def adabelief_nesterov(
-    p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients
-) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaBelief with Nesterov's look-ahead in the first moment."""
-    m, s = belief(g, m, s, c)
-    m_hat = c.beta1 * (m / c.bias_correction1_next) + c.one_minus_beta1 * (g / c.bias_correction1)
-    u = m_hat / (sqrt(s / c.bias_correction2) + c.eps)
+    u = corrected_first_moment(g, m, c) / (sqrt(s / c.bias_correction2) + c.eps)
     return apply_update(p, u, c), m, s
 
 

@@ -35,7 +35,6 @@ RULES = {
     rule.name: rule
     for rule in (
         Rule("adabelief", ("exp_avg", "exp_avg_var"), reference.adabelief),
-        Rule("adabelief_nesterov", ("exp_avg", "exp_avg_var"), reference.adabelief_nesterov),
         Rule("adamaxw", ("exp_avg", "exp_inf"), reference.adamaxw),
     )
 }

@@ -1,7 +1,7 @@
 """How values lie in memory. A rule sees the working precision only; a format says how
 to get there (``decode``) and back (``encode``).
 
-A new format is a line here, a load/store pair in ``kernels/codecs.py`` and one in
+A new format is a record in ``FORMATS``, a load/store pair in ``kernels/codecs.py`` and one in
 ``csrc/codecs.h`` under the same name. This file is the definition; see ``docs/formats.md``.
 """
 
@@ -15,16 +15,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .rounding import MASK, Place, dither, random_words
+from .rounding import MASK, MU, NU, PARAM, Place, dither, random_words
 
 BLOCK = 128
-"""Elements that share one base in the 8-bit formats."""
-
-STATE_FORMATS = ("fp32", "bf16", "8bit")
-MASTER_WEIGHTS = (None, "fp32", "split16", "split8")
+"""Elements that share one exponent in the 8-bit formats."""
 
 Encoded = tuple[Tensor, Tensor | None]
-"""What lies in memory, and the format's second part if it has one."""
+"""What lies in memory, and the format's auxiliary tensor if it has one."""
 
 
 class Part(NamedTuple):
@@ -32,7 +29,7 @@ class Part(NamedTuple):
 
     key: str
     dtype: torch.dtype
-    block: int
+    block: int = 1
     """Elements of the parameter for each element of this tensor: with 1 it has the parameter's
     shape, else it is a vector."""
 
@@ -42,16 +39,22 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store values.
+    """One way to store values. All that Python knows of a format is said here.
 
     Attributes:
         name: the codec's name in every language.
         dtype: what lies in memory.
         working: the precision that the arithmetic is done in.
-        decode: ``(stored, extra) -> values``.
-        encode: ``(values, place) -> (stored, extra)``; with None for the place, to nearest.
-        extra: a second tensor: ("master", ...) of a parameter, ("_base", ...) of a moment.
-        by_place: whether an element's bits depend on its place in its parameter.
+        decode: ``(stored, aux) -> values``.
+        encode: ``(values, place) -> (stored, aux)``; with None for the place, to nearest.
+        operands: which of PARAM, MU and NU may be stored so.
+        choice: what asks for it: a value of ``state_format`` for a moment, of ``master_weights`` for a
+            parameter, or "stochastic_rounding". Formats that have none are taken by dtype.
+        aux: a second tensor in the parameter's state. The key of a moment's is a suffix to the moment's
+            own key, and says which format the moment has.
+        index_dependent: whether an element's bits depend on its index in its parameter.
+        low_precision: whether kernels have a shorter way for it where all new values are finite.
+        max_exponent: the block exponent of a block with the largest float32 in it.
     """
 
     name: str
@@ -59,19 +62,27 @@ class Format:
     working: torch.dtype
     decode: Callable[[Tensor, Tensor | None], Tensor]
     encode: Callable[[Tensor, Place | None], Encoded]
-    extra: Part | None = None
-    by_place: bool = False
+    operands: tuple[int, ...]
+    choice: str | None = None
+    aux: Part | None = None
+    index_dependent: bool = False
+    low_precision: bool = False
+    max_exponent: int | None = None
 
-    def attach(self, param: Tensor, master: Tensor) -> Tensor | None:
-        """The second part that makes of ``param``, as it is, the value nearest to ``master``."""
-        if self.extra is None or self.extra.key == "master":
-            return None if self.extra is None else master.clone()
+    def aux_of(self, key: str) -> Part | None:
+        """The auxiliary part of the moment with this state key; of a parameter the key is ``""``."""
+        return None if self.aux is None else self.aux._replace(key=key + self.aux.key)
+
+    def remainder_of(self, param: Tensor, master: Tensor) -> Tensor:
+        """The remainder that makes of ``param``, as it is, the value nearest to the float32 ``master``;
+        zero where that is none of the values which ``param`` is rounded from."""
+        assert self.aux is not None
         difference = bits_of(master) - (_half_bits(param) << 16)
-        if self.extra.dtype == torch.int8:
+        if self.aux.dtype == torch.int8:
             difference = (difference + 0x80) >> 8
-        info = torch.iinfo(self.extra.dtype)
+        info = torch.iinfo(self.aux.dtype)
         near = (difference >= info.min) & (difference <= info.max + 1)
-        return torch.where(near, difference.clamp(max=info.max), 0).to(self.extra.dtype)
+        return torch.where(near, difference.clamp(max=info.max), 0).to(self.aux.dtype)
 
 
 def bits_of(x: Tensor) -> Tensor:
@@ -108,7 +119,7 @@ def _dither(values: Tensor, place: Place | None, n_bits: int) -> Tensor:
 
 
 def _plain(dtype: torch.dtype, working: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Encoded]]:
-    return lambda stored, extra: stored.to(working), lambda values, place: (values.to(dtype), None)
+    return lambda stored, aux: stored.to(working), lambda values, place: (values.to(dtype), None)
 
 
 def round_to_bf16(values: Tensor, word: Tensor) -> Tensor:
@@ -119,53 +130,18 @@ def round_to_bf16(values: Tensor, word: Tensor) -> Tensor:
     return _half_of(torch.where(values.isnan(), 0x7FC0, (b + word) >> 16), torch.bfloat16)
 
 
-def round_to_fp16(values: Tensor, word: Tensor) -> Tensor:
-    """float16: likewise; below 2^-14, where the unit is 2^-24, what lies below 2^-40 is dropped."""
-    b = bits_of(values)
-    magnitude = b & 0x7FFFFFFF
-    word = torch.where(magnitude >= 0x477FE000, 0x8000, word)  # the largest float16
-    normal = (magnitude - 0x38000000 + (word >> 3)) >> 13
-    small = values.abs() < 2**-14
-    fixed = (torch.where(small, values.abs(), 0) * 2**40).to(torch.int64)
-    h = torch.where(small, (fixed + word) >> 16, normal)
-    h = torch.where(magnitude >= 0x47800000, 0x7C00, h)
-    h = torch.where(values.isnan(), 0x7E00, h)
-    return _half_of(torch.where(values.isnan(), h, h | b >> 16 & 0x8000), torch.float16)
-
-
 def _encode_bf16_dither(values: Tensor, place: Place | None) -> Encoded:
     return round_to_bf16(values, _dither(values, place, 16)), None
 
 
-def _encode_stochastic(round_to: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., Encoded]:
-    def encode(values: Tensor, place: Place | None) -> Encoded:
-        assert place is not None
-        return round_to(values, random_words(_index(values), place)), None
-
-    return encode
-
-
-def _decode_bf16_master(stored: Tensor, master: Tensor | None) -> Tensor:
-    assert master is not None
-    # Where somebody wrote to the parameter, that is its value. Else the two are half a unit apart
-    # at most, whichever way a tie was rounded.
-    apart = bits_of(master) - (_half_bits(stored) << 16)
-    return torch.where((apart + 0x8000) & MASK <= 0x10000, master, stored.to(torch.float32))
-
-
-def _decode_fp16_master(stored: Tensor, master: Tensor | None) -> Tensor:
-    assert master is not None
-    ours = _half_bits(master.to(torch.float16)) == _half_bits(stored)
-    return torch.where(ours, master, stored.to(torch.float32))
-
-
-def _encode_master(dtype: torch.dtype) -> Callable[..., Encoded]:
-    return lambda values, place: (values.to(dtype), values)
+def _encode_bf16_stochastic(values: Tensor, place: Place | None) -> Encoded:
+    assert place is not None
+    return round_to_bf16(values, random_words(_index(values), place)), None
 
 
 def _joined(stored: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 of a bfloat16 and the rest, int64. A zero has no negative rest unless somebody
-    wrote it to the parameter: then there is none, since its sum with the old one would be a NaN."""
+    """The float32 of a bfloat16 and the remainder, int64. A zero has a negative remainder only where
+    somebody wrote it to the parameter. The remainder then counts as 0, since the sum would be a NaN."""
     half = _half_bits(stored)
     written = (half & 0x7FFF == 0) & (remainder < 0)
     return float_of(((half << 16) + torch.where(written, 0, remainder)) & MASK)
@@ -211,39 +187,36 @@ def _blocks(x: Tensor) -> Tensor:
 
 
 _E4M3_ORDERS, _E5M3_ORDERS = 14, 30
-"""Binary orders from a block's base to its largest value's exponent."""
-
-MAX_BASE = {"e4m3": 254 - _E4M3_ORDERS, "e5m3": 254 - _E5M3_ORDERS}
-"""The base of a block with the largest float32 in it."""
+"""Binary orders from a block's exponent to its largest value's."""
 
 
-def _block_base(magnitude: Tensor, orders: int) -> Tensor:
+def _block_exponent(magnitude: Tensor, orders: int) -> Tensor:
     """For each block the exponent that is ``orders`` below that of its largest finite value."""
     finite = torch.where(magnitude < 0x7F800000, magnitude, 0)
     return ((_blocks(finite).amax(1) >> 23) - orders).clamp(min=0)
 
 
-def _of_elements(base: Tensor, shape: torch.Size) -> Tensor:
-    """A block's base for each of its elements, as int64."""
-    return base.to(torch.int64).repeat_interleave(BLOCK)[: shape.numel()].view(shape)
+def _of_elements(exponent: Tensor, shape: torch.Size) -> Tensor:
+    """A block's exponent for each of its elements, as int64."""
+    return exponent.to(torch.int64).repeat_interleave(BLOCK)[: shape.numel()].view(shape)
 
 
 def _encode_e5m3(values: Tensor, place: Place | None) -> Encoded:
     magnitude = bits_of(values) & 0x7FFFFFFF
-    base = _block_base(magnitude, _E5M3_ORDERS)
-    base_of = _of_elements(base, values.shape)
-    code = ((magnitude + _dither(values, place, 20)) >> 20) - 8 * base_of
+    exponent = _block_exponent(magnitude, _E5M3_ORDERS)
+    each = _of_elements(exponent, values.shape)
+    code = ((magnitude + _dither(values, place, 20)) >> 20) - 8 * each
     # 2039 is the largest finite float32's.
-    code = torch.minimum(code.clamp(1, 248), 2039 - 8 * base_of)
+    code = torch.minimum(code.clamp(1, 248), 2039 - 8 * each)
     code = torch.where(magnitude == 0, 0, code)
     code = torch.where(magnitude == 0x7F800000, 254, code)
     code = torch.where(magnitude > 0x7F800000, 255, code)
-    return code.to(torch.uint8), base.to(torch.uint8)
+    return code.to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e5m3(code: Tensor, base: Tensor | None) -> Tensor:
-    assert base is not None
-    b = (code.to(torch.int64) + 8 * _of_elements(base, code.shape)) << 20
+def _decode_e5m3(code: Tensor, exponent: Tensor | None) -> Tensor:
+    assert exponent is not None
+    b = (code.to(torch.int64) + 8 * _of_elements(exponent, code.shape)) << 20
     b = torch.where(code == 0, 0, b)
     b = torch.where(code == 254, 0x7F800000, b)
     return float_of(torch.where(code == 255, 0x7FC00000, b))
@@ -252,58 +225,70 @@ def _decode_e5m3(code: Tensor, base: Tensor | None) -> Tensor:
 def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
     b = bits_of(values)
     magnitude = b & 0x7FFFFFFF
-    base = _block_base(magnitude, _E4M3_ORDERS)
-    base_of = _of_elements(base, values.shape)
+    exponent = _block_exponent(magnitude, _E4M3_ORDERS)
+    each = _of_elements(exponent, values.shape)
     # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
-    one = (base_of + 1) << 23
+    one = (each + 1) << 23
     subnormal = bits_of(values.abs() + float_of(one)) - one
-    scaled = torch.where(magnitude < one, subnormal, magnitude - (base_of << 23))
+    scaled = torch.where(magnitude < one, subnormal, magnitude - (each << 23))
     code = (scaled + _dither(values, place, 20)) >> 20
-    code = torch.minimum(code.clamp(max=120), 2039 - 8 * base_of)
+    code = torch.minimum(code.clamp(max=120), 2039 - 8 * each)
     code = torch.where(magnitude == 0x7F800000, 126, code)
     code = torch.where(magnitude > 0x7F800000, 127, code)
     # A NaN has no sign here: devices give the NaN of an operation different ones.
     sign = torch.where(magnitude > 0x7F800000, 0, b >> 24 & 0x80)
-    return (code | sign).to(torch.uint8), base.to(torch.uint8)
+    return (code | sign).to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e4m3(stored: Tensor, base: Tensor | None) -> Tensor:
-    assert base is not None
-    code, base_of = stored.to(torch.int64) & 0x7F, _of_elements(base, stored.shape)
-    one = (base_of + 1) << 23
+def _decode_e4m3(stored: Tensor, exponent: Tensor | None) -> Tensor:
+    assert exponent is not None
+    code, each = stored.to(torch.int64) & 0x7F, _of_elements(exponent, stored.shape)
+    one = (each + 1) << 23
     subnormal = float_of((code << 20) + one) - float_of(one)
-    value = torch.where(code < 8, subnormal, float_of((code + 8 * base_of) << 20))
+    value = torch.where(code < 8, subnormal, float_of((code + 8 * each) << 20))
     value = torch.where(code == 126, torch.inf, value)
     value = torch.where(code == 127, torch.nan, value)
     return torch.where(stored > 0x7F, -value, value)
 
 
-_MASTER = Part("master", torch.float32, 1)
-_BASE = Part("_base", torch.uint8, BLOCK)
-_F32, _F64, _BF16, _F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+_F32, _F64, _BF16, _F16, _U8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8
+_from_bf16 = _plain(_BF16, _F32)[0]
 
 FORMATS = {
     f.name: f
     for f in (
-        Format("fp32", _F32, _F32, *_plain(_F32, _F32)),
-        Format("fp64", _F64, _F64, *_plain(_F64, _F64)),
-        Format("bf16", _BF16, _F32, *_plain(_BF16, _F32)),
-        Format("fp16", _F16, _F32, *_plain(_F16, _F32)),
-        # Parameters.
-        Format("bf16_master", _BF16, _F32, _decode_bf16_master, _encode_master(_BF16), _MASTER),
-        Format("fp16_master", _F16, _F32, _decode_fp16_master, _encode_master(_F16), _MASTER),
-        Format("split16", _BF16, _F32, _decode_split16, _encode_split16, Part("remainder", torch.int16, 1)),
-        Format("split8", _BF16, _F32, _decode_split8, _encode_split8, Part("remainder", torch.int8, 1), True),
-        Format("bf16_stochastic", _BF16, _F32, _plain(_BF16, _F32)[0], _encode_stochastic(round_to_bf16), by_place=True),
-        Format("fp16_stochastic", _F16, _F32, _plain(_F16, _F32)[0], _encode_stochastic(round_to_fp16), by_place=True),
-        # Moments.
-        Format("bf16_dither", _BF16, _F32, _plain(_BF16, _F32)[0], _encode_bf16_dither, by_place=True),
-        Format("e4m3", torch.uint8, _F32, _decode_e4m3, _encode_e4m3, _BASE, True),
-        Format("e5m3", torch.uint8, _F32, _decode_e5m3, _encode_e5m3, _BASE, True),
+        Format("fp32", _F32, _F32, *_plain(_F32, _F32), (PARAM, MU, NU), "fp32"),
+        Format("fp64", _F64, _F64, *_plain(_F64, _F64), (PARAM, MU, NU)),
+        Format("bf16", _BF16, _F32, *_plain(_BF16, _F32), (PARAM,), low_precision=True),
+        Format("fp16", _F16, _F32, *_plain(_F16, _F32), (PARAM,)),
+        Format("split16", _BF16, _F32, _decode_split16, _encode_split16, (PARAM,), "split16",
+               Part("remainder", torch.int16), low_precision=True),
+        Format("split8", _BF16, _F32, _decode_split8, _encode_split8, (PARAM,), "split8",
+               Part("remainder", torch.int8), index_dependent=True, low_precision=True),
+        Format("bf16_stochastic", _BF16, _F32, _from_bf16, _encode_bf16_stochastic, (PARAM,),
+               "stochastic_rounding", index_dependent=True, low_precision=True),
+        Format("bf16_dither", _BF16, _F32, _from_bf16, _encode_bf16_dither, (MU, NU), "bf16",
+               index_dependent=True, low_precision=True),
+        Format("e4m3", _U8, _F32, _decode_e4m3, _encode_e4m3, (MU,), "8bit", Part("_e4m3", _U8, BLOCK),
+               index_dependent=True, low_precision=True, max_exponent=254 - _E4M3_ORDERS),
+        Format("e5m3", _U8, _F32, _decode_e5m3, _encode_e5m3, (NU,), "8bit", Part("_e5m3", _U8, BLOCK),
+               index_dependent=True, low_precision=True, max_exponent=254 - _E5M3_ORDERS),
     )
 }  # fmt: skip
 
-_PLAIN = {f.dtype: f for f in list(FORMATS.values())[:4]}
+# What else there is to know of formats follows from the records.
+
+_CHOSEN = {(operand, f.choice): f for f in FORMATS.values() for operand in f.operands}
+_PLAIN = {f.dtype: f for f in FORMATS.values() if f.aux is None and not f.index_dependent}
+
+STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in FORMATS.values() if f.choice and MU in f.operands))
+MASTER_WEIGHTS = (None, *(f.choice for f in FORMATS.values() if f.aux and PARAM in f.operands))
+
+REMAINDERS = {f.aux.dtype: f for f in FORMATS.values() if f.aux and PARAM in f.operands}
+"""Formats that split a float32, by the dtype of the ``remainder``."""
+
+BLOCK_FORMATS = {f.aux.key: f for f in FORMATS.values() if f.aux and f.aux.block > 1}
+"""Moments with block exponents, by the suffix of the key of these."""
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 """A complex number is two independent real ones."""
@@ -314,6 +299,13 @@ def plain_format(dtype: torch.dtype) -> Format | None:
     return _PLAIN.get(REAL.get(dtype, dtype))
 
 
+def native_gradient(param: torch.dtype, grad: torch.dtype) -> bool:
+    """Whether kernels for parameters of one dtype read gradients of another as they are: of the
+    parameter's own dtype and of its working precision. The rest is copied first."""
+    plain = plain_format(param)
+    return plain is not None and REAL.get(grad, grad) in (plain.dtype, plain.working)
+
+
 class Formats(NamedTuple):
     """How one parameter and its moments lie in memory."""
 
@@ -322,9 +314,9 @@ class Formats(NamedTuple):
     nu: Format
 
     @property
-    def by_place(self) -> bool:
-        """Whether an element's bits depend on its place in its parameter."""
-        return any(format.by_place for format in self)
+    def index_dependent(self) -> bool:
+        """Whether an element's bits depend on its index in its parameter."""
+        return any(format.index_dependent for format in self)
 
 
 @cache
@@ -334,14 +326,11 @@ def formats_of(
     """The formats of a parameter of this dtype. Only a parameter of 16 bits has a choice of its own."""
     param = _PLAIN[REAL.get(dtype, dtype)]
     mu = nu = _PLAIN[param.working]
-    if state_format == "bf16":
-        mu = nu = FORMATS["bf16_dither"]
-    elif state_format == "8bit":
-        mu, nu = FORMATS["e4m3"], FORMATS["e5m3"]
-    if dtype.itemsize == 2 and stochastic_rounding:
-        param = FORMATS[f"{param.name}_stochastic"]
-    elif dtype.itemsize == 2 and master_weights is not None:
-        param = FORMATS[f"{param.name}_master" if master_weights == "fp32" else master_weights]
+    if param.working == _F32:
+        mu, nu = _CHOSEN[MU, state_format], _CHOSEN[NU, state_format]
+    choice = "stochastic_rounding" if stochastic_rounding else master_weights
+    if dtype.itemsize == 2 and choice is not None:
+        param = _CHOSEN[PARAM, choice]
     return Formats(param, mu, nu)
 
 
@@ -349,13 +338,14 @@ def check_formats(
     name: str, dtype: torch.dtype, state_format: str, master_weights: str | None, stochastic_rounding: bool
 ) -> None:
     """Raise a ValueError where a parameter cannot have the formats that were asked for, naming it."""
-    if state_format != "fp32" and dtype not in (_F32, _BF16, _F16):
+    plain = _PLAIN[REAL.get(dtype, dtype)]
+    if state_format != "fp32" and (dtype.is_complex or plain.working != _F32):
         raise ValueError(
             f"state_format={state_format!r} is for float32, bfloat16 and float16 parameters, and parameter "
             f"{name} has dtype {dtype}; give it an optimizer of its own with state_format='fp32'"
         )
-    if master_weights in ("split16", "split8") and dtype == _F16:
-        raise ValueError(
-            f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder, "
-            f"and parameter {name} has dtype {dtype}; use master_weights='fp32' for it"
-        )
+    if formats_of(dtype, "fp32", master_weights, stochastic_rounding).param.dtype != plain.dtype:
+        asked = f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
+        if stochastic_rounding:
+            asked = "stochastic_rounding is for bfloat16 parameters"
+        raise ValueError(f"{asked}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")
