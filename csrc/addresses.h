@@ -44,25 +44,27 @@ class Addresses {
   enum Answer { kChanged = 0, kSame = 1, kGradsMoved = 2 };
 
   // `grads`: where the gradients' addresses are kept, int64 each.
-  Addresses(py::list params, py::list values, int64_t grads)
-      : grads_(reinterpret_cast<int64_t*>(grads)), tensor_(py::module_::import("torch").attr("Tensor")) {
-    if (!py::hasattr(tensor_, "__dlpack_c_exchange_api__")) return;
-    const py::capsule capsule = tensor_.attr("__dlpack_c_exchange_api__");
+  // `held`: the tensors in the state, each once.
+  Addresses(py::list params, py::list held, int64_t grads)
+      : grads_(reinterpret_cast<int64_t*>(grads)) {
+    const py::object tensor = py::module_::import("torch").attr("Tensor");
+    if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
+    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
     api_ = static_cast<const DLPackExchangeAPI*>(capsule.get_pointer());
     if (api_->version.major != 1 || api_->dltensor_from_py_object_no_sync == nullptr) return;
     remembering_ = true;
-    works_ = ask_tensors(params.ptr(), values.ptr()) != kChanged;
+    works_ = ask_tensors(params.ptr(), held.ptr()) != kChanged;
     remembering_ = false;
   }
 
   bool works() const { return works_; }
 
-  int ask(py::list params, py::list keys, py::list states, py::list names, py::list values, py::list param_lists,
-          py::dict state) {
+  int ask(py::list params, py::list held, py::list keys, py::list states, py::list names, py::list values,
+          py::list param_lists, py::dict state) {
     if (!same_lists(param_lists, params.ptr()) || !same_dicts(state.ptr(), keys, states, names, values))
       return kChanged;
     next_ = 0;
-    return ask_tensors(params.ptr(), values.ptr());
+    return ask_tensors(params.ptr(), held.ptr());
   }
 
  private:
@@ -94,7 +96,7 @@ class Addresses {
     return n == keys.size() && item == values.size();
   }
 
-  Answer ask_tensors(PyObject* params, PyObject* values) {
+  Answer ask_tensors(PyObject* params, PyObject* held) {
     Answer answer = kSame;
     size_t live = 0;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
@@ -112,11 +114,9 @@ class Addresses {
       known = address;
       answer = kGradsMoved;
     }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(values); ++i) {
-      PyObject* const value = PyList_GET_ITEM(values, i);
-      if (!PyObject_TypeCheck(value, reinterpret_cast<PyTypeObject*>(tensor_.ptr()))) continue;
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(held); ++i) {
       int64_t address = 0, elements = 0;
-      if (!same_tensor(value, address, elements) || !same(address)) return kChanged;
+      if (!same_tensor(PyList_GET_ITEM(held, i), address, elements) || !same(address)) return kChanged;
     }
     return answer;
   }
@@ -134,9 +134,9 @@ class Addresses {
       all = same(d.shape[k]) && same(d.strides[k]);
       elements *= d.shape[k];
     }
-    constexpr int kComplex = 5;
+    constexpr int kFloat = 2, kComplex = 5;
     // A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
-    if (all && (d.ndim == 0 || d.dtype.code == kComplex)) {
+    if (all && (d.dtype.code == kComplex || (d.ndim == 0 && d.dtype.code == kFloat))) {
       const py::handle tensor(t);
       all = same(tensor.attr("is_conj")().cast<bool>()) && same(tensor.attr("is_neg")().cast<bool>());
     }
@@ -159,7 +159,6 @@ class Addresses {
   }
 
   int64_t* grads_;
-  py::object tensor_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_ = nullptr;
   bool works_ = false, remembering_ = false;

@@ -10,21 +10,18 @@ from torch import Tensor
 from .optimizer import FusedOptimizer
 from .options import Schedule, WeightDecayMask
 
-__all__ = ["AdaBelief"]
-
 
 @final
 class AdaBelief(FusedOptimizer):
-    r"""AdaBelief: the step is large where the gradient is as predicted, with the
-    semantics of ``optax.adabelief``, in one fused pass.
+    r"""AdaBelief: the step is large where the gradient is as predicted, with the semantics of
+    ``optax.adabelief``, in one fused pass.
 
     With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
 
     .. math::
         m_t &= (1-\beta_1) g_t + \beta_1 m_{t-1} \\
         s_t &= (1-\beta_2) (g_t - m_t)^2 + \beta_2 s_{t-1} + \varepsilon_{root} \\
-        u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{s_t / (1-\beta_2^t)} + \varepsilon}
-               + \lambda p_{t-1} \\
+        u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{s_t / (1-\beta_2^t)} + \varepsilon} + \lambda p_{t-1} \\
         p_t &= p_{t-1} - \eta u_t
 
     With ``nesterov`` the numerator is
@@ -32,36 +29,15 @@ class AdaBelief(FusedOptimizer):
     ``eps_root`` goes into the stored :math:`s_t` at every step.
 
     Args:
-        params: parameters, named parameters, or dicts of groups, of any mix of float32,
-            float64, bfloat16, float16, complex64 and complex128, of any shape and layout.
-        lr: :math:`\eta`; a float, a tensor of one element on the CPU or the parameters'
-            device, or a callable of the number of earlier ``step()`` calls.
+        params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.
+        lr: :math:`\eta`; a float, a tensor of one element, or a callable of the number of earlier steps.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\varepsilon`.
         eps_root: :math:`\varepsilon_{root}`.
-        weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float, or a callable as for
-            ``lr``.
+        weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
         nesterov: look one step ahead in the first moment.
-        weight_decay_mask: which parameters decay: a callable of (name, parameter), a
-            mapping from name to bool, or a list of bools in parameter order. Unnamed
-            parameters are named by their number in their group.
-        decoupled_lr: scale weight decay by ``lr / initial_lr`` in place of ``lr``
-            (Loshchilov and Hutter).
-        maximize: ascend.
-        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` (2 bytes each) or ``"8bit"``
-            (1 byte each, and one for every 128 elements), rounded so that their mean is right.
-        master_weights: what keeps the bits of a bfloat16 parameter that its 16 cannot hold: None,
-            ``"split16"`` (16 bits beside the parameter, together the exact float32) or ``"split8"`` (8 bits, a float32 of 24 bits).
-            float32 and float64 parameters need none and have none.
-        stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off,
-            instead of to nearest, where small updates are lost; see :attr:`seed`.
-        flatten: move parameters, gradients and states into one contiguous buffer each; the tensors
-            become views of them. Results are the same; see :meth:`unflatten`.
-        backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,
-            ``"cpu"``, ``"eager"``.
 
-    State: ``step`` (int64), ``exp_avg`` and ``exp_avg_var``, in float32 for 16-bit
-    parameters and in the parameter's dtype otherwise.
+    State: ``step`` (int64), ``exp_avg`` and ``exp_avg_var``.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; named.
@@ -100,23 +76,13 @@ class AdaBelief(FusedOptimizer):
         flatten: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "eps_root": eps_root,
-            "weight_decay": weight_decay,
-            "nesterov": nesterov,
-            "maximize": maximize,
-        }
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         super().__init__(
             params,
-            defaults,
+            {**numbers, "nesterov": nesterov, "maximize": maximize},
             weight_decay_mask=weight_decay_mask,
             decoupled_lr=decoupled_lr,
-            state_format=state_format,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
+            formats=(state_format, master_weights, stochastic_rounding),
             flatten=flatten,
             backend=backend,
         )

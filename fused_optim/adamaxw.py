@@ -10,8 +10,6 @@ from torch import Tensor
 from .optimizer import FusedOptimizer
 from .options import Schedule, WeightDecayMask
 
-__all__ = ["AdamaxW"]
-
 
 @final
 class AdamaxW(FusedOptimizer):
@@ -27,34 +25,13 @@ class AdamaxW(FusedOptimizer):
         p_t &= p_{t-1} - \eta u_t
 
     Args:
-        params: parameters, named parameters, or dicts of groups, of any mix of float32,
-            float64, bfloat16, float16, complex64 and complex128, of any shape and layout.
-        lr: :math:`\eta`; a float, a tensor of one element on the CPU or the parameters'
-            device, or a callable of the number of earlier ``step()`` calls.
+        params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.
+        lr: :math:`\eta`; a float, a tensor of one element, or a callable of the number of earlier steps.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\varepsilon`.
-        weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float, or a callable as for
-            ``lr``.
-        weight_decay_mask: which parameters decay: a callable of (name, parameter), a
-            mapping from name to bool, or a list of bools in parameter order. Unnamed
-            parameters are named by their number in their group.
-        decoupled_lr: scale weight decay by ``lr / initial_lr`` in place of ``lr``
-            (Loshchilov and Hutter).
-        maximize: ascend.
-        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` (2 bytes each) or ``"8bit"``
-            (1 byte each, and one for every 128 elements), rounded so that their mean is right.
-        master_weights: what keeps the bits of a bfloat16 parameter that its 16 cannot hold: None,
-            ``"split16"`` (16 bits beside the parameter, together the exact float32) or ``"split8"`` (8 bits, a float32 of 24 bits).
-            float32 and float64 parameters need none and have none.
-        stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off,
-            instead of to nearest, where small updates are lost; see :attr:`seed`.
-        flatten: move parameters, gradients and states into one contiguous buffer each; the tensors
-            become views of them. Results are the same; see :meth:`unflatten`.
-        backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,
-            ``"cpu"``, ``"eager"``.
+        weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
 
-    State: ``step`` (int64), ``exp_avg`` and ``exp_inf``, in float32 for 16-bit parameters
-    and in the parameter's dtype otherwise. Checkpoints of ``torch.optim.Adamax`` load.
+    State: ``step`` (int64), ``exp_avg`` and ``exp_inf``. Checkpoints of ``torch.optim.Adamax`` load.
 
     Raises:
         ValueError, TypeError: an argument is out of range or of the wrong type; named.
@@ -91,21 +68,13 @@ class AdamaxW(FusedOptimizer):
         flatten: bool = False,
         backend: str | None = None,
     ) -> None:
-        defaults = {
-            "lr": lr,
-            "betas": betas,
-            "eps": eps,
-            "weight_decay": weight_decay,
-            "maximize": maximize,
-        }
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(
             params,
-            defaults,
+            {**numbers, "maximize": maximize},
             weight_decay_mask=weight_decay_mask,
             decoupled_lr=decoupled_lr,
-            state_format=state_format,
-            master_weights=master_weights,
-            stochastic_rounding=stochastic_rounding,
+            formats=(state_format, master_weights, stochastic_rounding),
             flatten=flatten,
             backend=backend,
         )

@@ -57,15 +57,16 @@ class Addresses:
         self.params = list(chain.from_iterable(param_lists))
         grads = [p.grad for p in self.params]
         self._has_grad = [g is not None for g in grads]
-        self.live = [p for p, has in zip(self.params, self._has_grad) if has]
         self._keys, self._states = list(state), list(state.values())
         dicts = [s for s in self._states if isinstance(s, dict)]
         self._lengths = list(map(len, dicts))
         self._names = list(chain.from_iterable(dicts))
         self._values = list(chain.from_iterable(map(dict.values, dicts)))
-        self._tensors = [*self.live, *(v for v in self._values if isinstance(v, Tensor))]
-        self._places = list(map(Tensor.data_ptr, self._tensors))
-        self._kinds = _kinds(self._tensors)
+        held = {id(v): v for v in self._values if isinstance(v, Tensor)}
+        self._tensors = list(held.values())
+        self._fixed = [p for p, has in zip(self.params, self._has_grad) if has] + self._tensors
+        self._places = list(map(Tensor.data_ptr, self._fixed))
+        self._kinds = _kinds(self._fixed)
         live_grads = [g for g in grads if g is not None]
         self._grad_kinds = _kinds(live_grads)
         self.grads = int64_tensor(list(map(Tensor.data_ptr, live_grads)))
@@ -73,8 +74,8 @@ class Addresses:
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone, and the objects stay here, where Python's garbage collector
         # sees them.
-        self._known = (self.params, self._keys, self._states, self._names, self._values)
-        native = cpu and cpu.Addresses(self.params, self._values, self.grads.data_ptr())
+        self._known = (self.params, self._tensors, self._keys, self._states, self._names, self._values)
+        native = cpu and cpu.Addresses(self.params, self._tensors, self.grads.data_ptr())
         self._native = native if native and native.works() else None
 
     def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> Answer:
@@ -102,8 +103,8 @@ class Addresses:
             return Answer.CHANGED
         places = list(map(Tensor.data_ptr, live))
         if (
-            list(map(Tensor.data_ptr, self._tensors)) != self._places
-            or _kinds(self._tensors) != self._kinds
+            list(map(Tensor.data_ptr, self._fixed)) != self._places
+            or _kinds(self._fixed) != self._kinds
             or _kinds(live) != self._grad_kinds
         ):
             return Answer.CHANGED

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import Group, check_group, checked_count, name_of, whole_number
+from .options import Group, check_group, checked_count, names_of, whole_number
 from .plan import Settings
 from .state import check_saved, checked_step, copy_state, in_formats, with_exponent_keys
 
@@ -59,11 +59,10 @@ def read(saved: dict[str, Any], own: list[Group], settings: Settings, decoupled_
     steps: dict[Any, Tensor] = {}
     numbers = [0]
     for i, (group, ours) in enumerate(zip(groups, own)):
-        for j, (key, p) in enumerate(zip(group["params"], ours["params"])):
+        for j, (name, key, p) in enumerate(zip(names_of(own, i), group["params"], ours["params"])):
             state = saved["state"].get(key)
             if not state:
                 continue
-            name = name_of(own, i, j)
             state = {"step": group["step"], **state} if "step" in group else state
             states[p] = _converted(name, p, state, settings)
             number = checked_step(name, state["step"], ValueError)
@@ -94,7 +93,7 @@ def _converted(name: str, p: Tensor, state: dict[str, Any], settings: Settings) 
 def _complete(group: Group, own: list[Group], index: int, decoupled_lr: bool) -> Group:
     """A saved group, with what another optimizer's lacks taken from ours."""
     ours = own[index] if index < len(own) else {}
-    complete = {**{k: v for k, v in ours.items() if k not in ("params", "param_names")}, **group}
+    complete = {**{k: v for k, v in ours.items() if k not in ("params", "param_names", "schedules")}, **group}
     if decoupled_lr and "reference_lr" not in group and "initial_lr" in group:
         complete["reference_lr"] = float(group["initial_lr"])
     mask, n = complete.get("weight_decay_mask"), len(group["params"])
@@ -128,6 +127,15 @@ def _warn_of_differences(group: Group, ours: Group, index: int) -> None:
             UserWarning,
             stacklevel=8,
         )
+
+
+def keep_schedules(old: list[Group], new: list[Group]) -> None:
+    """Give loaded groups the callables of those that they replace; loaded values are no outside writes."""
+    for before, group in zip(old, new):
+        if "schedules" in before:
+            group["schedules"] = before["schedules"]
+            for key, scheduled in group["schedules"].items():
+                scheduled.value = group[key]
 
 
 def unflatten(params: list[Tensor], state: dict[Any, Any]) -> None:

@@ -7,14 +7,18 @@ share one row of the table.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Callable, Iterable
 from itertools import accumulate
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .memory import nbytes
+from .state import State
 from .storage import Part
+from .table import Operands
 
 ALIGN = 16
 """Slots start at multiples of this many elements: 32 bytes or more in every dtype."""
@@ -78,9 +82,8 @@ class FlatBuffers:
         start, end = self._bounds(self.param, p)
         return start * pairs, end * pairs
 
-    def storages(self) -> list[int]:
-        """The addresses of all buffers."""
-        return [buffer.untyped_storage().data_ptr() for buffer in self._buffers.values()]
+    def tensors(self) -> list[Tensor]:
+        return list(self._buffers.values())
 
     @property
     def padding_bytes(self) -> int:
@@ -89,17 +92,81 @@ class FlatBuffers:
         return nbytes(*self._buffers.values()) - used
 
 
-def flat_buffers(params: Iterable[Tensor]) -> list[FlatBuffers]:
-    """Move parameters into flat buffers, one set for each device and dtype."""
-    by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for p in params:
-        by_kind.setdefault((p.device, p.dtype), []).append(p)
-    return [FlatBuffers(members) for members in by_kind.values()]
+class FlatLayout:
+    """All flat buffers of an optimizer, one set for each device and dtype."""
+
+    def __init__(self) -> None:
+        self.buffers: list[FlatBuffers] = []
+
+    def hold(self, params: Iterable[Tensor]) -> None:
+        """Have exactly these parameters in flat buffers; if they are not, gather them anew."""
+        params = list(params)
+        moved = [(b, p) for b in self.buffers for p in b.params if not b.in_slot(b.param, p, p)]
+        if not moved and {p for b in self.buffers for p in b.params} == set(params):
+            return
+        if any((p.device, p.dtype) == (b.device, b.dtype) for b, p in moved):
+            warnings.warn(
+                "parameters were moved out of the flat buffers of flatten=True (p.data = ...); they are "
+                "gathered again, which costs a copy",
+                UserWarning,
+                stacklevel=7,
+            )
+        by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+        for p in params:
+            by_kind.setdefault((p.device, p.dtype), []).append(p)
+        self.buffers = [FlatBuffers(members) for members in by_kind.values()]
+
+    def take(
+        self, items: list[Operands], others: dict[Any, State], parts_of: Callable[[Tensor], list[Part]]
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Move states and gradients into their slots. Returns parameters and the slots of their gradients.
+
+        Args:
+            others: states of what is not stepped; they leave slots that are not theirs.
+            parts_of: what a parameter keeps in its state.
+        """
+        of = {p: b for b in self.buffers for p in b.params}
+        storages = {t.untyped_storage().data_ptr() for b in self.buffers for t in b.tensors()}
+        stepped = {o.source: o.state for o in items}
+        moves, grad_slots = [], []
+        for p, state in {**others, **stepped}.items():
+            b = of.get(p)
+            parts = {} if b is None else {part.key: part for part in parts_of(p)}
+            for key, t in state.items():
+                if b is None or key not in parts or not isinstance(t, Tensor):
+                    state[key] = _apart(t, storages)
+                elif not b.in_slot(parts[key], p, t):
+                    slot = b.slot(parts[key], p)
+                    moves.append((slot, t))
+                    state[key] = slot
+        for o in items:
+            b, grad = of.get(o.source), o.source.grad
+            if b is not None and grad is not None and grad.dtype == o.source.dtype:
+                grad_slots.append((o.source, b.slot(b.grad, o.source)))
+                o.grad_copy, o.slot = None, b.bounds(o.source)
+        _move(moves)
+        take_grads(grad_slots)
+        return grad_slots
 
 
-def move_to(slots: list[tuple[Tensor, Tensor]]) -> None:
+def _apart(t: Any, storages: set[int]) -> Any:
+    """A tensor that does not lie in one of these storages."""
+    if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in storages:
+        return t.clone(memory_format=torch.preserve_format)
+    return t
+
+
+def _move(slots: list[tuple[Tensor, Tensor]]) -> None:
     """Copy tensors into slots, given as (slot, tensor); they may be one another's slots."""
-    buffers = {slot.untyped_storage().data_ptr() for slot, _ in slots}
-    sources = [t.clone() if t.untyped_storage().data_ptr() in buffers else t for _, t in slots]
+    storages = {slot.untyped_storage().data_ptr() for slot, _ in slots}
+    sources = [_apart(t, storages) for _, t in slots]
     for (slot, _), source in zip(slots, sources):
         slot.copy_(source)
+
+
+def take_grads(slots: list[tuple[Tensor, Tensor]]) -> None:
+    """Bring gradients into their slots; autograd and users make new ones elsewhere."""
+    moved = [(p, slot) for p, slot in slots if p.grad is not None and p.grad.data_ptr() != slot.data_ptr()]
+    _move([(slot, p.grad) for p, slot in moved if p.grad is not None])
+    for p, slot in moved:
+        p.grad = slot

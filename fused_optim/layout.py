@@ -41,7 +41,7 @@ def is_lazy(t: Tensor) -> bool:
 def may_be_lazy(t: Tensor) -> bool:
     """Whether :func:`is_lazy` must be asked of a tensor of this shape, dtype and these strides: a
     lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions."""
-    return t.dim() == 0 or t.is_complex()
+    return t.is_complex() or (t.dim() == 0 and t.is_floating_point())
 
 
 def dense_like(p: Tensor, in_order: bool) -> Tensor:

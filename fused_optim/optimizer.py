@@ -6,7 +6,6 @@ backend makes the step. A step goes: closure, hyperparameters, plan, launch.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -16,9 +15,9 @@ from torch import Tensor
 
 from . import checkpoint, options
 from .backends import Inputs, check_name, select
-from .flat import FlatBuffers, flat_buffers
+from .flat import FlatLayout
 from .layout import check_no_overlap
-from .memory import Memory, memory_of
+from .memory import Memory, memory_of, nbytes
 from .options import HyperparameterTable, WeightDecayMask
 from .plan import Plan, Settings, make_plan
 from .reference import MAX_COUNT
@@ -27,7 +26,32 @@ from .storage import check_formats, plain_format
 
 
 class FusedOptimizer(torch.optim.Optimizer):
-    """What AdaBelief, AdamaxW and AdamW share: everything but the rule. Not for direct use."""
+    r"""What AdaBelief, AdamaxW and AdamW share: everything but the rule. Not for direct use.
+
+    Args:
+        params: parameters, named parameters, or dicts of groups, of any mix of float32, float64,
+            bfloat16, float16, complex64 and complex128, of any shape and layout.
+        defaults: what a group holds unless it says otherwise. ``lr`` and ``weight_decay`` may be callables
+            of the number of earlier ``step()`` calls.
+        weight_decay_mask: which parameters decay: a callable of (name, parameter), a mapping from name to
+            bool, or a list of bools in parameter order. Unnamed parameters are named by their number in
+            their group.
+        decoupled_lr: scale weight decay by ``lr / reference_lr`` (the group's first lr) in place of ``lr``
+            (Loshchilov and Hutter).
+        maximize: ascend.
+        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` (2 bytes each) or ``"8bit"`` (1 byte
+            each, and one for every 128 elements), rounded so that their mean is right.
+        master_weights: what keeps the bits of a bfloat16 parameter that its 16 cannot hold: None,
+            ``"split16"`` (16 bits beside the parameter, together the exact float32) or ``"split8"`` (8 bits,
+            a float32 of 24 bits). float32 and float64 parameters need none and have none.
+        stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
+            to nearest, where small updates are lost; see :attr:`seed`.
+        flatten: move parameters, gradients and states into one contiguous buffer each; the tensors become
+            views of them. Results are the same; see :meth:`unflatten`.
+        backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
+
+    Moments are float32 for 16-bit parameters and ``state_format="fp32"``, else of the parameter's dtype.
+    """
 
     rule: str
     """The subclass's name in :data:`~.rules.RULES`."""
@@ -43,17 +67,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         *,
         weight_decay_mask: WeightDecayMask | None,
         decoupled_lr: bool,
-        state_format: str,
-        master_weights: str | None,
-        stochastic_rounding: bool,
+        formats: tuple[str, str | None, bool],
         flatten: bool,
         backend: str | None,
     ) -> None:
         check_name(backend)
         options.check_mask_type(weight_decay_mask)
-        formats = options.FormatOptions(state_format, master_weights, stochastic_rounding)
-        formats.check()
-        self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
+        self._settings = Settings(
+            RULES[self.rule], options.checked_formats(*formats), options.flag("flatten", flatten), backend
+        )
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
         self._mask, self._mask_used = weight_decay_mask, 0
         self._count = 0
@@ -68,15 +90,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         for device in {p.device for p in self._params() if p.device.type != "meta"}:
             select(backend, device)
         if flatten:
-            self._flat.extend(flat_buffers(p for p in self._params() if self._settings.can_be_flat(p)))
+            self._flat.hold(p for p in self._params() if self._settings.can_be_flat(p))
 
     def _reset(self) -> None:
         """Forget all that can be worked out again."""
         self._plan: Plan | None = None
-        self._flat: list[FlatBuffers] = []
+        self._flat = FlatLayout()
         self._hyper = HyperparameterTable()
         self._captured: list[Any] = []
-        self._warned = False
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
@@ -122,8 +143,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._mask_used += len(group["params"])
             mask = self._mask[first : self._mask_used]
         group["weight_decay_mask"] = options.mask_of(self._mask if mask is None else mask, group)
-        for j, p in enumerate(group["params"]):
-            name = options.name_of(self.param_groups, index, j)
+        for name, p in zip(options.names_of(self.param_groups, index), group["params"]):
             options.check_kind(name, p, self._settings.flatten)
             if plain_format(p.dtype) is not None:
                 check_formats(name, p.dtype, *self._settings.formats)
@@ -153,17 +173,20 @@ class FusedOptimizer(torch.optim.Optimizer):
         options.run_schedules(self.param_groups, self._count)
         self._hyper.read(self.param_groups)
         plan = self._current_plan(capturing)
-        inputs = self._inputs(plan)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
         try:
             for backend, batch in plan.batches:
                 for o in batch.copied:
                     o.load_copies()
-                backend.step(batch, inputs[batch.key.device])
-                for o in batch.copied:
-                    o.store_copies()
+                try:
+                    backend.step(batch, inputs[batch.key.device])
+                finally:
+                    for o in batch.copied:
+                        o.store_copies()
         finally:
             # A backward pass through an older graph must notice, whatever interrupted the loop.
-            torch.autograd.graph.increment_version(plan.stepped)
+            torch.autograd.graph.increment_version(plan.versioned)
         if capturing:
             self._keep_captured(plan)
         self._count = min(self._count + 1, MAX_COUNT)
@@ -179,38 +202,9 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "states before the capture"
                 )
             self._plan = None
-            plan = make_plan(
-                self.param_groups, self.state, self._settings, self._seed, self._flat, self._warn_of_flat
-            )
+            plan = make_plan(self.param_groups, self.state, self._settings, self._seed, self._flat)
             self._plan = plan
         return plan
-
-    def _warn_of_flat(self) -> None:
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                "parameters were moved out of the flat buffers of flatten=True (model.to(), p.data = ...); "
-                "they are gathered again, which costs a copy",
-                UserWarning,
-                stacklevel=6,
-            )
-
-    def _inputs(self, plan: Plan) -> dict[torch.device, Inputs]:
-        """What each device's batches are given."""
-        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        return {
-            device: Inputs(
-                self._hyper.on(device),
-                *(
-                    # Towards the CPU the copy is waited for: there the step reads it on the host.
-                    None
-                    if t is None
-                    else t.reshape(()).to(device, torch.float32, non_blocking=device.type != "cpu")
-                    for t in (scale, found_inf)
-                ),
-            )
-            for device in {batch.key.device for _, batch in plan.batches}
-        }
 
     def _keep_captured(self, plan: Plan) -> None:
         """Keep for good what a CUDA graph reads, and do not use it again: what was uploaded
@@ -228,12 +222,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         checkpoint.unflatten(self._params(), self.state)
         self._settings = replace(self._settings, flatten=False)
-        self._plan, self._flat = None, []
+        self._plan, self._flat = None, FlatLayout()
 
     def memory(self) -> Memory:
-        """Bytes of parameters, gradients, moments, master weights and metadata as they are now,
-        and what a step takes beside: for all backends but eager that grows with the number of
-        tensors, not of elements.
+        """Bytes of parameters, gradients, moments, master weights and metadata as they are now.
 
         Example:
             >>> import torch
@@ -246,9 +238,11 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> {part: round(memory.per_parameter()[part], 2) for part in ("parameters", "moments", "master")}
             {'parameters': 2.0, 'moments': 2.02, 'master': 1.0}
         """
-        batches = self._plan.batches if self._plan is not None else []
-        padding = sum(buffers.padding_bytes for buffers in self._flat)
-        return memory_of(self._params(), self.state, batches, padding, self._hyper.on_device)
+        beside = [*self._hyper.on_device.values()]
+        for _, batch in self._plan.batches if self._plan else ():
+            beside += batch.tensors()
+        padding = sum(buffers.padding_bytes for buffers in self._flat.buffers)
+        return memory_of(self._params(), self.state, nbytes(*beside) + padding)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a
@@ -272,18 +266,18 @@ class FusedOptimizer(torch.optim.Optimizer):
             ValueError: a state lacks a key or has another shape; names both. The
                 optimizer keeps its old state.
         """
-        loaded: checkpoint.Loaded | None = None
+        old = self.param_groups
+        loaded: list[checkpoint.Loaded] = []
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            nonlocal loaded
-            loaded = checkpoint.read(saved, self.param_groups, self._settings, self._decoupled_lr)
-            return {**saved, "param_groups": loaded.groups, "state": {}}
+            loaded.append(checkpoint.read(saved, old, self._settings, self._decoupled_lr))
+            return {**saved, "param_groups": loaded[0].groups, "state": {}}
 
         def install(_: torch.optim.Optimizer) -> None:
-            assert loaded is not None
-            self.state.update(loaded.states)
-            self._count = loaded.count
-            self._seed = self._seed if loaded.seed is None else loaded.seed
+            checkpoint.keep_schedules(old, self.param_groups)
+            self.state.update(loaded[0].states)
+            self._count = loaded[0].count
+            self._seed = self._seed if loaded[0].seed is None else loaded[0].seed
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.
         handles = [

@@ -49,16 +49,20 @@ class FormatOptions(NamedTuple):
     master_weights: str | None
     stochastic_rounding: bool
 
-    def check(self) -> None:
-        for name, choices in (("state_format", STATE_FORMATS), ("master_weights", MASTER_WEIGHTS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-        if flag("stochastic_rounding", self.stochastic_rounding) and self.master_weights is not None:
-            raise ValueError(
-                "stochastic_rounding=True is for parameters without a master, got "
-                f"master_weights={self.master_weights!r}; give one of the two"
-            )
+
+def checked_formats(state_format: Any, master_weights: Any, stochastic_rounding: Any) -> FormatOptions:
+    for name, value, choices in (
+        ("state_format", state_format, STATE_FORMATS),
+        ("master_weights", master_weights, MASTER_WEIGHTS),
+    ):
+        if value not in choices:
+            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+    if flag("stochastic_rounding", stochastic_rounding) and master_weights is not None:
+        raise ValueError(
+            f"stochastic_rounding=True is for parameters without a master, got master_weights={master_weights!r}; "
+            "give one of the two"
+        )
+    return FormatOptions(state_format, master_weights, stochastic_rounding)
 
 
 @dataclass
@@ -106,16 +110,14 @@ def where_of(index: int) -> str:
     return f" of group {index}" if index else ""
 
 
-def name_of(groups: list[Group], group: int, index: int) -> str:
-    """What error texts call a parameter."""
-    names = groups[group].get("param_names", ())
-    if len(names) == len(groups[group]["params"]):
-        return repr(names[index])
-    return f"{index} of group {group}"
+def names_of(groups: list[Group], index: int) -> list[str]:
+    """What error texts call a group's parameters."""
+    names, n = groups[index].get("param_names", ()), len(groups[index]["params"])
+    return [repr(name) for name in names] if len(names) == n else [f"{j} of group {index}" for j in range(n)]
 
 
 def named(groups: list[Group]) -> list[tuple[str, Tensor]]:
-    return [(name_of(groups, i, j), p) for i, g in enumerate(groups) for j, p in enumerate(g["params"])]
+    return [pair for i, group in enumerate(groups) for pair in zip(names_of(groups, i), group["params"])]
 
 
 def _tensor_lr(lr: Tensor, where: str) -> float | None:

@@ -17,12 +17,11 @@ from __future__ import annotations
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .memory import nbytes
 from .rules import Rule
 from .storage import Format, Formats
 
@@ -46,47 +45,66 @@ def int64_tensor(values: Sequence[int]) -> Tensor:
 
 @dataclass
 class Operands:
-    """One parameter's tensors, dense and of equal strides; complex ones as real pairs."""
+    """One parameter's tensors as kernels see them: dense, of equal strides, complex ones as real pairs."""
 
+    name: str
     source: Tensor
     """The parameter as the user has it."""
-    param: Tensor
+    dense: Tensor
     """It, or memory for a dense copy of it."""
-    mu: Tensor
-    nu: Tensor
-    aux: tuple[Tensor | None, Tensor | None, Tensor | None]
-    """The auxiliary tensors of the parameter, ``mu`` and ``nu``, in formats that have one."""
-    step: Tensor
-    """0-dim int64: the number of steps that this parameter has made."""
-    hyper_row: int
-    random_key: int
     grad_copy: Tensor | None
     """Memory for the gradient in a dtype and layout that kernels can read, where its own is another."""
-    copies_param: bool
-    slot: tuple[int, int] | None
+    state: dict[str, Any]
+    keys: tuple[str, str]
+    """Of the two moments in ``state``."""
+    formats: Formats
+    hyper_row: int
+    random_key: int
+    slot: tuple[int, int] | None = None
     """With ``flatten``: (start, end) in its flat buffers, in real elements, padding included."""
 
     @property
     def grad(self) -> Tensor:
         grad = self.source.grad if self.grad_copy is None else self.grad_copy
         assert grad is not None
-        return torch.view_as_real(grad) if grad.is_complex() else grad
+        return _real(grad)
+
+    @property
+    def stored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The parameter and its moments."""
+        mu, nu = (_real(self.state[key]) for key in self.keys)
+        return _real(self.dense), mu, nu
+
+    @property
+    def aux(self) -> list[Tensor | None]:
+        """The auxiliary tensors of :attr:`stored`, in formats that have one."""
+        parts = (format.aux_of(key) for key, format in zip(("", *self.keys), self.formats))
+        return [None if part is None else self.state[part.key] for part in parts]
+
+    @property
+    def step(self) -> Tensor:
+        """0-dim int64: the number of steps that this parameter has made."""
+        step: Tensor = self.state["step"]
+        return step
+
+    @property
+    def copies(self) -> bool:
+        return self.dense is not self.source or self.grad_copy is not None
 
     def load_copies(self) -> None:
-        if self.copies_param:
-            _complex_like(self.source, self.param).copy_(self.source)
+        if self.dense is not self.source:
+            self.dense.copy_(self.source)
         if self.grad_copy is not None:
             assert self.source.grad is not None
             self.grad_copy.copy_(self.source.grad)
 
     def store_copies(self) -> None:
-        if self.copies_param:
-            self.source.copy_(_complex_like(self.source, self.param))
+        if self.dense is not self.source:
+            self.source.copy_(self.dense)
 
 
-def _complex_like(like: Tensor, values: Tensor) -> Tensor:
-    """``values`` as complex numbers where ``like`` is complex."""
-    return torch.view_as_complex(values) if like.is_complex() else values
+def _real(t: Tensor) -> Tensor:
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 class BatchKey(NamedTuple):
@@ -106,7 +124,7 @@ class Batch:
     def __init__(self, key: BatchKey, items: list[Operands]) -> None:
         self.key = key
         self.items = items
-        self.copied = [o for o in items if o.copies_param or o.grad_copy is not None]
+        self.copied = [o for o in items if o.copies]
         self.first_items: list[int] = []
         """The number of each row's first item."""
         rows: list[int] = []
@@ -121,29 +139,26 @@ class Batch:
                 counters += (o.step.data_ptr(), o.hyper_row)
             start = 0 if o.slot is None else o.slot[0]
             if previous is not None and not in_order and _continues(previous, o):
-                rows[-len(ROW_COLUMNS)] = start - first + o.param.numel()
+                rows[-len(ROW_COLUMNS)] = start - first + o.stored[0].numel()
             else:
                 self.first_items.append(i)
                 first = start
                 addresses = (0 if t is None else t.data_ptr() for t in _in_row(o))
-                rows += (o.param.numel(), counter, *addresses, o.random_key)
+                rows += (o.stored[0].numel(), counter, *addresses, o.random_key)
             previous = o
         self.rows = int64_tensor(rows).view(-1, len(ROW_COLUMNS))
-        self.numel = sum(o.param.numel() for o in items)
+        self.numel = sum(o.dense.numel() for o in items)
         self.counters = int64_tensor(counters).view(-1, 2)
         self._chunks: dict[int, Tensor] = {}
         self.on_device: dict[str, Tensor] = {}
         """Where a GPU backend keeps its copies of the table; emptied when rows change."""
 
-    @property
-    def table_bytes(self) -> int:
-        """Memory of the table, on the host and on the device."""
-        return nbytes(self.rows, self.counters, *self._chunks.values(), *self.on_device.values())
-
-    @property
-    def copy_bytes(self) -> int:
-        """Memory for what kernels cannot walk where it lies."""
-        return nbytes(*(o.grad_copy for o in self.items), *(o.param for o in self.items if o.copies_param))
+    def tensors(self) -> list[Tensor]:
+        """The table, on the host and on the device, and copies of what kernels cannot walk as it is."""
+        copies = [
+            t for o in self.copied for t in (o.grad_copy, o.dense) if t is not None and t is not o.source
+        ]
+        return [self.rows, self.counters, *self._chunks.values(), *self.on_device.values(), *copies]
 
     def chunks(self, size: int) -> Tensor:
         """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk).
@@ -166,7 +181,7 @@ class Batch:
 
 def _in_row(o: Operands) -> tuple[Tensor | None, ...]:
     """What a row holds the addresses of, in its order."""
-    return (o.grad, o.param, o.mu, o.nu, *o.aux)
+    return (o.grad, *o.stored, *o.aux)
 
 
 def _continues(a: Operands, b: Operands) -> bool:

@@ -22,6 +22,16 @@ class Inputs(NamedTuple):
     found_inf: Tensor | None
     """0-dim float32: if it is not 0, nothing changes."""
 
+    @classmethod
+    def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> Inputs:
+        """With ``grad_scale`` and ``found_inf`` on ``device``. Towards the CPU a copy is waited for: there
+        the step reads it on the host."""
+        wait = device.type == "cpu"
+        scale, found_inf = (
+            None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp
+        )
+        return cls(hyper, scale, found_inf)
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -33,8 +43,6 @@ class Backend:
         load: brings in all that a step of such a batch runs. It is called for all batches before the
             first of them is stepped, so that a compiler's error leaves no step half made.
         step: makes one step of a batch in place, step numbers included.
-        step_bytes: memory that a step of a batch takes and gives back; None where that is not
-            bounded by the number of tensors.
         steps_all_at_once: whether ``step`` makes all of a batch or nothing, whatever interrupts it.
     """
 
@@ -42,13 +50,7 @@ class Backend:
     why_not: Callable[[torch.device], str | None]
     load: Callable[[BatchKey], None]
     step: Callable[[Batch, Inputs], None]
-    step_bytes: Callable[[Batch], int | None]
     steps_all_at_once: bool = True
-
-
-def coefficient_bytes(batch: Batch) -> int:
-    """At most what a fused step takes: 16 values of the working precision for each step number."""
-    return len(batch.counters) * 16 * batch.key.param.working.itemsize
 
 
 class DeviceTable(NamedTuple):

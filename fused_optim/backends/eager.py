@@ -24,15 +24,14 @@ def step(batch: Batch, inputs: Inputs) -> None:
     for o, t, *row in zip(batch.items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
-        stored = (o.param, o.mu, o.nu)
-        formats = (key.param, key.mu, key.nu)
-        p, mu, nu = (f.decode(x, aux) for f, x, aux in zip(formats, stored, o.aux))
+        stored, aux = o.stored, o.aux
+        p, mu, nu = (f.decode(x, a) for f, x, a in zip(o.formats, stored, aux))
         writes = [(o.step, t)]
-        for f, operand, values, x, aux in zip(
-            formats, (PARAM, MU, NU), rule.reference(p, g, mu, nu, c), stored, o.aux
+        for f, operand, values, x, a in zip(
+            o.formats, (PARAM, MU, NU), rule.reference(p, g, mu, nu, c), stored, aux
         ):
             new, new_aux = f.encode(values, Place(t, o.random_key, operand))
-            writes += [(x, new)] if aux is None or new_aux is None else [(x, new), (aux, new_aux)]
+            writes += [(x, new)] if a is None or new_aux is None else [(x, new), (a, new_aux)]
         _write(writes, None if inputs.found_inf is None else inputs.found_inf != 0)
 
 
@@ -48,6 +47,4 @@ def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
         raise
 
 
-EAGER = Backend(
-    "eager", lambda device: None, nothing_to_load, step, lambda batch: None, steps_all_at_once=False
-)
+EAGER = Backend("eager", lambda device: None, nothing_to_load, step, steps_all_at_once=False)
