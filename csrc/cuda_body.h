@@ -38,6 +38,7 @@ struct alignas(8) Access8 {
 struct CudaTask {
   const Row* rows;
   const Chunk* chunks;
+  int64_t n_chunks;
   const Counter* counters;
   int64_t n_counters;
   const Hyperparameters* hyper;
@@ -95,18 +96,25 @@ FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
   return task.found_inf != nullptr && read_only(task.found_inf) != 0.0f;
 }
 
-// Works out the coefficients of counter `i` and advances it.
+// Works out the coefficients of counter `i`. Step numbers stay as they are: when the step kernel is not
+// launched, nothing has changed.
 template <class T>
 FUSED_OPTIM_DEVICE void prologue_body(const CudaTask& task, int64_t i) {
   if (i >= task.n_counters) return;
-  const bool skip = skips(task);
   const Counter counter = task.counters[i];
-  int64_t* const step = global<int64_t>(counter.step);
-  const int64_t count = next_count(*step);
+  const int64_t count = next_count(*global<const int64_t>(counter.step));
   const T grad_scale = task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale));
   static_cast<Coefficients<T>*>(task.coefficients)[i] =
       coefficients<T>(task.hyper[counter.hyper], count, grad_scale);
-  if (!skip) *step = count;
+}
+
+// One thread's share of writing the new step numbers, which no other block reads.
+template <class T>
+FUSED_OPTIM_DEVICE void advance_counters(const CudaTask& task, int thread) {
+  if (skips(task)) return;
+  const Coefficients<T>* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
+  for (int64_t i = thread; i < task.n_counters; i += kThreads)
+    *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
 }
 
 // What codecs are given and return for what is stored: integers in 32 bits.
@@ -360,14 +368,14 @@ struct Neighbours {
   // to 16% more instructions where there are corrections; and two loops take up to 7% more with float32
   // moments, whose kernels wait for memory. Without them, each element asks for the second moment's: a
   // third loop saves 3 instructions of 64, but with corrections it took up to 3.3% more, and one kernel
-  // spilled.
+  // spilled. The next step's correction, Nesterov's, is 1 where this step's is.
   FUSED_OPTIM_DEVICE bool update(const Coefficients<T>& c, int64_t first, const Place& place) {
     p.random.begin(first, place);
     mu.random.begin(first, place);
     nu.random.begin(first, place);
     Coefficients<T> known = c;
     known.grad_divisor.is_one = 0;  // what is asked for is its value: a flag took up to 1% more
-    if (n > 1 && kFinitePath<Mu, Nu> && Rule::leaves_out_first(c)) {
+    if (n > 1 && kFinitePath<Mu, Nu> && c.bias_correction1.is_one) {
       known.bias_correction1.is_one = known.bias_correction1_next.is_one = 1;
       return update_each(known);
     }
@@ -472,6 +480,7 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
   constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu, Nu>;
   static_assert(kChunk % round == 0, "a chunk must be whole rounds of all threads");
   static_assert(kLanes * n % span == 0, "a warp's neighbours must be whole spans");
+  if (block == task.n_chunks) return advance_counters<T>(task, thread);  // one more block than there are chunks
   // Asked for first and looked at last: the read hides behind those of the table.
   const bool skip = skips(task);
   const Chunk chunk = read_only(task.chunks + block);
