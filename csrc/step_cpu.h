@@ -330,7 +330,9 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
         const int64_t block_end = minimum(first + kBlockLength<Mu, Nu>, n);
         for_vectors<size>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
           const Vector p = param.read(i, count), m = read_vector(mu.values + i), v = read_vector(nu.values + i);
-          const Vector u = Rule::update(read_grad(i, count), m, v, c);
+          // Read again only where it is asked for: otherwise a tile takes some 10% longer.
+          const Vector g = c.nesterov ? read_grad(i, count) : Vector{};
+          const Vector u = Rule::update(g, m, v, c);
           if (finite) {
             mu.template encode<true>(i, count);
             nu.template encode<true>(i, count);

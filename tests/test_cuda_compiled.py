@@ -46,8 +46,8 @@ from worlds import (
     check_found_inf_changes_nothing,
     check_sizes_and_alignments,
     named,
-    step_both,
     special_worlds,
+    step_both,
 )
 
 from fused_optim.rules import RULES
@@ -417,7 +417,9 @@ def read_ptx(text: str) -> dict[str, dict[Kernel, str]]:
 
 def classes(source: str) -> dict[str, str]:
     """Names of rules or formats in C++, and what they are called elsewhere."""
-    return dict(re.findall(r'struct (\w+)[^{};]*\{[^{}]*?static constexpr const char\* name = "(\w+)"', source))
+    return dict(
+        re.findall(r'struct (\w+)[^{};]*\{[^{}]*?static constexpr const char\* name = "(\w+)"', source)
+    )
 
 
 FORMAT_CLASSES = classes((CSRC / "codecs.h").read_text())

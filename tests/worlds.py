@@ -107,9 +107,7 @@ class World:
                 place = Place(torch.tensor(row.count), key, operand)
                 new, new_aux = f.encode(values.square() if operand == NU else values, place)
                 stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                aux.append(
-                    None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux)
-                )
+                aux.append(None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux))
             step = torch.tensor(row.count)
             item = operands(stored[0], g, *stored, tuple(aux), step)
             item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
@@ -241,7 +239,10 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
         for case in special_values(formats)
         for place in (0, warp // 2 + 3, warp - 1)
     ]
-    worlds = [World(rule, formats, [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))]) for _ in range(2)]
+    worlds = [
+        World(rule, formats, [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))])
+        for _ in range(2)
+    ]
     for world in worlds:
         world.new_gradients()
         for row, (i, (_, operand, x, remainder)) in enumerate(cases):

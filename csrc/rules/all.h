@@ -2,7 +2,8 @@
 //
 //   name                 as in fused_optim/rules.py
 //   moments(g, m, v, c)  makes m and v, the second state, the new ones
-//   update(g, m, v, c)   the update that these make, before weight decay and learning rate
+//   update(g, m, v, c)   the update that these make, before weight decay and learning rate;
+//                        g may be used where c.nesterov is set alone
 #pragma once
 
 #include "adabelief.h"
