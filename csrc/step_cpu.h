@@ -8,8 +8,8 @@
 // same way. What is not stored as it is waits in a buffer until all of its tile is known, and is
 // encoded then: low-precision moments while the processor divides for the parameter.
 //
-// What a tile needs of one format alone, or of the moments alone, is a function of its own and not inlined:
-// the compiler makes a few of each, and not one for each rule with each parameter format.
+// What a tile needs of one format alone is a function of its own and not inlined: the compiler makes a few of
+// each, and not one for each rule with each parameter format.
 #pragma once
 
 #include "codecs.h"
@@ -256,9 +256,9 @@ template <class Mu, class Nu>
 constexpr int64_t kBlockLength = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : kTile;
 
 // Puts a tile's updated moments into its buffers, and new block exponents in their places. Returns whether
-// all are finite.
+// all are finite. Inlined: as a function apart it took 10% longer and saved little of the compiler's time.
 template <class Rule, class Mu, class Nu, class Own>
-FUSED_OPTIM_APART bool update_moments(Tile<Mu, kMu> mu, Tile<Nu, kNu> nu, Gradient<Own> grad, int64_t begin, int64_t n,
+FUSED_OPTIM_HD bool update_moments(Tile<Mu, kMu> mu, Tile<Nu, kNu> nu, Gradient<Own> grad, int64_t begin, int64_t n,
                                       Coefficients<float> c) {
   mu.prefetch();
   grad.prefetch(begin);
