@@ -2,8 +2,8 @@
 #include <pybind11/pybind11.h>
 
 #include <string>
-#include <utility>
 
+#include "arguments.h"
 #include "step_cuda.h"
 
 namespace py = pybind11;
@@ -11,28 +11,28 @@ namespace py = pybind11;
 namespace fused_optim {
 namespace {
 
-int step(std::string rule, std::string param_format, std::string grad_format, std::string mu_format,
-         std::string nu_format, int64_t rows, int64_t chunks, int64_t n_chunks, int64_t counters,
-         int64_t n_counters, int64_t hyper, int64_t coefficients, int64_t grad_scale, int64_t found_inf,
-         int64_t stream, int device) {
-  const CudaStep arguments{std::move(rule),
-                           std::move(param_format),
-                           std::move(grad_format),
-                           std::move(mu_format),
-                           std::move(nu_format),
-                           rows,
-                           chunks,
-                           n_chunks,
-                           counters,
-                           n_counters,
-                           hyper,
-                           coefficients,
-                           grad_scale,
-                           found_inf,
-                           stream,
-                           device};
+int step(const py::kwargs& given) {
+  CudaStep s;
+  Arguments(given)
+      .take("rule", s.rule)
+      .take("param", s.param)
+      .take("grad", s.grad)
+      .take("mu", s.mu)
+      .take("nu", s.nu)
+      .take("rows", s.rows)
+      .take("chunks", s.chunks)
+      .take("n_chunks", s.n_chunks)
+      .take("counters", s.counters)
+      .take("n_counters", s.n_counters)
+      .take("hyper", s.hyper)
+      .take("coefficients", s.coefficients)
+      .take("grad_scale", s.grad_scale)
+      .take("found_inf", s.found_inf)
+      .take("stream", s.stream)
+      .take("device", s.device)
+      .end();
   py::gil_scoped_release release;
-  return step_cuda(arguments);
+  return step_cuda(s);
 }
 
 }  // namespace
@@ -41,11 +41,8 @@ int step(std::string rule, std::string param_format, std::string grad_format, st
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA step of fused_optim.";
   m.def("step", &fused_optim::step,
-        "Launches one step of every row of a table; returns the number of kernels.",
-        py::arg("rule"), py::arg("param_format"), py::arg("grad_format"), py::arg("mu_format"),
-        py::arg("nu_format"), py::arg("rows"), py::arg("chunks"), py::arg("n_chunks"), py::arg("counters"),
-        py::arg("n_counters"), py::arg("hyper"), py::arg("coefficients"), py::arg("grad_scale"),
-        py::arg("found_inf"), py::arg("stream"), py::arg("device"));
+        "Launches one step of every row of a table; takes the fields of CudaStep as keyword arguments. Returns the "
+        "number of kernels.");
   m.def("chunk_size", &fused_optim::cuda_chunk_size,
         "Elements of a chunk in the table that a step is given.");
   m.def("coefficients_bytes", &fused_optim::cuda_coefficients_bytes,

@@ -3,10 +3,10 @@
 
 #include <cuda_runtime.h>
 
-#include <string>
 #include <type_traits>
 
 #include "cuda_body.h"
+#include "step_cuda.h"
 
 namespace fused_optim {
 
@@ -32,8 +32,8 @@ constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Work
 
 using Kernel = void (*)(CudaTask);
 
-// The step kernel, null where there is none. Defined in cuda_find.h.
-template <class Mu, class Nu>
-Kernel find_step_of_moments(const std::string& rule, const std::string& param, const std::string& grad);
+// The step kernel among those of one part, null where there is none. Defined in step_cuda_kernels.cu.
+template <int part>
+Kernel find_step(const CudaStep& step);
 
 }  // namespace fused_optim

@@ -41,12 +41,11 @@ class DeviceGuard {
   bool changed_ = false;
 };
 
-// Whether anything was launched.
-bool launch(const CudaStep& step, Kernel kernel, int64_t blocks, int threads, const std::string& name) {
-  if (blocks == 0) return false;
+void launch(const CudaStep& step, Kernel kernel, int64_t blocks, int threads, const std::string& name) {
   if (blocks > kMaxBlocks) throw std::invalid_argument("one launch takes 2^31 - 1 blocks at most");
   CudaTask task{reinterpret_cast<const Row*>(step.rows),
                 reinterpret_cast<const Chunk*>(step.chunks),
+                step.n_chunks,
                 reinterpret_cast<const Counter*>(step.counters),
                 step.n_counters,
                 reinterpret_cast<const Hyperparameters*>(step.hyper),
@@ -58,30 +57,24 @@ bool launch(const CudaStep& step, Kernel kernel, int64_t blocks, int threads, co
       reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
       dim3(static_cast<unsigned>(threads)), arguments, 0, reinterpret_cast<cudaStream_t>(step.stream));
   if (error != cudaSuccess) fail(error, "the launch of " + name, step.device);
-  return true;
-}
-
-Kernel find_step(const CudaStep& step) {
-#define FUSED_OPTIM_CASE(Mu, Nu)                            \
-  if (step.mu_format == Mu::name && step.nu_format == Nu::name) \
-    return find_step_of_moments<Mu, Nu>(step.rule, step.param_format, step.grad_format);
-  FUSED_OPTIM_MOMENTS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return nullptr;
 }
 
 }  // namespace
 
 int step_cuda(const CudaStep& step) {
-  const std::string name = step.rule + " for parameters in " + step.param_format + ", gradients in " +
-                           step.grad_format + ", moments in " + step.mu_format + " and " + step.nu_format;
-  const Kernel kernel = find_step(step);
+  const std::string name = step.rule + " for parameters in " + step.param + ", gradients in " +
+                           step.grad + ", moments in " + step.mu + " and " + step.nu;
+  Kernel kernel = nullptr;
+  for (const auto find : {find_step<0>, find_step<1>, find_step<2>, find_step<3>})
+    if (kernel == nullptr) kernel = find(step);
   if (kernel == nullptr) throw std::invalid_argument("no CUDA code for " + name);
+  if (step.n_counters == 0) return 0;
   const DeviceGuard guard(step.device);
   const int64_t counter_blocks = (step.n_counters + kPrologueThreads - 1) / kPrologueThreads;
-  const Kernel prologue = step.param_format == Fp64::name ? prologue_kernel<double> : prologue_kernel<float>;
-  return launch(step, prologue, counter_blocks, kPrologueThreads, "the prologue of " + name) +
-         launch(step, kernel, step.n_chunks, kThreads, name);
+  const Kernel prologue = step.param == Fp64::name ? prologue_kernel<double> : prologue_kernel<float>;
+  launch(step, prologue, counter_blocks, kPrologueThreads, "the prologue of " + name);
+  launch(step, kernel, step.n_chunks + 1, kThreads, name);
+  return 2;
 }
 
 int64_t cuda_chunk_size() { return kChunk; }

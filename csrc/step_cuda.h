@@ -8,7 +8,7 @@ namespace fused_optim {
 
 // Addresses are in the device's memory; 0 for no grad_scale or found_inf, one float32 each.
 struct CudaStep {
-  std::string rule, param_format, grad_format, mu_format, nu_format;
+  std::string rule, param, grad, mu, nu;  // names of the rule and of formats
   int64_t rows, chunks, n_chunks, counters, n_counters, hyper, coefficients, grad_scale, found_inf;
   int64_t stream;
   int device;

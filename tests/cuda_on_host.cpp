@@ -153,11 +153,8 @@ uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 
 }  // namespace
 
+#include "step_cuda_kernels.cu"
 #include "step_cuda.cu"
-#include "step_cuda_8bit.cu"
-#include "step_cuda_bf16.cu"
-#include "step_cuda_fp32.cu"
-#include "step_cuda_fp64.cu"
 
 cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t stream) {
@@ -216,25 +213,25 @@ int yes_votes() {
   return n;
 }
 
-// How many magnitudes, of `n` tried under each base, Usual<E4M3> stores otherwise than E4M3 does with the least
+// How many magnitudes, of `n` tried under each exponent, Finite<E4M3> stores otherwise than E4M3 does with the least
 // random bits that round it up, or with one less.
 int64_t e4m3_differences(int64_t n) {
   using fused_optim::E4M3;
-  using UsualE4M3 = fused_optim::Usual<E4M3>;
+  using FiniteE4M3 = fused_optim::Finite<E4M3>;
   std::mt19937 generator(0);
   const auto word = [&] { return static_cast<uint32_t>(generator()); };
   int64_t differences = 0;
-  for (uint32_t base = 0; base < 240; ++base) {
+  for (uint32_t exponent = 0; exponent < 240; ++exponent) {
     for (int64_t i = 0; i < n; ++i) {
-      // Of the largest magnitudes under the base and of those that are rounded to its smallest code.
-      const uint32_t orders = std::min(word() % 40, base + 14);
-      const float x = fused_optim::float_of((base + 14 - orders) << 23 | word() >> 9);
-      const uint32_t code = E4M3::store(x, 0u, base);
+      // Of the largest magnitudes under the exponent and of those that are rounded to its smallest code.
+      const uint32_t orders = std::min(word() % 40, exponent + 14);
+      const float x = fused_optim::float_of((exponent + 14 - orders) << 23 | word() >> 9);
+      const uint32_t code = E4M3::store(x, 0u, exponent);
       uint32_t random = 1u << 20;
       for (uint32_t step = random / 2; step > 0; step /= 2)
-        if (E4M3::store(x, (random - step) << 12, base) != code) random -= step;
+        if (E4M3::store(x, (random - step) << 12, exponent) != code) random -= step;
       for (const uint32_t bits : {random, random - 1})
-        if (bits < 1u << 20) differences += UsualE4M3::store(x, bits << 12, base) != E4M3::store(x, bits << 12, base);
+        if (bits < 1u << 20) differences += FiniteE4M3::store(x, bits << 12, exponent) != E4M3::store(x, bits << 12, exponent);
     }
   }
   return differences;
