@@ -126,4 +126,4 @@ class AdaBelief(FusedOptimizer):
         )
 
     def _rule(self, group: dict[str, Any]) -> Rule:
-        return RULES["adabelief_nesterov" if group["nesterov"] else "adabelief"]
+        return RULES["adabelief"]

@@ -129,8 +129,8 @@ def _extras(
     x: _Live, rule: Rule, state: dict[str, Any]
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """The second parts of the parameter and its moments."""
-    param = x.formats.param.extra
-    mu, nu = (state.get(key + BASE) for key in rule.states)
+    param = x.formats.param.aux
+    mu, nu = (state.get(key + suffix) for key, suffix in zip(rule.states, BASE))
     return (None if param is None else state[param.key]), mu, nu
 
 
@@ -233,7 +233,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return formats_of(p.dtype, *self._formats)
 
     def _dense_like(self, p: Tensor) -> Tensor:
-        return dense_like(p, self._formats_of(p).by_place)
+        return dense_like(p, self._formats_of(p).index_dependent)
 
     def _can_be_flat(self, p: Tensor) -> bool:
         """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
@@ -485,6 +485,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                         eps_root=group.get("eps_root", 0.0),
                         initial_lr=float(group["initial_lr"]) if self._decoupled_lr else 0.0,
                         maximize=group["maximize"],
+                        nesterov=float(group.get("nesterov", False)),
                     )
                 )
         return values
@@ -613,14 +614,14 @@ class FusedOptimizer(torch.optim.Optimizer):
             check_grad(x.name, x.param, x.grad)
         check_no_overlap([(x.name, x.param) for x in live])
         backends = {d: select(self._backend_name, d) for d in {x.param.device for x in live}}
-        dense = [dense_like(x.param, x.formats.by_place) for x in live]
+        dense = [dense_like(x.param, x.formats.index_dependent) for x in live]
         new_steps = self._new_steps(live)
         states = self._states(live, dense, new_steps)
         cast = self._warn_of_casts(live, states)
         self._begin_history(states, new_steps)
         if self._flatten:
             live = self._go_home(live, states, warn=not cast)
-            dense = [dense_like(x.param, x.formats.by_place) for x in live]
+            dense = [dense_like(x.param, x.formats.index_dependent) for x in live]
         for x, state in zip(live, states):
             self.state[x.param] = state
         homes = {p: home for home in self._flat for p in home.params}

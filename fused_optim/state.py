@@ -13,28 +13,28 @@ from torch import Tensor
 
 from .reference import MAX_COUNT
 from .rounding import MU, NU
-from .storage import BLOCK, FORMATS, MAX_BASE, Format, Formats, Part
+from .storage import BLOCK, FORMATS, Format, Formats, Part
 from .table import same_layout
 
-BASE = "_base"
+BASE = "_e4m3", "_e5m3"
 _MOMENT_8BIT = {MU: FORMATS["e4m3"], NU: FORMATS["e5m3"]}
-_REMAINDERS = {FORMATS[name].extra.dtype: FORMATS[name] for name in ("split16", "split8")}  # type: ignore[union-attr]
+_REMAINDERS = {FORMATS[name].aux.dtype: FORMATS[name] for name in ("split16", "split8")}  # type: ignore[union-attr]
 _OPTIONAL = ("master", "remainder")
 
 
 def moment_parts(key: str, format: Format, dtype: torch.dtype) -> list[Part]:
     """What a moment keeps in the state of a parameter of this dtype."""
     parts = [Part(key, dtype if dtype.is_complex else format.dtype, 1)]
-    if format.extra is not None:
-        parts.append(format.extra._replace(key=key + BASE))
+    if format.aux is not None:
+        parts.append(format.aux_of(key))
     return parts
 
 
 def state_parts(keys: tuple[str, str], formats: Formats, dtype: torch.dtype) -> list[Part]:
     """All that a parameter of this dtype keeps in its state, but for ``step``."""
     parts = [*moment_parts(keys[0], formats.mu, dtype), *moment_parts(keys[1], formats.nu, dtype)]
-    if formats.param.extra is not None:
-        parts.append(formats.param.extra)
+    if formats.param.aux is not None:
+        parts.append(formats.param.aux)
     return parts
 
 
@@ -78,11 +78,11 @@ def moment(operand: int, key: str, format: Format, state: dict[str, Any], dense:
             t.zero_()
         return made
     if old.dtype == torch.uint8:
-        old = _MOMENT_8BIT[operand].decode(old.contiguous(), state[key + BASE])
-    if format.by_place:
+        old = _MOMENT_8BIT[operand].decode(old.contiguous(), state[key + _MOMENT_8BIT[operand].aux.key])
+    if format.index_dependent:
         old, base = format.encode(old.to(dense.device, format.working).contiguous(), None)
         if base is not None:
-            made[key + BASE].copy_(base)
+            made[key + format.aux.key].copy_(base)
     made[key].copy_(old)
     return made
 
@@ -91,10 +91,10 @@ def master(format: Format, state: dict[str, Any], param: Tensor, dense: Tensor) 
     """The second part of a parameter's format, if it has one: what is in ``state`` where it fits,
     else made from ``param`` and from what was there. A master that is split, or split into
     fewer bits, is rounded to the nearest that the parameter as it is allows."""
-    if format.extra is None:
+    if format.aux is None:
         return {}
-    key = format.extra.key
-    if _fits(state.get(key), format.extra, dense):
+    key = format.aux.key
+    if _fits(state.get(key), format.aux, dense):
         return {key: state[key]}
     param = param.detach()
     values = param.to(torch.float32)
@@ -103,9 +103,8 @@ def master(format: Format, state: dict[str, Any], param: Tensor, dense: Tensor) 
         values = state["master"].to(param.device, torch.float32)
     elif remainder is not None and param.dtype == torch.bfloat16:
         values = _REMAINDERS[remainder.dtype].decode(param, remainder.to(param.device))
-    attached = format.attach(param, values)
-    assert attached is not None
-    return {key: empty_part(format.extra, dense).copy_(attached)}
+    attached = format.remainder_of(param, values)
+    return {key: empty_part(format.aux, dense).copy_(attached)}
 
 
 def copy_state(state: dict[str, Any]) -> dict[str, Any]:
@@ -147,11 +146,12 @@ def check_kinds(
 
 def _check_base(name: str, p: Tensor, state: dict[str, Any], key: str, error: type[Exception]) -> None:
     """Raise where an 8-bit moment has no base that it could be read with."""
-    base, blocks = state.get(key + BASE), -(-p.numel() // BLOCK)
+    suffix = BASE[key != "exp_avg"]
+    base, blocks = state.get(key + suffix), -(-p.numel() // BLOCK)
     if not isinstance(base, Tensor) or base.dtype != torch.uint8 or base.shape != (blocks,):
         raise error(
             f"the state {key!r} of parameter {name} has dtype uint8, that of the 8-bit format, and "
-            f"no {key + BASE!r} of dtype uint8 and shape {(blocks,)} beside it"
+            f"no {key + suffix!r} of dtype uint8 and shape {(blocks,)} beside it"
         )
 
 
@@ -179,11 +179,11 @@ def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, st
             )
     check_kinds(name, p, state, keys, ValueError)
     for key, operand in zip(keys, (MU, NU)):
-        most = MAX_BASE[_MOMENT_8BIT[operand].name]
-        if state[key].dtype == torch.uint8 and (state[key + BASE] > most).any():
+        most, suffix = _MOMENT_8BIT[operand].max_exponent, _MOMENT_8BIT[operand].aux.key
+        if state[key].dtype == torch.uint8 and (state[key + suffix] > most).any():
             raise ValueError(
-                f"the saved state {key + BASE!r} of parameter {name} must be at most {most}, that of the "
-                f"largest float32, got {int(state[key + BASE].max())}"
+                f"the saved state {key + suffix!r} of parameter {name} must be at most {most}, that of the "
+                f"largest float32, got {int(state[key + suffix].max())}"
             )
     for key in (*keys, *_OPTIONAL):
         value = state.get(key)

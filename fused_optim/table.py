@@ -296,7 +296,7 @@ class Batch:
         rows: list[int] = []
         self.first_item: list[int] = []
         previous: Operands | None = None
-        by_place = Formats(key.param, key.mu, key.nu).by_place
+        by_place = Formats(key.param, key.mu, key.nu).index_dependent
         first = 0
         for i, o in enumerate(items):
             start = 0 if o.slot is None else o.slot[0]
