@@ -18,7 +18,15 @@ from fused_optim.backends.eager import EAGER
 from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
-from fused_optim.storage import FORMATS, Format, Part
+from fused_optim.storage import (
+    FORMATS,
+    STATE_FORMATS,
+    Format,
+    Part,
+    formats_of,
+    native_gradient,
+    plain_format,
+)
 from fused_optim.table import ADDRESSES, Batch, BatchKey, operands
 
 
@@ -38,25 +46,31 @@ def named(*names: str) -> Formats:
     return Formats(*(FORMATS[name] for name in names))
 
 
-GRADS = ("fp32", "bf16", "fp16")
-MOMENTS = (("fp32", "fp32"), ("bf16_dither", "bf16_dither"), ("e4m3", "e5m3"))
-PARAMS = (
-    "fp32", "bf16", "fp16", "bf16_master", "fp16_master", "split16", "split8", "bf16_stochastic", "fp16_stochastic"
-)  # fmt: skip
+def native_gradients(param: Format) -> list[Format]:
+    """The formats of gradients that kernels for such parameters read as they are."""
+    dtypes = (f.dtype for f in FORMATS.values() if f is plain_format(f.dtype))
+    return [plain_format(g) for g in dtypes if native_gradient(param.dtype, g)]
+
+
+PARAMS = [f for f in FORMATS.values() if PARAM in f.operands and f.working == torch.float32]
+MOMENTS = [formats_of(torch.float32, state, None, False)[1:] for state in STATE_FORMATS]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
-COMBINATIONS = [FP64, *(named(p, g, *m) for p in PARAMS for g in GRADS for m in MOMENTS)]
+COMBINATIONS = [FP64, *(Formats(p, g, *m) for p in PARAMS for g in native_gradients(p) for m in MOMENTS)]
 COVERING = [
-    FP64, *(named(p, GRADS[(i + k) % 3], *m) for i, p in enumerate(PARAMS) for k, m in enumerate(MOMENTS))
-]  # fmt: skip
-"""Each parameter format with each of moments, and either with each of gradients."""
-NARROW = [f for f in COVERING if f.mu.dtype.itemsize < 4]
-TESTED_PARAMS = ("bf16", "bf16_master", "split16", "split8", "bf16_stochastic")
-"""Those of which new values are tested where moments are narrow."""
+    FP64,
+    *(
+        Formats(p, native_gradients(p)[k % len(native_gradients(p))], *m)
+        for p in PARAMS
+        for k, m in enumerate(MOMENTS)
+    ),
+]
+"""Each parameter format with each of moments, and with each of gradients."""
+LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 
 
 class Row(NamedTuple):
     """One parameter of a test: its size, and how many elements past a 16-byte boundary each
-    of its tensors lies: gradient, parameter, moments and their second parts, as in the table."""
+    of its tensors lies: gradient, parameter, moments and their auxiliary tensors, as in the table."""
 
     numel: int
     offsets: tuple[int, ...] = (0,) * 7
@@ -65,11 +79,14 @@ class Row(NamedTuple):
 
 
 HYPER = [
-    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0),
-    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0),
-    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0),
-    Hyperparameters(0.0, 0.0, 0.99, 0.0, 1.0, 1e-3, 0.0, 1.0),
+    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0, 0.0),
+    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0, 1.0),
+    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0, 0.0),
+    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0, 1.0),
+    Hyperparameters(0.0, 0.0, 0.99, 0.0, 1.0, 1e-3, 0.0, 1.0, 0.0),
 ]
+USUAL_HYPER = (0, 1)
+"""Without and with Nesterov's look-ahead, all else as users have it."""
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-41, 6e-8, -6e4, 3e38]
 GUARD = 64
 
@@ -83,28 +100,26 @@ class World:
         self.grads: list[Tensor] = []
         self.steps: list[Tensor] = []
         self.stored: list[list[Tensor]] = []
-        self.extras: list[list[Tensor | None]] = []
+        self.aux: list[list[Tensor | None]] = []
         items = []
         for key, row in enumerate(rows):
             numel, offsets = row.numel, row.offsets
             g = self._guarded(formats.grad.dtype, numel, offsets[0])
-            stored, extras = [], []
+            stored, aux = [], []
             for k, (f, operand) in enumerate(((formats.param, PARAM), (formats.mu, MU), (formats.nu, NU))):
                 values = self._values(numel, special).to(f.working)
                 place = Place(torch.tensor(row.count), key, operand)
-                new, new_extra = f.encode(values.square() if operand == NU else values, place)
+                new, new_aux = f.encode(values.square() if operand == NU else values, place)
                 stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                extras.append(
-                    None if new_extra is None else self._extra(f.extra, numel, offsets[4 + k], new_extra)
-                )
+                aux.append(None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux))
             step = torch.tensor(row.count)
-            item = operands(stored[0], g, *stored, tuple(extras), step)
+            item = operands(stored[0], g, *stored, tuple(aux), step)
             item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
             items.append(item)
             self.grads.append(g)
             self.steps.append(step)
             self.stored.append(stored)
-            self.extras.append(extras)
+            self.aux.append(aux)
         self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], *formats), items)
         self.hyper = torch.tensor(HYPER, dtype=torch.float64)
 
@@ -115,7 +130,7 @@ class World:
         self.buffers.append(buffer)
         return buffer[GUARD + offset : GUARD + offset + numel]
 
-    def _extra(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
+    def _aux(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
         return self._guarded(part.dtype, part.numel(numel), offset).copy_(values)
 
     def _values(self, numel: int, special: bool) -> Tensor:
@@ -149,10 +164,10 @@ class World:
         rows[:, 0] += skipped * chunk
         for i, f in enumerate((key.grad, key.param, key.mu, key.nu)):
             rows[:, ADDRESSES.start + i] -= skipped * chunk * f.dtype.itemsize
-            if f.extra is not None:
-                bytes_skipped = skipped * chunk // f.extra.block * f.extra.dtype.itemsize
+            if f.aux is not None:
+                bytes_skipped = skipped * chunk // f.aux.block * f.aux.dtype.itemsize
                 rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
-        stored = [t for parts in (*self.stored, *self.extras) for t in parts if t is not None]
+        stored = [t for parts in (*self.stored, *self.aux) for t in parts if t is not None]
         work = Work(batch, formats, rows, chunks, inputs, self.steps, self.grads, stored)
         return library.step(work, **where)
 
@@ -199,14 +214,14 @@ def rows_of_sizes(chunk: int) -> Iterator[Row]:
         yield Row(chunk + 1, tuple(3 * (k == j) for j in range(7)), hyper_row=k % len(HYPER), count=100)
 
 
-def unusual_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
-    """Whether a warp must notice it, the operand, what an element has stored, and its second part or base."""
+def special_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
+    """Whether a warp must notice it, the operand, what an element has stored, and its remainder or block
+    exponent."""
     yield False, "grad", 0.0, None
     for x in (torch.inf, -torch.inf, torch.nan, 2.0**127):
         yield True, "grad", x, None
-        rest = x if formats.param.name.endswith("master") else 0
-        yield formats.param.name in TESTED_PARAMS, "param", x, rest
-    if formats.param.name.startswith("split"):
+        yield formats.param.low_precision, "param", x, 0
+    if formats.param.aux is not None:
         for zero in (0.0, -0.0):
             yield True, "param", zero, -1  # somebody wrote it
     if formats.mu.name == "e4m3":
@@ -220,27 +235,28 @@ def unusual_values(formats: Formats) -> Iterator[tuple[bool, str, float, float |
             yield True, "nu", x, None
 
 
-def unusual_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World], list[bool]]:
-    """Two alike, each row a full chunk with one unusual value: in a warp's first, middle or last lane of
+def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World], list[bool]]:
+    """Two alike, each row a full chunk with one special value: in a warp's first, middle or last lane of
     eight elements. And of each row whether its warp must notice."""
     warp = 256
     cases = [
         (chunk - 3 * warp + place, case)
-        for case in unusual_values(formats)
+        for case in special_values(formats)
         for place in (0, warp // 2 + 3, warp - 1)
     ]
-    worlds = [World(rule, formats, [Row(chunk)] * len(cases)) for _ in range(2)]
+    rows = [Row(chunk, hyper_row=USUAL_HYPER[i % 2]) for i in range(len(cases))]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
     for world in worlds:
         world.new_gradients()
-        for row, (i, (_, operand, x, rest)) in enumerate(cases):
+        for row, (i, (_, operand, x, aux_value)) in enumerate(cases):
             if operand == "grad":
                 world.grads[row][i] = x
             else:
                 k = ("param", "mu", "nu").index(operand)
                 world.stored[row][k][i] = x
-                extra = world.extras[row][k]
-                if extra is not None and rest is not None:
-                    extra[i if len(extra) == chunk else i // 128] = rest
+                aux = world.aux[row][k]
+                if aux is not None and aux_value is not None:
+                    aux[i if len(aux) == chunk else i // 128] = aux_value
     return worlds, [noticed for _, (noticed, *_) in cases]
 
 
@@ -270,10 +286,14 @@ def check_corrections_that_become_one(library: Library, rule: str, formats: Form
     first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
     if working == torch.float32:
         assert (first, second) == (165, 17321)
-    rows = [Row(chunk + 5, count=count - 4) for count in (first, second, second + 80)]
+    rows = [
+        Row(chunk + 5, hyper_row=h, count=count - 4)
+        for count in (first, second, second + 80)
+        for h in USUAL_HYPER
+    ]
     worlds = [World(rule, formats, rows) for _ in range(2)]
     for world in worlds:
-        world.hyper[0, 0] = 1.0
+        world.hyper[:, 0] = 1.0
     for _ in range(5):
         for world in worlds:
             world.new_gradients()
@@ -296,19 +316,19 @@ WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
-def check_all_codes_under_all_bases(library: Library, grad_exponents: tuple[int, int]) -> None:
-    """Every finite code under every base of usual values, and gradients that lead to every base."""
+def check_all_codes_under_all_exponents(library: Library, grad_exponents: tuple[int, int]) -> None:
+    """Every finite code under every exponent of blocks below 2^127, and gradients that lead to each."""
     blocks = 240
     numel = 2 * blocks * 128
     worlds = [World("adamaxw", WITH_CODES, [Row(numel)]) for _ in range(2)]
     for world in worlds:
         _, mu, nu = world.stored[0]
-        _, mu_bases, nu_bases = world.extras[0]
+        _, mu_exponents, nu_exponents = world.aux[0]
         code = torch.arange(numel) // 128 % 2 * 128 + torch.arange(numel) % 128
         mu.copy_(torch.where(code % 128 < 126, code, 0))
         nu.copy_(torch.where(code < 254, code, 0))
-        mu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=238))
-        nu_bases.copy_((torch.arange(2 * blocks) // 2).clamp(max=222))
+        mu_exponents.copy_((torch.arange(2 * blocks) // 2).clamp(max=238))
+        nu_exponents.copy_((torch.arange(2 * blocks) // 2).clamp(max=222))
     first, last = grad_exponents
     for _ in range(3):
         for world in worlds:
@@ -330,12 +350,14 @@ def check_found_inf_changes_nothing(library: Library, rule: str, formats: Format
 
 
 def check_counters(library: Library, rule: str, formats: Formats, steps: int) -> None:
-    """Step numbers that end at the largest, under all hyperparameters, more than a program takes."""
+    """Step numbers that end at the largest, under all hyperparameters, more than a program takes; and with
+    nothing to step beside them."""
     counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT] * 5
-    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
-    worlds = [World(rule, formats, rows) for _ in range(2)]
-    for _ in range(steps):
-        for world in worlds:
-            world.new_gradients()
-        step_both(library, worlds)
-    assert [int(s) for s in worlds[1].steps] == [min(row.count + steps, MAX_COUNT) for row in rows]
+    for numel, n in ((3, len(counts)), (0, 2)):
+        rows = [Row(numel, hyper_row=h, count=count) for count in counts[:n] for h in range(len(HYPER))]
+        worlds = [World(rule, formats, rows) for _ in range(2)]
+        for _ in range(steps):
+            for world in worlds:
+                world.new_gradients()
+            step_both(library, worlds)
+        assert [int(s) for s in worlds[1].steps] == [min(row.count + steps, MAX_COUNT) for row in rows]
