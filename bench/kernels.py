@@ -108,7 +108,7 @@ def register_limit(row: Row) -> int:
         return 80 if row["param"] == "fp64" else 64
     if (row["param"], row["grad"]) == ("fp32", "fp32"):
         return 48 if row["state"] == "fp32" else 64
-    return 72
+    return 80
 
 
 def problems(row: Row) -> list[str]:

@@ -17,7 +17,16 @@ import pytest
 import torch
 from emulated_gpu import EmulatedGpu
 from fused_optim.kernels import step as kernels
-from helpers import assert_same_bits, gradient, parameters, results, set_gradients
+from helpers import (
+    assert_same_bits,
+    copies,
+    gradient,
+    parameters,
+    raises_unchanged,
+    results,
+    set_gradients,
+    train,
+)
 from torch import Tensor
 from worlds import (
     FP32,
@@ -192,6 +201,71 @@ def test_optimizers(
             optimizer.step()
     assert_same_bits(results(ours), results(eager))
     assert GPU.launched == ["prologue_kernel", "step_kernel"] * 3
+
+
+@pytest.mark.parametrize("flatten", [False, True])
+@pytest.mark.parametrize("optimizer_class", [AdaBelief, AdamaxW])
+def test_interrupted_between_launches(
+    on_gpu: list[Tensor],
+    optimizer_class: type[AdaBelief | AdamaxW],
+    flatten: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What is raised between the prologue and the step kernel leaves all as it was."""
+    sets = [parameters([(300,), (2, 3)]) for _ in range(2)]
+    on_gpu += sets[0]
+    ours, eager = (
+        optimizer_class(params, lr=0.01, flatten=flatten, backend=backend)
+        for params, backend in zip(sets, ("triton", "eager"))
+    )
+    for optimizer, params in zip((ours, eager), sets):
+        train(optimizer, params, 2)
+        set_gradients(params, 2)
+    launch_step = kernels.launch_step
+
+    def interrupt(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    GPU.launched.clear()
+    monkeypatch.setattr(kernels, "launch_step", interrupt)
+    with raises_unchanged(ours, KeyboardInterrupt):
+        ours.step()
+    assert GPU.launched == ["prologue_kernel"]
+    monkeypatch.setattr(kernels, "launch_step", launch_step)
+    ours.step()
+    eager.step()
+    assert_same_bits(results(ours), results(eager))
+
+
+def test_failure_to_load(on_gpu: list[Tensor], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that cannot be compiled or loaded fails before another is launched."""
+    sets = [parameters([(300,)], torch.float16) for _ in range(2)]
+    on_gpu += sets[0]
+    ours, eager = (
+        AdaBelief(params, state_format="bf16", backend=backend)
+        for params, backend in zip(sets, ("triton", "eager"))
+    )
+    for p in (*sets[0], *sets[1]):
+        # In no other test, so that the kernel is not loaded yet.
+        p.grad_dtype = torch.float32
+        p.grad = torch.ones(300)
+    before = copies(sets[0])
+    load_binary = GPU.load_binary
+
+    def fail(name: str, *rest: Any) -> tuple[Any, ...]:
+        if name == "step_kernel":
+            raise RuntimeError("no memory for it")
+        return load_binary(name, *rest)
+
+    monkeypatch.setattr(GPU, "load_binary", fail)
+    with pytest.raises(RuntimeError, match="no memory for it"):
+        ours.step()
+    assert GPU.launched == []
+    assert_same_bits(sets[0], before)
+    monkeypatch.setattr(GPU, "load_binary", load_binary)
+    ours.step()
+    eager.step()
+    assert_same_bits(results(ours), results(eager))
 
 
 def test_nothing_is_compiled_twice(on_gpu: list[Tensor]) -> None:
