@@ -35,7 +35,7 @@ COEFFICIENT_COLUMNS = tl.constexpr(16)
 """The coefficients are followed by found_inf and the bits of the step number."""
 
 PROLOGUE_LANES = 128
-PROLOGUE_REGISTERS = 72
+PROLOGUE_REGISTERS = 128
 THREADS = 256
 
 Coefficients = namedtuple("Coefficients", reference.Coefficients._fields)
