@@ -16,12 +16,12 @@ constexpr int64_t kMaxCount = 2147483647;
 
 // One parameter group's numbers; the column order of the table that Python fills.
 struct Hyperparameters {
-  double lr, weight_decay, beta1, beta2, eps, eps_root, initial_lr, maximize;
+  double lr, weight_decay, beta1, beta2, eps, eps_root, initial_lr, maximize, nesterov;
 };
 
 // What is divided by. Dividing by 1 changes no bit, so it is left out: from step 165 on for beta1 = 0.9
 // the first moment's correction is 1, and its division is 15% of a step on the CPU whose data lies in a
-// cache, and 10 of some 80 instructions on a GPU. On the CPU a pack branches as one; for a GPU
+// cache, and 10 of some 80 instructions on a GPU. On the CPU a vector branches as one; for a GPU
 // cuda_body.h makes most flags constants.
 template <class T>
 struct Divisor {
@@ -47,7 +47,8 @@ struct Coefficients {
   T neg_lr, decay;
   Divisor<T> grad_divisor;  // negative to ascend: dividing by it negates the quotient, bit for bit
   uint32_t decay_kind;      // see fused_optim.reference.Coefficients
-  uint32_t count;           // the step number, for what is rounded by it
+  uint32_t nesterov;        // 1 or 0
+  uint32_t count;           // the step number
 };
 
 FUSED_OPTIM_HD double integer_power(double base, int64_t exponent) {
@@ -88,6 +89,7 @@ FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t co
   c.decay = static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : h.weight_decay);
   c.decay_kind = h.weight_decay == 0.0 ? 0 : decoupled ? 2 : 1;
   c.grad_divisor = divisor(h.maximize != 0.0 ? -grad_scale : grad_scale);
+  c.nesterov = h.nesterov != 0.0;
   c.count = static_cast<uint32_t>(count);
   return c;
 }

@@ -7,35 +7,35 @@
 
 namespace fused_optim {
 
+using StepElements = void (*)(const Row&, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients);
+
 struct Task {
+  const char *rule, *param_format, *grad_format, *mu_format, *nu_format;
   const Row* rows;
   const Chunk* chunks;
   int64_t chunk_size;
-  const char* param_format;
-  const char* grad_format;
-  const char* mu_format;
-  const char* nu_format;
-  const int32_t* coefficient_of_counter;
-  const void* coefficients;
+  StepElements step_elements;
+  bool grad_is_own;  // or else in the working precision
+  const char* coefficients;
+  int64_t coefficients_bytes;  // of one counter
+  const int32_t* coefficients_of_counter;
 
   // Inlined, as all that several instruction sets compile: the linker keeps one copy of what is not.
-  template <class T>
-  FUSED_OPTIM_HD const Coefficients<T>& coefficients_of(int64_t counter) const {
-    return static_cast<const Coefficients<T>*>(coefficients)[coefficient_of_counter[counter]];
+  FUSED_OPTIM_HD const void* coefficients_of(int64_t counter) const {
+    return coefficients + coefficients_of_counter[counter] * coefficients_bytes;
   }
 };
-
-using StepChunks = void (*)(const Task&, int64_t first, int64_t last);
 
 FUSED_OPTIM_HD bool same(const char* a, const char* b) { return strcmp(a, b) == 0; }
 FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 #define FUSED_OPTIM_DECLARE(isa)                                                                          \
   namespace isa {                                                                                         \
-  StepChunks find(const char* rule, const Task& task);                                                    \
+  bool find(Task& task);                                                                                  \
+  void step_chunks(const Task& task, int64_t first, int64_t last);                                        \
   bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n,    \
-              void* stored, void* extra);                                                                 \
-  bool decode(const char* format, const void* stored, const void* extra, int64_t n, float* values);       \
+              void* stored, void* aux);                                                                   \
+  bool decode(const char* format, const void* stored, const void* aux, int64_t n, float* values);         \
   }
 FUSED_OPTIM_DECLARE(baseline)
 #if defined(__x86_64__)

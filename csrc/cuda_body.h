@@ -27,10 +27,10 @@ constexpr int kPrologueThreads = 128;
 constexpr int64_t kChunk = 4096;
 
 // One access; the longer is fused_optim.table.VECTOR_BYTES.
-struct alignas(16) Vector {
+struct alignas(16) Access16 {
   uint32_t x, y, z, w;
 };
-struct alignas(8) HalfVector {
+struct alignas(8) Access8 {
   uint32_t x, y;
 };
 
@@ -72,8 +72,8 @@ FUSED_OPTIM_DEVICE Chunk read_only(const Chunk* p) { return {read_only(&p->row),
 
 FUSED_OPTIM_DEVICE Row read_only(const Row* p) {
   return {read_only(&p->numel),       read_only(&p->counter),  read_only(&p->grad),     read_only(&p->param),
-          read_only(&p->mu),          read_only(&p->nu),       read_only(&p->param_extra),
-          read_only(&p->mu_extra),    read_only(&p->nu_extra), read_only(&p->key)};
+          read_only(&p->mu),          read_only(&p->nu),       read_only(&p->param_aux),
+          read_only(&p->mu_aux),    read_only(&p->nu_aux), read_only(&p->key)};
 }
 
 template <class T>
@@ -118,12 +118,12 @@ using Wide = std::conditional_t<std::is_floating_point<Stored>::value, Stored,
 // two instructions each; of arrays of them nvcc makes two or three. `upper`: codecs have them as the upper
 // halves of 32 bits.
 template <class Stored, int n, bool upper = false>
-class Pack {
+class InMemory {
   static constexpr bool kInWords = n > 1 && sizeof(Stored) < 4;
   static constexpr int kBits = 8 * sizeof(Stored);
   static constexpr size_t kBytes = n * sizeof(Stored);
   using Access = std::conditional_t<
-      n == 1, Stored, std::conditional_t<kBytes % sizeof(Vector) == 0, Vector, HalfVector>>;
+      n == 1, Stored, std::conditional_t<kBytes % sizeof(Access16) == 0, Access16, Access8>>;
   static constexpr int kAccesses = kBytes / sizeof(Access);
   static_assert(kAccesses * sizeof(Access) == kBytes, "neighbours must fill whole accesses");
 
@@ -219,65 +219,65 @@ FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
 template <class Codec>
 struct Array {
   typename Codec::Stored* stored;
-  typename Codec::Extra* extra;
+  typename Codec::Aux* aux;
 
-  FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t extra_address, int64_t begin)
+  FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t aux_address, int64_t begin)
       : stored(global<typename Codec::Stored>(stored_address) + begin),
-        extra(global<typename Codec::Extra>(extra_address) + begin / Codec::block) {}
+        aux(global<typename Codec::Aux>(aux_address) + begin / Codec::block) {}
 
-  FUSED_OPTIM_DEVICE typename Codec::Extra* base_of(uint32_t i) const { return extra + i / uint32_t{Codec::block}; }
+  FUSED_OPTIM_DEVICE typename Codec::Aux* exponent_at(uint32_t i) const { return aux + i / uint32_t{Codec::block}; }
 };
 
 // `n` neighbours of one operand.
 template <class Codec, Operand operand, int n>
 struct Elements {
   using Stored = typename Codec::Stored;
-  using Extra = typename Codec::Extra;
-  using Part = std::conditional_t<std::is_same<Extra, NoExtra>::value, NoExtra, Wide<Extra>>;
+  using Aux = typename Codec::Aux;
+  using Part = std::conditional_t<std::is_same<Aux, NoAux>::value, NoAux, Wide<Aux>>;
 
-  Pack<Stored, n, Codec::is_upper_half> stored, new_stored;
-  Pack<Extra, kExtraEach<Codec> ? n : 1> extra, new_extra;
+  InMemory<Stored, n, Codec::is_upper_half> stored, new_stored;
+  InMemory<Aux, kAuxEach<Codec> ? n : 1> aux, new_aux;
   RandomBits<Codec, operand, n> random;
   typename Codec::Working value[n];
 
   // What a whole block has in common is read on its own, since it may be needed for longer.
   template <class From>
-  FUSED_OPTIM_DEVICE void read_base(const From& from, int i) {
-    if constexpr (kBlocked<Codec>) extra.read(from.base_of(i));
+  FUSED_OPTIM_DEVICE void read_exponent(const From& from, int i) {
+    if constexpr (kBlocked<Codec>) aux.read(from.exponent_at(i));
   }
 
   template <class From>
   FUSED_OPTIM_DEVICE void read(const From& from, int i) {
     stored.read(from.stored + i);
-    if constexpr (kExtraEach<Codec>) extra.read(from.extra + i);
+    if constexpr (kAuxEach<Codec>) aux.read(from.aux + i);
   }
 
   FUSED_OPTIM_DEVICE void decode(int k) {
     Part part;
-    if constexpr (!std::is_same<Extra, NoExtra>::value) part = extra.get(kExtraEach<Codec> ? k : 0);
+    if constexpr (!std::is_same<Aux, NoAux>::value) part = aux.get(kAuxEach<Codec> ? k : 0);
     value[k] = Codec::load(stored.get(k), part);
   }
 
-  // Whether a code in memory is that of infinity or NaN. Four are tested at once: no sum leaves its byte.
-  FUSED_OPTIM_DEVICE bool has_unusual_codes() const {
-    uint32_t unusual = 0;
+  // Whether a code in memory is that of infinity or NaN. Four are finite_path at once: no sum leaves its byte.
+  FUSED_OPTIM_DEVICE bool has_special_codes() const {
+    uint32_t special = 0;
     if constexpr (kBlocked<Codec>) {
 #pragma unroll
       for (const uint32_t codes : stored.item) {
         const uint32_t sums = (codes & 0x7f7f7f7fu) + (Codec::code_bits + 1 - Codec::infinity) * 0x01010101u;
-        unusual |= Codec::code_bits == 0xffu ? sums & codes : sums;
+        special |= Codec::code_bits == 0xffu ? sums & codes : sums;
       }
     }
-    return (unusual & 0x80808080u) != 0;
+    return (special & 0x80808080u) != 0;
   }
 
   // Whether a new value needs a codec for all values. Of blocks largest() says so.
-  FUSED_OPTIM_DEVICE bool is_unusual(int k) const {
-    if constexpr (Codec::has_usual && !kBlocked<Codec>) return !(absolute(value[k]) < float_of(kUnusual));
+  FUSED_OPTIM_DEVICE bool is_special(int k) const {
+    if constexpr (Codec::low_precision && !kBlocked<Codec>) return !(absolute(value[k]) < float_of(kFiniteLimit));
     return false;
   }
 
-  // Of what the block's extra depends on.
+  // Of what the block's aux depends on.
   FUSED_OPTIM_DEVICE uint32_t largest() const {
     uint32_t result = 0;
     if constexpr (kBlocked<Codec>) {
@@ -292,7 +292,7 @@ struct Elements {
     if constexpr (!kBlocked<Codec>) {
       Part part;
       new_stored.set(k, Codec::store(value[k], random.get(k), part));
-      if constexpr (kExtraEach<Codec>) new_extra.set(k, part);
+      if constexpr (kAuxEach<Codec>) new_aux.set(k, part);
     }
   }
 
@@ -300,13 +300,13 @@ struct Elements {
   template <class To>
   FUSED_OPTIM_DEVICE void write(const To& to, int i, uint32_t block_largest) {
     if constexpr (kBlocked<Codec>) {
-      const Extra base = Codec::extra_of(block_largest);
+      const Aux exponent = Codec::exponent_of(block_largest);
 #pragma unroll
-      for (int k = 0; k < n; ++k) new_stored.set(k, Codec::store(value[k], random.get(k), base));
-      if (i % Codec::block == 0) *to.base_of(i) = base;
+      for (int k = 0; k < n; ++k) new_stored.set(k, Codec::store(value[k], random.get(k), exponent));
+      if (i % Codec::block == 0) *to.exponent_at(i) = exponent;
     }
     new_stored.write(to.stored + i);
-    if constexpr (kExtraEach<Codec>) new_extra.write(to.extra + i);
+    if constexpr (kAuxEach<Codec>) new_aux.write(to.aux + i);
   }
 };
 
@@ -322,10 +322,10 @@ struct Operands {
   Coefficients<typename Param::Working> c;
 };
 
-// Whether full chunks are stepped by the codecs of usual values, with a test. With float32 moments it
+// Whether full chunks are stepped by the codecs of finite values, with a test. With float32 moments it
 // would take more instructions than it saves.
 template <class Mu, class Nu>
-constexpr bool kTested = Mu::has_usual && Nu::has_usual;
+constexpr bool kFinitePath = Mu::low_precision && Nu::low_precision;
 
 // `n` neighbours of each.
 template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
@@ -338,9 +338,9 @@ struct Neighbours {
   Elements<Nu, kNu, n> nu;
 
   template <class From>
-  FUSED_OPTIM_DEVICE void read_bases(const From& from, int i) {
-    mu.read_base(from.mu, i);
-    nu.read_base(from.nu, i);
+  FUSED_OPTIM_DEVICE void read_exponents(const From& from, int i) {
+    mu.read_exponent(from.mu, i);
+    nu.read_exponent(from.nu, i);
   }
 
   template <class From>
@@ -352,10 +352,10 @@ struct Neighbours {
     issue_reads();
   }
 
-  // `first`: the index in the parameter. Returns whether a new value is unusual, of those that blocks do not
+  // `first`: the index in the parameter. Returns whether a new value is special, of those that blocks do not
   // tell of.
   //
-  // With narrow moments a full chunk has two loops, with and without the first moment's corrections, and
+  // With low-precision moments a full chunk has two loops, with and without the first moment's corrections, and
   // the question which of them is asked once for a thread's neighbours. Asked for each element it takes up
   // to 16% more instructions where there are corrections; and two loops take up to 7% more with float32
   // moments, whose kernels wait for memory. Without them, each element asks for the second moment's: a
@@ -367,7 +367,7 @@ struct Neighbours {
     nu.random.begin(first, place);
     Coefficients<T> known = c;
     known.grad_divisor.is_one = 0;  // what is asked for is its value: a flag took up to 1% more
-    if (n > 1 && kTested<Mu, Nu> && Rule::leaves_out_first(c)) {
+    if (n > 1 && kFinitePath<Mu, Nu> && Rule::leaves_out_first(c)) {
       known.bias_correction1.is_one = known.bias_correction1_next.is_one = 1;
       return update_each(known);
     }
@@ -379,7 +379,7 @@ struct Neighbours {
   // What can be encoded is at once, element by element: with eight values of each operand waiting
   // some kernels spilled at 64 registers.
   FUSED_OPTIM_DEVICE bool update_each(const Coefficients<T>& c) {
-    bool unusual = false;
+    bool special = false;
 #pragma unroll
     for (int k = 0; k < n; ++k) {
       p.decode(k);
@@ -388,35 +388,35 @@ struct Neighbours {
       nu.decode(k);
       if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
       step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
-      unusual |= p.is_unusual(k) | mu.is_unusual(k) | nu.is_unusual(k);
+      special |= p.is_special(k) | mu.is_special(k) | nu.is_special(k);
       p.encode(k);
       mu.encode(k);
       nu.encode(k);
     }
-    return unusual;
+    return special;
   }
 };
 
 // Neighbours that a thread takes of a full chunk: 16 bytes of 16-bit operands, 8 of 8-bit ones.
 // With 16 elements of the latter ones registers would not do.
 template <class T, class... Codec>
-constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : sizeof(Vector) / sizeof(T);
+constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : sizeof(Access16) / sizeof(T);
 
-// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has an unusual value it
+// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has an special value it
 // writes nothing and returns false.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
-  constexpr bool tested = kTested<Mu, Nu>;
-  std::conditional_t<tested, Neighbours<Rule, Usual<Param>, Grad, Usual<Mu>, Usual<Nu>, n>,
+  constexpr bool finite_path = kFinitePath<Mu, Nu>;
+  std::conditional_t<finite_path, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
                      Neighbours<Rule, Param, Grad, Mu, Nu, n>>
       x;
-  x.read_bases(operands, i);
+  x.read_exponents(operands, i);
   x.read(operands, i);
-  bool unusual = x.mu.has_unusual_codes() | x.nu.has_unusual_codes();
-  unusual |= x.update(operands.c, operands.begin + i, operands.place);
+  bool special = x.mu.has_special_codes() | x.nu.has_special_codes();
+  special |= x.update(operands.c, operands.begin + i, operands.place);
   const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
-  unusual |= maximum(mu_largest, nu_largest) >= kUnusual;
-  if (tested && __any_sync(kAllLanes, unusual)) return false;
+  special |= maximum(mu_largest, nu_largest) >= kFiniteLimit;
+  if (finite_path && __any_sync(kAllLanes, special)) return false;
   // One after another, since what is written needs no register any more; mu last, since its
   // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
   x.p.write(operands.p, i, 0);
@@ -441,7 +441,7 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
 #pragma unroll 1
   for (; first < end; first += stride) {
     uint32_t mu_largest = 0, nu_largest = 0;
-    x.read_bases(operands, first);
+    x.read_exponents(operands, first);
 #pragma unroll 1
     for (bool write = !kAnyBlocked<Mu, Nu>;; write = true) {
 #pragma unroll 1
@@ -480,22 +480,22 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
   if (skip) return;
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;
-  const Operands<Param, Grad, Mu, Nu> operands{{row.param, row.param_extra, begin},
+  const Operands<Param, Grad, Mu, Nu> operands{{row.param, row.param_aux, begin},
                                                {row.grad, 0, begin},
-                                               {row.mu, row.mu_extra, begin},
-                                               {row.nu, row.nu_extra, begin},
+                                               {row.mu, row.mu_aux, begin},
+                                               {row.nu, row.nu_aux, begin},
                                                begin,
                                                {c.count, static_cast<uint64_t>(row.key)},
                                                c};
   const int lane = thread % kLanes;
   int i = thread * n;
-  if (full && !kTested<Mu, Nu>) {
+  if (full && !kFinitePath<Mu, Nu>) {
 #pragma unroll 1
     for (; i < kChunk; i += round) step_neighbours<Rule, n>(operands, i);
     return;
   }
   const int length = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
-  // A warp that meets an unusual value steps its round as spans, by the code that short chunks have.
+  // A warp that meets an special value steps its round as spans, by the code that short chunks have.
 #pragma unroll 1
   do {
     int first = thread / kLanes * span, end = length, stride = kThreads / kLanes * span;

@@ -1,5 +1,5 @@
-// Rules and codecs are written once for a number and for a pack of neighbours that the CPU
-// computes together (csrc/packs.h). Here is what the two differ in.
+// Rules and codecs are written once for a number and for a vector of neighbours that the CPU
+// computes together (csrc/vectors.h). Here is what the two differ in.
 #pragma once
 
 #include <cmath>
@@ -11,7 +11,7 @@
 namespace fused_optim {
 
 template <class T>
-struct Traits;  // the types of a number's or a pack's size, and what has no operator
+struct Traits;  // the types of a number's or a vector's size, and what has no operator
 
 template <>
 struct Traits<float> {
@@ -27,7 +27,6 @@ struct Traits<float> {
 #endif
   }
   static FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
-  static FUSED_OPTIM_HD int32_t truncated(float x) { return static_cast<int32_t>(x); }
 };
 
 template <>
@@ -80,7 +79,7 @@ FUSED_OPTIM_HD typename Traits<T>::Int int_of(T bits) {
   return bit_cast<typename Traits<T>::Int>(bits);
 }
 
-// Of integers, for each element; a number counts for all elements of a pack.
+// Of integers, for each element; a number counts for all elements of a vector.
 template <class Condition, class A, class B>
 FUSED_OPTIM_HD auto select(Condition condition, A a, B b) {
   using Both = decltype(a + b);

@@ -15,7 +15,7 @@ struct Place {
   uint64_t key;    // fused_optim.rounding.random_key
 };
 
-// `index`: the element's logical index, whose low 32 bits are enough; one or a pack of them.
+// `index`: the element's logical index, whose low 32 bits are enough; one or a vector of them.
 template <Operand operand, class W>
 FUSED_OPTIM_HD W dither(W index, const Place& place) {
   constexpr uint32_t factor = operand == kParam ? 0xA54FF53Bu : operand == kMu ? 0x6A09E667u : 0xBB67AE85u;

@@ -6,7 +6,7 @@
 #pragma GCC target("avx2")
 #endif
 #define FUSED_OPTIM_ISA avx2
-#define FUSED_OPTIM_PACK_BYTES 32
+#define FUSED_OPTIM_VECTOR_BYTES 32
 #include "step_cpu.h"
 #if defined(__clang__)
 #pragma clang attribute pop

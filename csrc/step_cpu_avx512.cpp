@@ -6,7 +6,7 @@
 #pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
 #endif
 #define FUSED_OPTIM_ISA avx512
-#define FUSED_OPTIM_PACK_BYTES 64
+#define FUSED_OPTIM_VECTOR_BYTES 64
 #include "step_cpu.h"
 #if defined(__clang__)
 #pragma clang attribute pop

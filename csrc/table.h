@@ -7,7 +7,7 @@ namespace fused_optim {
 
 struct Row {
   int64_t numel, counter, grad, param, mu, nu;
-  int64_t param_extra, mu_extra, nu_extra;  // second parts, 0 where the format has none
+  int64_t param_aux, mu_aux, nu_aux;  // second parts, 0 where the format has none
   int64_t key;                              // of the parameter's random bits
 };
 

@@ -69,6 +69,11 @@ class Format:
     low_precision: bool = False
     max_exponent: int | None = None
 
+    @property
+    def plain(self) -> bool:
+        """Whether values of its dtype are stored as they are, rounded to nearest."""
+        return self.aux is None and not self.index_dependent
+
     def aux_of(self, key: str) -> Part | None:
         """The auxiliary part of the moment with this state key; of a parameter the key is ``""``."""
         return None if self.aux is None else self.aux._replace(key=key + self.aux.key)
@@ -279,7 +284,7 @@ FORMATS = {
 # What else there is to know of formats follows from the records.
 
 _CHOSEN = {(operand, f.choice): f for f in FORMATS.values() for operand in f.operands}
-_PLAIN = {f.dtype: f for f in FORMATS.values() if f.aux is None and not f.index_dependent}
+_PLAIN = {f.dtype: f for f in FORMATS.values() if f.plain}
 
 STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in FORMATS.values() if f.choice and MU in f.operands))
 MASTER_WEIGHTS = (None, *(f.choice for f in FORMATS.values() if f.aux and PARAM in f.operands))
@@ -345,7 +350,9 @@ def check_formats(
             f"{name} has dtype {dtype}; give it an optimizer of its own with state_format='fp32'"
         )
     if formats_of(dtype, "fp32", master_weights, stochastic_rounding).param.dtype != plain.dtype:
-        asked = f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
+        asked = (
+            f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
+        )
         if stochastic_rounding:
             asked = "stochastic_rounding is for bfloat16 parameters"
         raise ValueError(f"{asked}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")

@@ -18,15 +18,7 @@ from fused_optim.backends.eager import EAGER
 from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
-from fused_optim.storage import (
-    FORMATS,
-    STATE_FORMATS,
-    Format,
-    Part,
-    formats_of,
-    native_gradient,
-    plain_format,
-)
+from fused_optim.storage import FORMATS, Format, Part, native_gradient
 from fused_optim.table import ADDRESSES, Batch, BatchKey, operands
 
 
@@ -46,31 +38,35 @@ def named(*names: str) -> Formats:
     return Formats(*(FORMATS[name] for name in names))
 
 
-def native_gradients(param: Format) -> list[Format]:
-    """The formats of gradients that kernels for such parameters read as they are."""
-    dtypes = (f.dtype for f in FORMATS.values() if f is plain_format(f.dtype))
-    return [plain_format(g) for g in dtypes if native_gradient(param.dtype, g)]
+def of_operand(operand: int) -> list[Format]:
+    """Formats of float32 arithmetic that this operand may be stored in."""
+    return [f for f in FORMATS.values() if operand in f.operands and f.working == torch.float32]
 
 
-PARAMS = [f for f in FORMATS.values() if PARAM in f.operands and f.working == torch.float32]
-MOMENTS = [formats_of(torch.float32, state, None, False)[1:] for state in STATE_FORMATS]
+def native_grads(param: Format) -> list[Format]:
+    return [f for f in of_operand(PARAM) if f.plain and native_gradient(param.dtype, f.dtype)]
+
+
+MOMENTS = [(mu, nu) for mu in of_operand(MU) for nu in of_operand(NU) if mu.choice == nu.choice]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
-COMBINATIONS = [FP64, *(Formats(p, g, *m) for p in PARAMS for g in native_gradients(p) for m in MOMENTS)]
+COMBINATIONS = [
+    FP64, *(Formats(p, g, *m) for p in of_operand(PARAM) for g in native_grads(p) for m in MOMENTS)
+]  # fmt: skip
 COVERING = [
     FP64,
     *(
-        Formats(p, native_gradients(p)[k % len(native_gradients(p))], *m)
-        for p in PARAMS
+        Formats(p, native_grads(p)[(i + k) % len(native_grads(p))], *m)
+        for i, p in enumerate(of_operand(PARAM))
         for k, m in enumerate(MOMENTS)
     ),
 ]
-"""Each parameter format with each of moments, and with each of gradients."""
+"""Each parameter format with each of moments, and either with each of gradients."""
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 
 
 class Row(NamedTuple):
     """One parameter of a test: its size, and how many elements past a 16-byte boundary each
-    of its tensors lies: gradient, parameter, moments and their auxiliary tensors, as in the table."""
+    of its tensors lies: gradient, parameter, moments and the auxiliary ones, as in the table."""
 
     numel: int
     offsets: tuple[int, ...] = (0,) * 7
@@ -80,13 +76,13 @@ class Row(NamedTuple):
 
 HYPER = [
     Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0, 0.0),
-    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0, 1.0),
-    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0, 0.0),
-    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0, 1.0),
+    Hyperparameters(2e-3, 0.1, 0.8, 0.99, 1e-3, 1e-8, 0.0, 1.0, 1.0),
+    Hyperparameters(0.1, 0.01, 0.0, 0.5, 1e-2, 0.0, 0.3, 0.0, 0.0),
     Hyperparameters(0.0, 0.0, 0.99, 0.0, 1.0, 1e-3, 0.0, 1.0, 0.0),
+    Hyperparameters(1e-3, 0.0, 0.9, 0.999, 1e-8, 1e-16, 0.0, 0.0, 1.0),
 ]
-USUAL_HYPER = (0, 1)
-"""Without and with Nesterov's look-ahead, all else as users have it."""
+NESTEROV = len(HYPER) - 1
+"""The row that differs from the first in Nesterov's look-ahead alone."""
 SPECIAL = [0.0, -0.0, torch.inf, -torch.inf, torch.nan, 1e-41, 6e-8, -6e4, 3e38]
 GUARD = 64
 
@@ -111,7 +107,9 @@ class World:
                 place = Place(torch.tensor(row.count), key, operand)
                 new, new_aux = f.encode(values.square() if operand == NU else values, place)
                 stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                aux.append(None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux))
+                aux.append(
+                    None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux)
+                )
             step = torch.tensor(row.count)
             item = operands(stored[0], g, *stored, tuple(aux), step)
             item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
@@ -215,13 +213,12 @@ def rows_of_sizes(chunk: int) -> Iterator[Row]:
 
 
 def special_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
-    """Whether a warp must notice it, the operand, what an element has stored, and its remainder or block
-    exponent."""
+    """Whether a warp must notice it, the operand, what an element has stored, and in its auxiliary tensor."""
     yield False, "grad", 0.0, None
     for x in (torch.inf, -torch.inf, torch.nan, 2.0**127):
         yield True, "grad", x, None
         yield formats.param.low_precision, "param", x, 0
-    if formats.param.aux is not None:
+    if formats.param.name.startswith("split"):
         for zero in (0.0, -0.0):
             yield True, "param", zero, -1  # somebody wrote it
     if formats.mu.name == "e4m3":
@@ -244,19 +241,19 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
         for case in special_values(formats)
         for place in (0, warp // 2 + 3, warp - 1)
     ]
-    rows = [Row(chunk, hyper_row=USUAL_HYPER[i % 2]) for i in range(len(cases))]
+    rows = [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))]
     worlds = [World(rule, formats, rows) for _ in range(2)]
     for world in worlds:
         world.new_gradients()
-        for row, (i, (_, operand, x, aux_value)) in enumerate(cases):
+        for row, (i, (_, operand, x, remainder)) in enumerate(cases):
             if operand == "grad":
                 world.grads[row][i] = x
             else:
                 k = ("param", "mu", "nu").index(operand)
                 world.stored[row][k][i] = x
                 aux = world.aux[row][k]
-                if aux is not None and aux_value is not None:
-                    aux[i if len(aux) == chunk else i // 128] = aux_value
+                if aux is not None and remainder is not None:
+                    aux[i if len(aux) == chunk else i // 128] = remainder
     return worlds, [noticed for _, (noticed, *_) in cases]
 
 
@@ -286,14 +283,11 @@ def check_corrections_that_become_one(library: Library, rule: str, formats: Form
     first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
     if working == torch.float32:
         assert (first, second) == (165, 17321)
-    rows = [
-        Row(chunk + 5, hyper_row=h, count=count - 4)
-        for count in (first, second, second + 80)
-        for h in USUAL_HYPER
-    ]
+    counts = (first, second, second + 80)
+    rows = [Row(chunk + 5, count=count - 4, hyper_row=h) for count in counts for h in (0, NESTEROV)]
     worlds = [World(rule, formats, rows) for _ in range(2)]
     for world in worlds:
-        world.hyper[:, 0] = 1.0
+        world.hyper[[0, NESTEROV], 0] = 1.0
     for _ in range(5):
         for world in worlds:
             world.new_gradients()
@@ -317,7 +311,7 @@ GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
 def check_all_codes_under_all_exponents(library: Library, grad_exponents: tuple[int, int]) -> None:
-    """Every finite code under every exponent of blocks below 2^127, and gradients that lead to each."""
+    """Every finite code under every block exponent, and gradients that lead to every exponent."""
     blocks = 240
     numel = 2 * blocks * 128
     worlds = [World("adamaxw", WITH_CODES, [Row(numel)]) for _ in range(2)]

@@ -8,11 +8,6 @@ namespace fused_optim {
 struct AdamaxW {
   static constexpr const char* name = "adamaxw";
 
-  template <class S>
-  static FUSED_OPTIM_HD bool leaves_out_first(const Coefficients<S>& c) {
-    return c.bias_correction1.is_one;
-  }
-
   template <class T, class S>
   static FUSED_OPTIM_HD void moments(T g, T& m, T& v, const Coefficients<S>& c) {
     m = first_moment(g, m, c);

@@ -1,7 +1,6 @@
 // The rules that there are. A new rule is a header here and a line below. It has
 //
 //   name                 as in fused_optim/rules.py
-//   leaves_out_first(c)  whether all first moment's corrections that update divides by are 1
 //   moments(g, m, v, c)  makes m and v, the second state, the new ones
 //   update(g, m, v, c)   the update that these make, before weight decay and learning rate
 #pragma once
@@ -9,11 +8,11 @@
 #include "adabelief.h"
 #include "adamaxw.h"
 
-#define FUSED_OPTIM_RULES(X) X(AdaBelief) X(AdaBeliefNesterov) X(AdamaxW)
+#define FUSED_OPTIM_RULES(X) X(AdaBelief) X(AdamaxW)
 
 namespace fused_optim {
 
-// All of a step, of a number or a pack of them.
+// All of a step, of a number or a vector of them.
 template <class Rule, class T, class S>
 FUSED_OPTIM_HD void step(T& p, T g, T& m, T& v, const Coefficients<S>& c) {
   Rule::moments(g, m, v, c);

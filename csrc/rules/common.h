@@ -1,6 +1,6 @@
 // What the rules share. Each line is one correctly rounded operation after another, in
 // the order of fused_optim/reference.py; the compiler may not contract them
-// (-ffp-contract=off, -fmad=false). T is a number or a pack of them, S the number.
+// (-ffp-contract=off, -fmad=false). T is a number or a vector of them, S the number.
 #pragma once
 
 #include <type_traits>
@@ -27,6 +27,14 @@ FUSED_OPTIM_HD T maximum(T x, T y) {
 template <class T, class S>
 FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<S>& c) {
   return c.one_minus_beta1 * g + c.beta1 * m;
+}
+
+// The first moment over its bias correction. Nesterov's look-ahead is a branch that all elements of a row
+// take alike.
+template <class T, class S>
+FUSED_OPTIM_HD T corrected_first_moment(T g, T m, const Coefficients<S>& c) {
+  if (c.nesterov) return c.beta1 * (m / c.bias_correction1_next) + c.one_minus_beta1 * (g / c.bias_correction1);
+  return m / c.bias_correction1;
 }
 
 // Weight decay and the step. Decay is selected, not "add zero".

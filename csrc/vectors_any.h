@@ -1,31 +1,31 @@
-// What packs.h needs of registers of 16 bytes, on any processor.
+// What vectors.h needs of registers of 16 bytes, on any processor.
 #pragma once
 
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
 template <class Stored>
-using Narrow __attribute__((vector_size(kWords * sizeof(Stored)))) = Stored;
+using Short __attribute__((vector_size(kWords * sizeof(Stored)))) = Stored;
 
 template <class Stored>
-FUSED_OPTIM_HD Words read_pack(const Stored* from) {
-  return __builtin_convertvector(read_as<Narrow<Stored>>(from), Words);
+FUSED_OPTIM_HD Words read_vector(const Stored* from) {
+  return __builtin_convertvector(read_as<Short<Stored>>(from), Words);
 }
 template <class Stored>
-FUSED_OPTIM_HD void write_narrow(void* to, Words values) {
-  const auto narrow = __builtin_convertvector(values, Narrow<Stored>);
+FUSED_OPTIM_HD void write_short(void* to, Words values) {
+  const auto narrow = __builtin_convertvector(values, Short<Stored>);
   memcpy(to, &narrow, sizeof(narrow));
 }
-FUSED_OPTIM_HD void write_halves(void* to, Words values) { write_narrow<uint16_t>(to, values); }
-FUSED_OPTIM_HD void write_bytes(void* to, Words values) { write_narrow<uint8_t>(to, values); }
-FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_pack(from) << 16; }
+FUSED_OPTIM_HD void write_halves(void* to, Words values) { write_short<uint16_t>(to, values); }
+FUSED_OPTIM_HD void write_bytes(void* to, Words values) { write_short<uint8_t>(to, values); }
+FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_vector(from) << 16; }
 FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) { write_halves(to, values >> 16); }
 #if defined(__SSE2__)
 FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm_sqrt_ps(reinterpret_cast<__m128>(x))); }
 FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x))); }
 #else
-template <class Pack>
-FUSED_OPTIM_HD Pack square_roots(Pack x) {
+template <class Vector>
+FUSED_OPTIM_HD Vector square_roots(Vector x) {
   for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
   return x;
 }

@@ -1,19 +1,19 @@
-// What packs.h needs of AVX-512. gcc 12 splits __builtin_convertvector of these registers in pieces.
+// What vectors.h needs of AVX-512. gcc 12 splits __builtin_convertvector of these registers in pieces.
 #pragma once
 
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-FUSED_OPTIM_HD Words read_pack(const uint16_t* from) {
+FUSED_OPTIM_HD Words read_vector(const uint16_t* from) {
   return reinterpret_cast<Words>(_mm512_cvtepu16_epi32(read_as<__m256i>(from)));
 }
-FUSED_OPTIM_HD Words read_pack(const int16_t* from) {
+FUSED_OPTIM_HD Words read_vector(const int16_t* from) {
   return reinterpret_cast<Words>(_mm512_cvtepi16_epi32(read_as<__m256i>(from)));
 }
-FUSED_OPTIM_HD Words read_pack(const uint8_t* from) {
+FUSED_OPTIM_HD Words read_vector(const uint8_t* from) {
   return reinterpret_cast<Words>(_mm512_cvtepu8_epi32(read_as<__m128i>(from)));
 }
-FUSED_OPTIM_HD Words read_pack(const int8_t* from) {
+FUSED_OPTIM_HD Words read_vector(const int8_t* from) {
   return reinterpret_cast<Words>(_mm512_cvtepi8_epi32(read_as<__m128i>(from)));
 }
 // Zeros and halves in turns; and every second half.

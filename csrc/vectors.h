@@ -1,9 +1,9 @@
-// Packs: the neighbours that one instruction of an instruction set works on, as vectors of gcc's
+// Vectors: the neighbours that one instruction of an instruction set works on, as vectors of gcc's
 // and clang's. Rules and codecs compute with them as with numbers (numbers.h); what they lack is
-// here: how they come from memory and go there. FUSED_OPTIM_PACK_BYTES is a register's size.
+// here: how they come from memory and go there. FUSED_OPTIM_VECTOR_BYTES is a register's size.
 //
 // Left to itself gcc vectorises loops over several formats too, but mixes widths in one loop, with
-// a shuffle for each change, and packs the masks of selects.
+// a shuffle for each change, and narrows the masks of selects.
 #pragma once
 
 #include "cpu_standard.h"
@@ -12,27 +12,27 @@
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-typedef float Floats __attribute__((vector_size(FUSED_OPTIM_PACK_BYTES)));
-typedef uint32_t Words __attribute__((vector_size(FUSED_OPTIM_PACK_BYTES)));
-typedef int32_t Ints __attribute__((vector_size(FUSED_OPTIM_PACK_BYTES)));
-typedef double Doubles __attribute__((vector_size(FUSED_OPTIM_PACK_BYTES)));
+typedef float Floats __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
+typedef uint32_t Words __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
+typedef int32_t Ints __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
+typedef double Doubles __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
 
-constexpr int64_t kWords = FUSED_OPTIM_PACK_BYTES / 4;
+constexpr int64_t kWords = FUSED_OPTIM_VECTOR_BYTES / 4;
 
-// The pack that a stored number is read into, and how many of them there are in one.
+// The vector that a stored number is read into, and how many of them there are in one.
 template <class Stored>
-struct PackOf {
-  using Pack = Words;
+struct VectorOf {
+  using Vector = Words;
   static constexpr int64_t size = kWords;
 };
 template <>
-struct PackOf<float> {
-  using Pack = Floats;
+struct VectorOf<float> {
+  using Vector = Floats;
   static constexpr int64_t size = kWords;
 };
 template <>
-struct PackOf<double> {
-  using Pack = Doubles;
+struct VectorOf<double> {
+  using Vector = Doubles;
   static constexpr int64_t size = kWords / 2;
 };
 
@@ -43,65 +43,65 @@ FUSED_OPTIM_HD To read_as(const From* from) {
   return to;
 }
 
-// A whole pack from memory, and to it.
-FUSED_OPTIM_HD Floats read_pack(const float* from) { return read_as<Floats>(from); }
-FUSED_OPTIM_HD Doubles read_pack(const double* from) { return read_as<Doubles>(from); }
+// A whole vector from memory, and to it.
+FUSED_OPTIM_HD Floats read_vector(const float* from) { return read_as<Floats>(from); }
+FUSED_OPTIM_HD Doubles read_vector(const double* from) { return read_as<Doubles>(from); }
 
-FUSED_OPTIM_HD void write_pack(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
-FUSED_OPTIM_HD void write_pack(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
+FUSED_OPTIM_HD void write_vector(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
+FUSED_OPTIM_HD void write_vector(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim
 
-// For each instruction set: read_pack of integers, which widens them to 32 bits and keeps a sign;
+// For each instruction set: read_vector of integers, which widens them to 32 bits and keeps a sign;
 // write_halves and write_bytes, which cut; read_upper_halves and write_upper_halves; square_roots,
 // largest_of and any_at_least.
-#if FUSED_OPTIM_PACK_BYTES == 64
-#include "packs_avx512.h"
-#elif FUSED_OPTIM_PACK_BYTES == 32
-#include "packs_avx2.h"
+#if FUSED_OPTIM_VECTOR_BYTES == 64
+#include "vectors_avx512.h"
+#elif FUSED_OPTIM_VECTOR_BYTES == 32
+#include "vectors_avx2.h"
 #else
-#include "packs_any.h"
+#include "vectors_any.h"
 #endif
 
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-FUSED_OPTIM_HD void write_pack(uint16_t* to, Words values) { write_halves(to, values); }
-FUSED_OPTIM_HD void write_pack(int16_t* to, Words values) { write_halves(to, values); }
-FUSED_OPTIM_HD void write_pack(uint8_t* to, Words values) { write_bytes(to, values); }
-FUSED_OPTIM_HD void write_pack(int8_t* to, Words values) { write_bytes(to, values); }
+FUSED_OPTIM_HD void write_vector(uint16_t* to, Words values) { write_halves(to, values); }
+FUSED_OPTIM_HD void write_vector(int16_t* to, Words values) { write_halves(to, values); }
+FUSED_OPTIM_HD void write_vector(uint8_t* to, Words values) { write_bytes(to, values); }
+FUSED_OPTIM_HD void write_vector(int8_t* to, Words values) { write_bytes(to, values); }
 
-// The first `n` of a pack alone, one or more. A call of memcpy for each operand of a tensor of one
+// The first `n` of a vector alone, one or more. A call of memcpy for each operand of a tensor of one
 // element takes longer than its step.
 template <class Stored>
 FUSED_OPTIM_HD void copy_from(Stored* part, const Stored* from, int64_t n) {
-#if FUSED_OPTIM_PACK_BYTES == 64
+#if FUSED_OPTIM_VECTOR_BYTES == 64
   const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n * sizeof(Stored)), from);
-  memcpy(part, &bytes, PackOf<Stored>::size * sizeof(Stored));
+  memcpy(part, &bytes, VectorOf<Stored>::size * sizeof(Stored));
 #else
-  memset(part, 0, PackOf<Stored>::size * sizeof(Stored));
+  memset(part, 0, VectorOf<Stored>::size * sizeof(Stored));
   memcpy(part, from, n * sizeof(Stored));
 #endif
 }
 template <class Stored>
 FUSED_OPTIM_HD void copy_to(Stored* to, const Stored* part, int64_t n) {
-#if FUSED_OPTIM_PACK_BYTES == 64
+#if FUSED_OPTIM_VECTOR_BYTES == 64
   __m512i bytes = _mm512_setzero_si512();
-  memcpy(&bytes, part, PackOf<Stored>::size * sizeof(Stored));
+  memcpy(&bytes, part, VectorOf<Stored>::size * sizeof(Stored));
   _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - n * sizeof(Stored)), bytes);
 #else
   memcpy(to, part, n * sizeof(Stored));
 #endif
 }
 
-// How many elements of a pack there are: all, or, at a tensor's end, some. Then the rest is zero, or
+// How many elements of a vector there are: all, or, at a tensor's end, some. Then the others are zero, or
 // is not written.
 struct All {};
 
 template <bool upper_halves = false, class Stored, class Count>
-FUSED_OPTIM_HD auto read_pack(const Stored* from, Count n) {
-  Stored part[PackOf<Stored>::size];
+FUSED_OPTIM_HD auto read_vector(const Stored* from, Count n) {
+  Stored part[VectorOf<Stored>::size];
   if constexpr (!std::is_same<Count, All>::value) {
     copy_from(part, from, n);
     from = part;
@@ -109,17 +109,17 @@ FUSED_OPTIM_HD auto read_pack(const Stored* from, Count n) {
   if constexpr (upper_halves)
     return read_upper_halves(from);
   else
-    return read_pack(from);
+    return read_vector(from);
 }
 
-template <bool upper_halves = false, class Stored, class Pack, class Count>
-FUSED_OPTIM_HD void write_pack(Stored* to, Pack values, Count n) {
-  Stored part[PackOf<Stored>::size];
+template <bool upper_halves = false, class Stored, class Vector, class Count>
+FUSED_OPTIM_HD void write_vector(Stored* to, Vector values, Count n) {
+  Stored part[VectorOf<Stored>::size];
   Stored* const whole = std::is_same<Count, All>::value ? to : part;
   if constexpr (upper_halves)
     write_upper_halves(whole, values);
   else
-    write_pack(whole, values);
+    write_vector(whole, values);
   if constexpr (!std::is_same<Count, All>::value) copy_to(to, part, n);
 }
 
@@ -128,8 +128,8 @@ template <class Count>
 FUSED_OPTIM_HD Floats first_of(Floats x, Count n) {
   if constexpr (std::is_same<Count, All>::value) return x;
   float part[kWords];
-  write_pack(part, x);
-  return read_pack(part, n);
+  write_vector(part, x);
+  return read_vector(part, n);
 }
 
 // 0, 1, 2, ...
@@ -139,7 +139,7 @@ FUSED_OPTIM_HD Words iota() {
   return words;
 }
 
-// A constant that gcc keeps in a register: it would make it anew for each pack, from an integer's.
+// A constant that gcc keeps in a register: it would make it anew for each vector, from an integer's.
 FUSED_OPTIM_HD Words in_register(Words constant) {
 #if defined(__x86_64__)
   asm("" : "+v"(constant));
@@ -156,7 +156,6 @@ struct Traits<FUSED_OPTIM_ISA::Floats> {
   using Int = FUSED_OPTIM_ISA::Ints;
   static FUSED_OPTIM_HD Float square_root(Float x) { return FUSED_OPTIM_ISA::square_roots(x); }
   static FUSED_OPTIM_HD Float absolute(Float x) { return bit_cast<Float>(bit_cast<Word>(x) & 0x7fffffffu); }
-  static FUSED_OPTIM_HD Int truncated(Float x) { return __builtin_convertvector(x, Int); }
 };
 template <>
 struct Traits<FUSED_OPTIM_ISA::Words> : Traits<FUSED_OPTIM_ISA::Floats> {};
@@ -166,7 +165,7 @@ struct Traits<FUSED_OPTIM_ISA::Ints> : Traits<FUSED_OPTIM_ISA::Floats> {};
 template <>
 struct Traits<FUSED_OPTIM_ISA::Doubles> {
   using Double = FUSED_OPTIM_ISA::Doubles;
-  typedef uint64_t Bits __attribute__((vector_size(FUSED_OPTIM_PACK_BYTES)));
+  typedef uint64_t Bits __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
   static FUSED_OPTIM_HD Double square_root(Double x) { return FUSED_OPTIM_ISA::square_roots(x); }
   static FUSED_OPTIM_HD Double absolute(Double x) {
     return bit_cast<Double>(bit_cast<Bits>(x) & 0x7fffffffffffffffu);

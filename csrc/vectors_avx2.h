@@ -1,19 +1,19 @@
-// What packs.h needs of AVX2. gcc 12 splits __builtin_convertvector of these registers in pieces.
+// What vectors.h needs of AVX2. gcc 12 splits __builtin_convertvector of these registers in pieces.
 #pragma once
 
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-FUSED_OPTIM_HD Words read_pack(const uint16_t* from) {
+FUSED_OPTIM_HD Words read_vector(const uint16_t* from) {
   return reinterpret_cast<Words>(_mm256_cvtepu16_epi32(read_as<__m128i>(from)));
 }
-FUSED_OPTIM_HD Words read_pack(const int16_t* from) {
+FUSED_OPTIM_HD Words read_vector(const int16_t* from) {
   return reinterpret_cast<Words>(_mm256_cvtepi16_epi32(read_as<__m128i>(from)));
 }
-FUSED_OPTIM_HD Words read_pack(const uint8_t* from) {
+FUSED_OPTIM_HD Words read_vector(const uint8_t* from) {
   return reinterpret_cast<Words>(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
-FUSED_OPTIM_HD Words read_pack(const int8_t* from) {
+FUSED_OPTIM_HD Words read_vector(const int8_t* from) {
   return reinterpret_cast<Words>(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
 }
 // Chosen bytes of each half of the register, and then the two side by side.
@@ -32,7 +32,7 @@ FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) {
                       _mm256_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                        2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1));
 }
-FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_pack(from) << 16; }
+FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_vector(from) << 16; }
 FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
   const __m256i chosen = _mm256_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1,  //
                                           0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
