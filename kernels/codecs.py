@@ -65,10 +65,11 @@ At = namedtuple("At", "start offset mask block_mask count key finite")
 """Elements of one row.
 
 ``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: the index of each, and
-whether it exists; a mask of None for all. ``block_mask``: the same of their blocks. ``count``: the bits of the
-step number, as a value of the working precision. ``key``: the address of the key of the parameter's random
-bits. ``finite``: values to be stored with low precision are below 2^127, so that none is infinite or NaN or
-rounds to infinity, and no moment in memory is infinite or NaN: see ``step._all_finite``.
+whether it exists; a mask of None for all. ``block_mask``: the same of their blocks. ``count``: the address
+of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
+parameter's random bits. ``finite``: values to be stored with low precision are below 2^127, so that none is
+infinite or NaN or rounds to infinity, and no moment in memory is infinite or NaN (see ``step._all_finite``).
+True or None, since Triton makes tensors of other constants in a tuple.
 """
 
 

@@ -63,10 +63,8 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str) -> dict[s
 
 
 def registers(param: str, grad: str, mu: str) -> int:
-    """Registers that a thread of :func:`step_kernel` may take. With these no kernel of
-    ``bench.formats.TRIPLES`` spills. 64 leave room for four blocks of 256 threads in 65,536, up
-    to 80 for three. Left to itself NVIDIA's compiler takes up to 108 with low-precision moments,
-    and up to 79 with float32 ones, but 5% more instructions."""
+    """Registers that a thread of :func:`step_kernel` may take: 64 leave room for four blocks of 256
+    threads in 65,536, up to 80 for three. ``tests/test_triton_compiled.py`` says what spills."""
     if codecs.CODECS[mu].low_precision and (param, grad) == ("fp32", "fp32"):
         return 64
     return 80
@@ -159,21 +157,10 @@ def _advance(counters, n, coefficients, LANES: tl.constexpr):
 @triton.jit
 def _coefficients(k):
     return Coefficients(
-        tl.load(k),
-        tl.load(k + 1),
-        tl.load(k + 2),
-        tl.load(k + 3),
-        tl.load(k + 4),
-        tl.load(k + 5),
-        tl.load(k + 6),
-        tl.load(k + 7),
-        tl.load(k + 8),
-        tl.load(k + 9),
-        tl.load(k + 10),
-        tl.load(k + 11),
-        tl.load(k + 12),
-        tl.load(k + 13),
-    )
+        tl.load(k), tl.load(k + 1), tl.load(k + 2), tl.load(k + 3), tl.load(k + 4), tl.load(k + 5),
+        tl.load(k + 6), tl.load(k + 7), tl.load(k + 8), tl.load(k + 9), tl.load(k + 10), tl.load(k + 11),
+        tl.load(k + 12), tl.load(k + 13),
+    )  # fmt: skip
 
 
 @triton.jit
@@ -255,35 +242,43 @@ def _step(
     return done
 
 
+@triton.jit
+def _find_chunk(rows, chunks, coefficients):
+    """Of the chunk of this program: its row, its number and its coefficients."""
+    entry = chunks + 2 * (tl.program_id(0).to(tl.int64) - 1)
+    row = rows + tl.load(entry).to(tl.int64) * ROW_COLUMNS
+    return row, tl.load(entry + 1).to(tl.int64), coefficients + tl.load(row + 1) * COEFFICIENT_COLUMNS
+
+
 @triton.jit(do_not_specialize=["n"])
 def step_kernel(
     rows, chunks, counters, n, coefficients, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MU: tl.constexpr, NU: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
-    program = tl.program_id(0).to(tl.int64) - 1
-    if program < 0:
+    if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
         return
-    FAST: tl.constexpr = True if MU.low_precision else None
-    row = rows + tl.load(chunks + 2 * program).to(tl.int64) * ROW_COLUMNS
-    chunk = tl.load(chunks + 2 * program + 1).to(tl.int64)
-    k = coefficients + tl.load(row + 1) * COEFFICIENT_COLUMNS
-    count = k + NUM_COEFFICIENTS + 1
+    row, chunk, k = _find_chunk(rows, chunks, coefficients)
     if tl.load(k + NUM_COEFFICIENTS) == 0:
-        if chunk >= 0:
+        tail = chunk < 0
+        if not tail:
             start = chunk * CHUNK
             offset = start + tl.arange(0, CHUNK)
-            at = codecs.At(start, offset, None, None, count, row + KEY_COLUMN, FAST)
-            if not _step(row, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU):
-                chunk = -1 - chunk
-        if chunk < 0:
-            start = (-1 - chunk) * CHUNK
+            finite: tl.constexpr = True if MU.low_precision else None
+            at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite)
+            tail = not _step(row, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
+        if tail:
+            # Once more: kept until here they take registers.
+            row, chunk, k = _find_chunk(rows, chunks, coefficients)
+            start = tl.maximum(chunk, -1 - chunk) * CHUNK
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
                 offset = start + tl.arange(0, THREADS)
                 block = start + tl.arange(0, THREADS // codecs.BLOCK) * codecs.BLOCK
-                at = codecs.At(start, offset, offset < end, block < end, count, row + KEY_COLUMN, None)
+                at = codecs.At(
+                    start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, None
+                )
                 _step(row, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
                 start += THREADS
 
@@ -292,8 +287,7 @@ def load(
     working: torch.dtype, scaled: bool, skippable: bool, constants: dict[str, Any],
     prologue_options: dict[str, Any], step_options: dict[str, Any],
 ) -> None:  # fmt: skip
-    """Compile both kernels and load them onto the current device, so that what fails in that fails before
-    anything is launched.
+    """Compile both kernels and load them onto the current device: what fails in that fails before a launch.
 
     Args:
         scaled, skippable: whether launches have a ``grad_scale`` and a ``found_inf``.
