@@ -278,7 +278,7 @@ def steps_until_one(beta: float, working: torch.dtype) -> int:
 
 
 def check_corrections_that_become_one(library: Library, rule: str, formats: Formats) -> None:
-    """Step by step from corrections other than 1 to 1, with a learning rate that lets the last bit through."""
+    """Step by step from corrections other than 1 to 1, with a learning rate that shows the last bit."""
     chunk, working = library.chunk_size(formats), formats.param.working
     first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
     if working == torch.float32:

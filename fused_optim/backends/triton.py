@@ -60,7 +60,8 @@ def _constants(key: BatchKey) -> dict[str, Any]:
     """The step kernel's."""
     kernels = _kernels()[0]
     assert kernels is not None
-    return dict(kernels.step_constants(key.rule.name, *(f.name for f in (key.param, key.grad, key.mu, key.nu))))
+    formats = (key.param, key.grad, key.mu, key.nu)
+    return dict(kernels.step_constants(key.rule.name, *(f.name for f in formats)))
 
 
 def _step_options(key: BatchKey) -> dict[str, Any]:
