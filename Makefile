@@ -7,7 +7,7 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-exhaustive lint bench gpu-check studies check clean
+.PHONY: demo test test-kernels test-exhaustive lint bench gpu-check studies check clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -20,16 +20,21 @@ $(VENV)/installed: $(SOURCES) constraints.txt | $(VENV)/bin/python
 	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[test,demo,lint]"
 	touch $@
 
-# torch 2.11 brings Triton 3.6: the kernels are compiled with it too, beside the newest.
-$(VENV)/triton-3.6: | $(VENV)/bin/python
-	$(PIP) install --quiet --no-deps --target $@ triton==3.6.0
+# What torch 2.11, 2.13 and 2.14 bring: the kernels are compiled with these too, beside what is installed.
+TRITONS ?= 3.6.0 3.7.1 3.8.0
+$(VENV)/triton-%: | $(VENV)/bin/python
+	$(PIP) install --quiet --no-deps --target $@ triton==$*
 
 demo: $(VENV)/installed
 	$(BIN)/python examples/demo.py
 
 # One thread a worker: the tests are many and small, and those of threads set their own number.
-test: $(VENV)/installed $(VENV)/triton-3.6
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not kernels"
+
+# All kernels as they are compiled, by each compiler: looked at, and run by an emulator.
+test-kernels: $(VENV)/installed $(TRITONS:%=$(VENV)/triton-%)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m kernels
 
 # All 2^32 bit patterns: some ten minutes on two cores.
 test-exhaustive: $(VENV)/installed

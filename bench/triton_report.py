@@ -25,9 +25,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from .formats import PART_BYTES, STATES, TRIPLES
+from .formats import STATES, TRIPLES
 
-RULES = ("adabelief", "adabelief_nesterov", "adamaxw")
+RULES = ("adabelief", "adamaxw")
 DEFAULT_KERNELS = Path(__file__).parents[1] / "kernels"
 
 
@@ -66,14 +66,13 @@ def step_kernel(
 ) -> Any:
     param, grad, state = formats
     operands = (param, grad, *STATES[state])
-    chunk = step.chunk_size(*(PART_BYTES[operand][0] for operand in operands))
-    constants = step.step_constants(rule, *operands, chunk)
+    constants = step.step_constants(rule, *operands)
     registers = step.registers(param, grad, STATES[state][0])
     options = step.launch_options(target.backend, target.warp_size, step.THREADS, registers)
     options["enable_fp_fusion"] = fp_fusion
     working = "fp64" if param == "fp64" else "fp32"
-    pointers = {"rows": "*i64", "chunks": "*i32", "coefficients": f"*{working}"}
-    return compile_kernel(step.step_kernel, pointers, constants, {}, target, options)
+    pointers = {"rows": "*i64", "chunks": "*i32", "counters": "*i64", "coefficients": f"*{working}"}
+    return compile_kernel(step.step_kernel, pointers, constants, {"n": "i32"}, target, options)
 
 
 def prologue_kernel(step: Any, working: str, target: GPUTarget, fp_fusion: bool) -> Any:

@@ -175,6 +175,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         plan = self._current_plan(capturing)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
+        for backend, batch in plan.batches:
+            backend.load(batch, inputs[batch.key.device])
         try:
             for backend, batch in plan.batches:
                 for o in batch.copied:

@@ -113,8 +113,6 @@ def make_plan(
     by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
     for o in items:
         by_key[_batch_key(o, settings.rule)].append(o)
-    for key in by_key:
-        backends[key.device].load(key)
     stepped = {o.source for o in items}
     others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in stepped}
     _share_steps(by_key, list(others.values()), backends)

@@ -1,9 +1,10 @@
 """The update rules in Triton: ``fused_optim.reference`` once more, the same operations in
-the same order. A rule is two functions, for the new moments and, from these, for the update:
-moments that are stored between the two need no registers in the second.
+the same order. A rule is two functions: ``<rule>_moments`` gives the new moments and
+``<rule>`` the update. Moments that are stored between the two need no registers in the
+second.
 
 The plain ``/`` and ``tl.sqrt`` are approximate in float32 on a GPU, and the interpreter
-does not show it: :func:`divide` and :func:`square_root` are not. Nothing here may be
+does not show it: use :func:`divide` and :func:`square_root`. Nothing here may be
 contracted to a fused multiply-add: every launch passes ``enable_fp_fusion=False``.
 """
 
@@ -22,19 +23,6 @@ def divide(x, y):
 
 
 @triton.jit
-def corrected(x, bias_correction, c):
-    """With narrow moments without a division by 1, which changes no bit: 10 instructions less for each
-    element, in float32 from step 165 on with beta 0.9, from 17,321 on with 0.999. What bounds kernels with
-    float32 moments is memory, and with branches some spill at 72 registers."""
-    if c.skips_ones is None:
-        return divide(x, bias_correction)
-    else:
-        if bias_correction != 1:
-            x = divide(x, bias_correction)
-        return x
-
-
-@triton.jit
 def square_root(x):
     if x.dtype == tl.float32:
         return tl.sqrt_rn(x)
@@ -43,8 +31,29 @@ def square_root(x):
 
 
 @triton.jit
+def corrected(x, bias_correction):
+    """``x / bias_correction``, without a division by 1, which changes no bit: 10 instructions less for each
+    element, in float32 from step 165 on with beta 0.9 and from 17,321 on with 0.999."""
+    if bias_correction != 1:
+        x = divide(x, bias_correction)
+    return x
+
+
+@triton.jit
 def first_moment(g, m, c):
     return c.one_minus_beta1 * g + c.beta1 * m
+
+
+@triton.jit
+def corrected_first_moment(g, m, c):
+    """Nesterov's look-ahead takes the moment of the next step, as if the same gradient came again."""
+    # Both cases whole: a select of the correction, and one division for both, spill up to 32 bytes.
+    if c.nesterov != 0:
+        g = corrected(g, c.bias_correction1)
+        m = first_moment(g, corrected(m, c.bias_correction1_next), c)
+    else:
+        m = corrected(m, c.bias_correction1)
+    return m
 
 
 @triton.jit
@@ -65,19 +74,8 @@ def adabelief_moments(g, m, s, c):
 
 @triton.jit
 def adabelief(g, m, s, c):
-    m_hat = corrected(m, c.bias_correction1, c)
-    return divide(m_hat, square_root(corrected(s, c.bias_correction2, c)) + c.eps)
-
-
-adabelief_nesterov_moments = adabelief_moments
-
-
-@triton.jit
-def adabelief_nesterov(g, m, s, c):
-    # Other orders, and one branch for both, spill up to 32 bytes with narrow moments.
-    g, m = corrected(g, c.bias_correction1, c), corrected(m, c.bias_correction1_next, c)
-    m_hat = first_moment(g, m, c)
-    return divide(m_hat, square_root(corrected(s, c.bias_correction2, c)) + c.eps)
+    m_hat = corrected_first_moment(g, m, c)
+    return divide(m_hat, square_root(corrected(s, c.bias_correction2)) + c.eps)
 
 
 @triton.jit
@@ -89,4 +87,4 @@ def adamaxw_moments(g, m, v, c):
 
 @triton.jit
 def adamaxw(g, m, v, c):
-    return divide(corrected(m, c.bias_correction1, c), v)
+    return divide(corrected(m, c.bias_correction1), v)

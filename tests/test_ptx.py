@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+pytestmark = pytest.mark.kernels
 THREADS = 64
 
 

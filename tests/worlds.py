@@ -19,7 +19,7 @@ from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
 from fused_optim.storage import FORMATS, Format, Part, native_gradient
-from fused_optim.table import ADDRESSES, Batch, BatchKey, operands
+from fused_optim.table import ADDRESSES, Batch, BatchKey, Operands
 
 
 class Formats(NamedTuple):
@@ -107,11 +107,19 @@ class World:
                 place = Place(torch.tensor(row.count), key, operand)
                 new, new_aux = f.encode(values.square() if operand == NU else values, place)
                 stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                aux.append(None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux))
+                aux.append(
+                    None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux)
+                )
             step = torch.tensor(row.count)
-            item = operands(stored[0], g, *stored, tuple(aux), step)
-            item.hyper_row, item.random_key = row.hyper_row, key << 32 | 12345
-            items.append(item)
+            keys = RULES[rule].states
+            state = {"step": step, **dict(zip(keys, stored[1:]))}
+            own = storage.Formats(formats.param, formats.mu, formats.nu)
+            for name, f, t in zip(("", *keys), own, aux):
+                part = f.aux_of(name)
+                if part is not None:
+                    state[part.key] = t
+            random_key = key << 32 | 12345
+            items.append(Operands(str(key), stored[0], stored[0], g, state, keys, own, row.hyper_row, random_key))
             self.grads.append(g)
             self.steps.append(step)
             self.stored.append(stored)
@@ -239,10 +247,8 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
         for case in special_values(formats)
         for place in (0, warp // 2 + 3, warp - 1)
     ]
-    worlds = [
-        World(rule, formats, [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))])
-        for _ in range(2)
-    ]
+    rows = [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
     for world in worlds:
         world.new_gradients()
         for row, (i, (_, operand, x, remainder)) in enumerate(cases):
@@ -278,7 +284,7 @@ def steps_until_one(beta: float, working: torch.dtype) -> int:
 
 
 def check_corrections_that_become_one(library: Library, rule: str, formats: Formats) -> None:
-    """Step by step from corrections other than 1 to 1, with a learning rate that lets the last bit through."""
+    """Step by step from corrections other than 1 to 1, with a learning rate that shows the last bit."""
     chunk, working = library.chunk_size(formats), formats.param.working
     first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
     if working == torch.float32:
@@ -344,12 +350,14 @@ def check_found_inf_changes_nothing(library: Library, rule: str, formats: Format
 
 
 def check_counters(library: Library, rule: str, formats: Formats, steps: int) -> None:
-    """Step numbers that end at the largest, under all hyperparameters, more than a program takes."""
+    """Step numbers that end at the largest, under all hyperparameters, more than a program takes; and with
+    nothing to step beside them."""
     counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT] * 5
-    rows = [Row(3, hyper_row=h, count=count) for count in counts for h in range(len(HYPER))]
-    worlds = [World(rule, formats, rows) for _ in range(2)]
-    for _ in range(steps):
-        for world in worlds:
-            world.new_gradients()
-        step_both(library, worlds)
-    assert [int(s) for s in worlds[1].steps] == [min(row.count + steps, MAX_COUNT) for row in rows]
+    for numel, n in ((3, len(counts)), (0, 2)):
+        rows = [Row(numel, hyper_row=h, count=count) for count in counts[:n] for h in range(len(HYPER))]
+        worlds = [World(rule, formats, rows) for _ in range(2)]
+        for _ in range(steps):
+            for world in worlds:
+                world.new_gradients()
+            step_both(library, worlds)
+        assert [int(s) for s in worlds[1].steps] == [min(row.count + steps, MAX_COUNT) for row in rows]

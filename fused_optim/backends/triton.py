@@ -7,15 +7,15 @@ is how they are tested where there is no GPU.
 from __future__ import annotations
 
 import importlib
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from types import ModuleType
 from typing import Any
 
 import torch
 
-from ..table import Batch
-from .base import Backend, Inputs, nothing_to_load, table_on
+from ..table import Batch, BatchKey
+from .base import Backend, Inputs, table_on
 
 
 @cache
@@ -56,30 +56,54 @@ def _options(device: torch.device, threads: int, registers: int) -> dict[str, An
     return dict(kernels.launch_options("hip" if rocm else "cuda", warp_size, threads, registers))
 
 
+def _constants(key: BatchKey) -> dict[str, Any]:
+    """The step kernel's."""
+    kernels = _kernels()[0]
+    assert kernels is not None
+    formats = (key.param, key.grad, key.mu, key.nu)
+    return dict(kernels.step_constants(key.rule.name, *(f.name for f in formats)))
+
+
+def _step_options(key: BatchKey) -> dict[str, Any]:
+    kernels = _kernels()[0]
+    assert kernels is not None
+    registers = kernels.registers(key.param.name, key.grad.name, key.mu.name)
+    return _options(key.device, kernels.THREADS, registers)
+
+
+def _load(batch: Batch, inputs: Inputs) -> None:
+    kernels, key = _kernels()[0], batch.key
+    assert kernels is not None
+    amp = inputs.grad_scale is not None, inputs.found_inf is not None
+    if amp in batch.loaded:
+        return
+    if key.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "a CUDA graph is being captured, and kernels for this step were not loaded before; make a step "
+            "with grad_scale and found_inf as they are now before the capture"
+        )
+    prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
+    with _on(key.device):
+        kernels.load(key.param.working, *amp, _constants(key), prologue_options, _step_options(key))
+    batch.loaded.add(amp)
+
+
+def _on(device: torch.device) -> AbstractContextManager[Any]:
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+
+
 def _step(batch: Batch, inputs: Inputs) -> None:
     kernels = _kernels()[0]
     assert kernels is not None
     key, device = batch.key, batch.key.device
-    formats = (key.param, key.grad, key.mu, key.nu)
-    chunk = kernels.chunk_size(*(format.dtype.itemsize for format in formats))
-    table = table_on(batch, chunk)
+    constants = _constants(key)
+    table = table_on(batch, constants["CHUNK"])
     n = len(table.counters)
     coefficients = torch.empty(n * kernels.COEFFICIENT_COLUMNS.value, dtype=key.param.working, device=device)
-    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
-        kernels.launch_prologue(
-            table.counters,
-            n,
-            inputs.hyper,
-            inputs.grad_scale,
-            inputs.found_inf,
-            coefficients,
-            _options(device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS),
-        )
-        if len(table.chunks):
-            constants = kernels.step_constants(key.rule.name, *(format.name for format in formats), chunk)
-            registers = kernels.registers(key.param.name, key.grad.name, key.mu.name)
-            options = _options(device, kernels.THREADS, registers)
-            kernels.launch_step(table.rows, table.chunks, coefficients, constants, options)
+    with _on(device):
+        prologue_options = _options(device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
+        kernels.launch_prologue(table.counters, *inputs, coefficients, prologue_options)
+        kernels.launch_step(*table, coefficients, constants, _step_options(key))
 
 
-TRITON = Backend("triton", _why_not, nothing_to_load, _step)
+TRITON = Backend("triton", _why_not, _load, _step)
