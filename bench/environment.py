@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -12,40 +13,36 @@ from typing import Any
 
 import torch
 
-import fused_optim
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "torch", "triton", "numpy", "jax", "optax", "adabelief-pytorch", "pytorch_optimizer", "timm", "torch-optimi",
+    "fused-optim", "torch", "triton", "numpy", "adabelief-pytorch", "pytorch-optimizer", "timm", "torch-optimi",
     "flashoptim", "bitsandbytes", "torchao", "deepspeed", "apex", "transformer-engine",
 )  # fmt: skip
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
+def _field(path: str, name: str) -> str:
+    """The value of the first line ``name : value`` of a file in /proc."""
+    text = Path(path).read_text() if Path(path).exists() else ""
+    found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
+    return found[1] if found else ""
 
 
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else processor()
-
-
-def memory(device: str) -> int:
-    """Bytes that are free."""
+def free_memory(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return 8 * 2**30
-    fields = dict(line.split(":") for line in info.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return int((_field("/proc/meminfo", "MemAvailable") or "8000000 kB").split()[0]) * 1024
 
 
-def _said(*command: str) -> str:
-    """What a command prints, or nothing."""
+def cache_bytes(device: str) -> int:
+    """Of the largest cache, but 64 MiB of a CPU's: virtual machines are told of one that many share."""
+    if device == "cuda":
+        return int(torch.cuda.get_device_properties(0).L2_cache_size)
+    paths = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    sizes = [int(path.read_text().strip().rstrip("K")) * 1024 for path in paths]
+    return min(max(sizes, default=32 * 2**20), 2**26)
+
+
+def _output(*command: str) -> str:
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
@@ -53,33 +50,24 @@ def _said(*command: str) -> str:
     return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "fused_optim": fused_optim.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def describe(device: str, threads: int) -> dict[str, Any]:
-    """All that a figure depends on and that can be told."""
-    commit = _said("git", "rev-parse", "--short=12", "HEAD")
-    changed = _said("git", "status", "--porcelain", "--untracked-files=no")
+    """What a figure depends on, as far as it can be told."""
+    installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    processor = _field("/proc/cpuinfo", "model name") or platform.processor()
     described = {
         "kind": "GPU" if device == "cuda" else "CPU",
-        "device_name": device_name(device),
-        "processor": processor(),
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor,
+        "processor": processor,
         "threads": threads,
         "cpus": os.cpu_count(),
-        "system": platform.platform(),
-        "versions": _versions(),
-        "commit": commit + ("+changes" if changed else "") if commit else "unknown",
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit + ("+changes" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),
     }
     if device == "cuda":
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
-        described["driver"] = _said("nvidia-smi", query, "--format=csv,noheader") or "unknown"
-        described["cuda"] = torch.version.cuda or torch.version.hip
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"
+        described["driver"] = _output("nvidia-smi", query, "--format=csv,noheader") or "unknown"
     return described

@@ -1,0 +1,77 @@
+"""The memory's roofline: loops with the very reads and writes of a step, for three sizes of states. They
+are providers like any other, interleaved with what is compared with them."""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import shutil
+import subprocess
+import tempfile
+from functools import cache, partial
+from pathlib import Path
+
+import torch
+
+from .providers import Groups, Provider
+
+SOURCE = Path(__file__).with_name("roofline.cpp")
+_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+
+
+@cache
+def library() -> ctypes.CDLL:
+    """roofline.cpp, compiled for this machine; kept among temporary files under its contents' hash."""
+    compiler = shutil.which(os.environ.get("CXX", "c++")) or "g++"
+    command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    name = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    folder = Path(tempfile.gettempdir(), f"fused_optim_bench_{os.getuid()}")
+    folder.mkdir(mode=0o700, exist_ok=True)
+    built = folder / f"roofline_{name}.so"
+    if not built.exists():
+        unfinished = built.with_suffix(f".{os.getpid()}")
+        subprocess.run([*command, str(SOURCE), "-o", str(unfinished)], check=True)
+        unfinished.replace(built)
+    return ctypes.CDLL(str(built))
+
+
+class Streams:
+    """A step's reads and writes: one loop on a CPU, three of torch's operators on a GPU."""
+
+    def __init__(self, state_bytes: int, groups: Groups) -> None:
+        n, first = sum(p.numel() for group in groups for p in group), groups[0][0]
+        element = first.element_size()
+        self.streams = []
+        for size in (element, element, state_bytes, state_bytes):
+            random = torch.randint(0, 127, (n,), dtype=_INTEGERS[size], device=first.device)
+            self.streams.append(random)
+        self.moved = n * (3 * element + 4 * state_bytes)
+        if first.device.type == "cpu":
+            pointers = [ctypes.c_void_p(t.data_ptr()) for t in self.streams]
+            call, threads = library().streams, torch.get_num_threads()
+            self.step = lambda: call(*pointers, ctypes.c_int64(n), threads, element, state_bytes)
+        else:
+            self.step = self._step_on_gpu
+
+    def _step_on_gpu(self) -> None:
+        p, g, m, v = self.streams
+        p.add_(g)
+        m.add_(1)
+        v.add_(1)
+
+
+STATE_BYTES = (4, 2, 1)
+
+
+def _name(size: int) -> str:
+    return f"roofline, {size}-byte states"
+
+
+_DTYPES = ("float32", "bfloat16", "float16")
+ROOFLINES = [Provider(_name(n), "", partial(Streams, n), dtypes=_DTYPES) for n in STATE_BYTES]
+
+
+def roofline_for(state_bytes_each: float) -> str:
+    """The name of the loop whose states are nearest in size; a parameter has two."""
+    return _name(min(STATE_BYTES, key=lambda n: abs(2 * n - state_bytes_each)))
