@@ -16,7 +16,7 @@ from pathlib import Path
 
 import torch
 
-from . import busy, cuda_report, environment, gpu_check, kernels, paper, plan, plots, readme, report
+from . import cuda_report, environment, gpu_check, kernels, paper, plan, report
 from .measure import Effort, Record
 from .workloads import MODELS, workload
 
@@ -24,22 +24,22 @@ from .workloads import MODELS, workload
 def measure(name: str, given: argparse.Namespace, comparisons: Sequence[plan.Comparison]) -> int:
     """Measure, print and write; after each comparison, so that what was measured is there whatever
     ends this."""
-    about = environment.describe(given.device, given.threads)
-    effort = Effort(rounds=given.rounds, quiet=not given.verbose)
+    about = environment.describe(given.device)
+    effort = Effort(rounds=given.rounds)
     end, path = time.monotonic() + given.seconds, given.out / f"{name}.json"
     records: list[Record] = []
     for c in comparisons:
         if time.monotonic() > end:
             print(f"no time was left for {c.measure} {c.workload} {c.dtype}")
             continue
-        records += (found := c.run(given.device, given.threads, effort))
+        records += (found := c.run(given.device, effort))
         report.write(path, about, records)
         print(report.tables(found), flush=True)
     if getattr(given, "busy", 0):
-        records += (found := busy.measure(given.device, given.threads, given.busy, effort))
+        records += (found := plan.beside(given.busy, given.device, effort))
         report.write(path, about, records)
         print(report.tables(found))
-    plots.draw(records, about, path.with_suffix(".png"))
+    report.draw(records, about, path.with_suffix(".png"))
     print(f"wrote {path}")
     wrong = [r for r in records if r["status"] in ("failed check", "error") and r["rule"]]
     for r in wrong:
@@ -80,10 +80,8 @@ def parser() -> argparse.ArgumentParser:
     devices = ("cpu", "cuda") if gpu else ("cpu",)
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
-    measuring.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of the CPU")
     measuring.add_argument("--rounds", type=int, default=Effort.rounds, help="turns that each provider gets")
     measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
-    measuring.add_argument("--verbose", action="store_true", help="show what the measured processes print")
     command = commands.add_parser("all", parents=[measuring], help="everything that is timed, in minutes")
     command.add_argument("--rehearse", action="store_true", help="every kind of figure on next to nothing")
     known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
@@ -113,7 +111,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.command == "gpu-check":
         return gpu_check.main(given.out, given.dry_run, given.seconds, given.only)
     if given.command == "readme":
-        readme.main()
+        readme = environment.ROOT / "README.md"
+        readme.write_text(report.updated(readme.read_text()))
         return 0
     if given.command == "all":
         chosen = plan.REHEARSAL if given.rehearse else plan.everything(given.device)

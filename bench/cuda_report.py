@@ -15,29 +15,25 @@ from fused_optim.rules import RULES
 
 from .environment import ROOT
 from .formats import STATES, TRIPLES
-from .kernels import Row, nvidia_counts
+from .kernels import Row, head, nvidia_counts
 
 CSRC = ROOT / "csrc"
 THREADS = 256
 
 
-def nvcc() -> str | None:
-    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-    return shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-
-
-def cuobjdump() -> str | None:
+def _tool(name: str) -> str | None:
     """The toolkit's, or the one that Triton's wheel carries."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     triton = importlib.util.find_spec("triton")
-    folders = [str(Path(nvcc() or "nvcc").resolve().parent), "/usr/local/cuda/bin"]
+    folders = [f"{home}/bin"] if home else [os.environ.get("PATH", ""), "/usr/local/cuda/bin"]
     folders += [f"{p}/backends/nvidia/bin" for p in (triton and triton.submodule_search_locations) or ()]
-    return shutil.which("cuobjdump", path=os.pathsep.join([*folders, os.environ.get("PATH", "")]))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def why_not() -> str | None:
     """Why there can be no report here; None if there can."""
-    found = {"nvcc": nvcc(), "cuobjdump": cuobjdump(), "c++filt": shutil.which("c++filt")}
-    missing = [name for name, path in found.items() if path is None]
+    missing = [name for name in ("nvcc", "cuobjdump") if _tool(name) is None]
+    missing += [] if shutil.which("c++filt") else ["c++filt"]
     return f"needs {', '.join(missing)}" if missing else None
 
 
@@ -64,15 +60,13 @@ def _instances() -> tuple[str, dict[str, Row]]:
     text = "".join(path.read_text() for path in (*(CSRC / "rules").glob("*.h"), CSRC / "codecs.h"))
     pairs = re.findall(r'struct (\w+)[^{};]*\{\s+static constexpr const char\* name = "(\w+)"', text)
     classes = {name: cls for cls, name in pairs}
-    kernels: dict[str, Row] = {}
-    for working, param in (("float", "fp32"), ("double", "fp64")):
-        head = {"kernel": "prologue", "rule": "", "param": param, "grad": "", "state": ""}
-        kernels[f"prologue_kernel<{working}>"] = head
+    kernels = {
+        f"prologue_kernel<{c}>": head("prologue", p) for c, p in (("float", "fp32"), ("double", "fp64"))
+    }
     for rule in RULES:
         for param, grad, state in TRIPLES:
             arguments = ", ".join(classes[name] for name in (rule, param, grad, *STATES[state]))
-            head = {"kernel": "step", "rule": rule, "param": param, "grad": grad, "state": state}
-            kernels[f"step_kernel<{arguments}>"] = head
+            kernels[f"step_kernel<{arguments}>"] = head("step", param, rule, grad, state)
     lines = [f"template __global__ void {kernel}(CudaTask);" for kernel in kernels]
     return "\n".join(['#include "cuda_kernels.h"', "namespace fused_optim {", *lines, "}", ""]), kernels
 
@@ -89,11 +83,11 @@ def report(arch: str) -> list[Row]:
     with tempfile.TemporaryDirectory() as folder:
         kernels, cubin, ptx = (Path(folder, name) for name in ("kernels.cu", "cubin", "ptx"))
         kernels.write_text(source)
-        command = [nvcc(), "-O3", "-std=c++17", *_flags(), f"-I{CSRC}", kernels]
+        command = [_tool("nvcc"), "-O3", "-std=c++17", *_flags(), f"-I{CSRC}", kernels]
         _output(*command, f"-arch=compute_{arch}", "-ptx", "-o", ptx)
         _output(*command, f"-arch=sm_{arch}", "-cubin", "-o", cubin)
-        used = _by_kernel(_output(cuobjdump(), "-res-usage", cubin), "Function ")
-        sass = _by_kernel(_output(cuobjdump(), "-sass", cubin), "Function : ")
+        used = _by_kernel(_output(_tool("cuobjdump"), "-res-usage", cubin), "Function ")
+        sass = _by_kernel(_output(_tool("cuobjdump"), "-sass", cubin), "Function : ")
         text = _by_kernel(_output("cat", ptx), r"\.entry ")
-    head = {"compiler": "nvcc", "target": f"cuda:{arch}", "threads": THREADS}
-    return [head | heads[k] | nvidia_counts(text[k], sass[k], used[k]) for k in heads]
+    same = {"compiler": "nvcc", "target": f"cuda:{arch}", "threads": THREADS}
+    return [same | heads[k] | nvidia_counts(text[k], sass[k], used[k]) for k in heads]

@@ -50,7 +50,7 @@ def _output(*command: str) -> str:
     return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
-def describe(device: str, threads: int) -> dict[str, Any]:
+def describe(device: str) -> dict[str, Any]:
     """What a figure depends on, as far as it can be told."""
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
@@ -61,7 +61,7 @@ def describe(device: str, threads: int) -> dict[str, Any]:
         "kind": "GPU" if device == "cuda" else "CPU",
         "device_name": torch.cuda.get_device_name() if device == "cuda" else processor,
         "processor": processor,
-        "threads": threads,
+        "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "versions": {"python": platform.python_version(), **versions},
         "commit": commit + ("+changes" if changed else ""),

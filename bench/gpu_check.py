@@ -72,7 +72,7 @@ def parts(out: Path, gpu: bool) -> list[Part]:
     # Without compilers there are still the Triton kernels, for the parts that follow.
     build = f"FUSED_OPTIM_BUILD={kind} {install} || {{ FUSED_OPTIM_BUILD=none {install}; exit 1; }}"
     run = (sys.executable, "-m")
-    proofs = (*run, "bench.gpu_proofs", "--device", device, "--backends", backends)
+    proofs = (*run, "bench.gpu_proofs", device, backends)
     # The installed package, not the sources, which have no compiled part.
     tests = (*run, "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
     tests += (
@@ -129,7 +129,7 @@ def summary(outcomes: list[Outcome], device: str, folder: Path) -> str:
     """The report, in Markdown."""
     failed = [o for o in outcomes if o.verdict != "passed"]
     lines = ["# GPU check" if device == "cuda" else "# A rehearsal without a GPU: no GPU figure", ""]
-    lines += [f"- {name}: {value}" for name, value in describe(device, 0).items()]
+    lines += [f"- {name}: {value}" for name, value in describe(device).items()]
     lines += ["", "| part | verdict | seconds | what it shows | last line |", "|---|---|---|---|---|"]
     for o in outcomes:
         last = o.last.replace("|", "/")[:160]

@@ -1,6 +1,6 @@
 """What a machine with a GPU must show: every backend's bits are eager's on the CPU.
 
-    python -m bench.gpu_proofs --device cuda --backends triton,cuda
+    python -m bench.gpu_proofs cuda triton,cuda [--small]
 
 One line for each proof; the exit code is 1 if one fails. ``tests/test_on_gpu.py`` has capture,
 streams and waiting.
@@ -8,7 +8,6 @@ streams and waiting.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
 from functools import partial
@@ -43,7 +42,7 @@ def bits(device: str, backend: str, small: bool) -> Iterator[Proof]:
     if not small:
         cases.append(("adabelief", "fp32", "float32", {}, (33,) * 2000))
     for rule, format, dtype, more, sizes in cases:
-        given = problem([(n,) for n in sizes], getattr(torch, dtype), 0)
+        given = problem([(n,) for n in sizes], getattr(torch, dtype))
         eager = partial(make_ours, rule, "eager", format, "list", **more)
         for layout in LAYOUTS:
             ours = partial(make_ours, rule, backend, format, layout, **more)
@@ -75,21 +74,16 @@ def large(backend: str) -> Iterator[Proof]:
     yield f"2^31 + 4099 elements {backend}", None if same else "has not eager's bits"
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description="What a machine with a GPU must show.")
-    parser.add_argument("--device", choices=("cpu", "cuda"), required=True)
-    parser.add_argument("--backends", required=True, help="names, with commas between")
-    parser.add_argument("--small", action="store_true", help="a few small tensors only")
-    given = parser.parse_args()
-    device, small, verdicts = given.device, given.small or given.device == "cpu", []
+def main(device: str, backends: str, *options: str) -> int:
+    verdicts, small = [], "--small" in options
 
     def proofs() -> Iterator[Proof]:
-        for backend in given.backends.split(","):
+        for backend in backends.split(","):
             reason = BACKENDS[backend].why_not(torch.device(device))
             yield f"{backend} is ready", reason
             if reason is None:
-                yield from bits(device, backend, small)
-                yield from () if small else large(backend)
+                yield from bits(device, backend, small or device == "cpu")
+                yield from () if small or device == "cpu" else large(backend)
 
     for what, wrong in proofs():
         verdicts.append(wrong)
@@ -100,4 +94,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(*sys.argv[1:]))

@@ -22,6 +22,11 @@ Row = dict[str, Any]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
+def head(kernel: str, param: str, rule: str = "", grad: str = "", state: str = "") -> Row:
+    """What a kernel is."""
+    return {"kernel": kernel, "rule": rule, "param": param, "grad": grad, "state": state}
+
+
 def count(pattern: str, text: str) -> int:
     return len(re.findall(pattern, text))
 

@@ -7,17 +7,21 @@ steps, in an order drawn anew each round. A machine that gets slower for a while
 from __future__ import annotations
 
 import multiprocessing
+import os
 import random
+import signal
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
 from .environment import free_memory
 from .providers import TORCH
 from .roofline import roofline_for
-from .worker import PROVIDERS, Case, serve
+from .worker import PROVIDERS, Case, CheckError, prepare, run
 
 Record = dict[str, Any]
 """One line of the results: a case, and its figures or why there are none."""
@@ -32,14 +36,12 @@ class Effort:
         turn: seconds that a turn should take at least.
         most: seconds of one provider in one comparison, after at least three steps.
         timeout: seconds after which a process that does not answer is ended.
-        quiet: what the processes print goes nowhere.
     """
 
     rounds: int = 9
     turn: float = 0.05
     most: float = 1.5
     timeout: float = 300.0
-    quiet: bool = True
 
 
 def _context() -> Any:
@@ -56,44 +58,32 @@ class Worker:
 
     def __init__(self, case: Case, effort: Effort) -> None:
         self.case, self.effort = case, effort
-        context = _context()
-        self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=serve, args=(case, effort.quiet, theirs), daemon=True)
-        self.process.start()
-        theirs.close()
+        self.pool = ProcessPoolExecutor(1, mp_context=_context())
+        self.pid = self.pool.submit(os.getpid).result()
         self.times: list[float] = []
         self.spent = 0.0
-        self.said: Record = {}
-        self.answer()
+        self.said: Record = {"status": "measured"}
+        self.said = self._ask(prepare, case) or self.said
 
-    def answer(self) -> Any:
-        """Times; or what it is, or why there will be no times."""
-        found: Any
+    def _ask(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """What a function says there; None if it fails."""
         try:
-            found = {"status": "error", "why": f"no answer in {self.effort.timeout:.0f} s"}
-            if self.pipe.poll(self.effort.timeout):
-                found = self.pipe.recv()
-        except (EOFError, OSError):
-            self.process.join(5)
-            found = {"status": "error", "why": f"its process ended with exit code {self.process.exitcode}"}
-        if isinstance(found, dict):
-            self.said = found
-        return found
+            return self.pool.submit(function, *arguments).result(self.effort.timeout)
+        except CheckError as error:
+            self.said = {"status": "failed check", "why": str(error)}
+        except Exception as error:  # noqa: BLE001 (a peer may raise anything; the others are measured)
+            self.said = {"status": "error", "why": f"{type(error).__name__}: {error}"[:300]}
 
     @property
     def well(self) -> bool:
         return bool(self.said["status"] == "measured")
 
     def run(self, n: int) -> list[float]:
-        """The times of ``n`` more steps; none if it has failed."""
+        """The times of ``n`` more steps; none if it fails."""
         begin = time.monotonic()
-        try:
-            self.pipe.send(n)
-        except OSError:
-            pass  # its process is gone: the answer says how
-        times = self.answer()
+        times = self._ask(run, n) or []
         self.spent += time.monotonic() - begin
-        return times if self.well else []
+        return list(times)
 
     def take_turn(self) -> None:
         if self.spent < self.effort.most or len(self.times) < 3:
@@ -101,9 +91,9 @@ class Worker:
             self.times += self.run(max(1, min(20, int(1e3 * self.effort.turn / max(typical, 1e-3)))))
 
     def stop(self) -> None:
-        self.process.kill()
-        self.process.join()
-        self.pipe.close()
+        with suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        self.pool.shutdown()
 
 
 def figures(times: Sequence[float]) -> Record:

@@ -4,15 +4,13 @@ registers and from the numbers below; nothing is measured."""
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
-from .kernels import Row, elements_per_thread, operand_bytes
+from .kernels import Row, elements_per_thread
 from .report import markdown
 
 
-@dataclass(frozen=True)
-class Gpu:
+class Gpu(NamedTuple):
     """Published numbers: multiprocessors, bytes a second, and boost clock in Hz."""
 
     target: str
@@ -27,44 +25,31 @@ GPUS = {
     "H200 SXM": Gpu("cuda:90", 132, 4.8e12, 1.755e9),
     "B200": Gpu("cuda:100", 148, 8.0e12, 1.85e9),
 }
-TRIAD = 0.92
-"""Assumed: the share of the published bandwidth that a triad reaches."""
-ISSUE = 0.7
-"""Assumed: the share of its slots that a multiprocessor issues in, over dependent chains of divisions."""
-WAIT = 800e-9
-"""Assumed, seconds: a read from memory under load; and as much for the reads of the table before it."""
-SLOTS = 128
-"""Instructions of all lanes that a multiprocessor issues in a clock, at best."""
+# Assumed: the share of the published bandwidth that a triad reaches; the share of its 128 slots a clock
+# that a multiprocessor issues in, over dependent chains of divisions; and the seconds of a read from memory
+# under load, and as much for the reads of the table before it.
+TRIAD, ISSUE, WAIT = 0.92, 0.7, 800e-9
 NVCC_CHUNK = 4096
 """``kChunk`` of ``csrc/cuda_body.h``."""
 SHOWN = (
-    ("fp32", "fp32", "fp32"),
-    ("bf16", "bf16", "bf16"),
-    ("split16", "bf16", "bf16"),
-    ("fp32", "fp32", "8bit"),
-    ("split8", "bf16", "8bit"),
-    ("bf16_stochastic", "bf16", "8bit"),
-)
-
-
-def blocks(row: Row) -> int:
-    """That a multiprocessor holds at once, as registers and threads limit them."""
-    registers = -(-row["registers"] // 8) * 8
-    return int(min(2048 // row["threads"], 65536 // (registers * row["threads"])))
+    ("fp32", "fp32", "fp32"), ("bf16", "bf16", "bf16"), ("split16", "bf16", "bf16"), ("fp32", "fp32", "8bit"),
+    ("split8", "bf16", "8bit"), ("bf16_stochastic", "bf16", "8bit"),
+)  # fmt: skip
 
 
 def share_of_triad(row: Row, gpu: Gpu) -> float:
-    """The least of 1, the memory's time over the time to issue, and the bandwidth that resident blocks
-    reach which only wait."""
-    n = elements_per_thread(row)
-    chunk = NVCC_CHUNK if row["compiler"] == "nvcc" else row["threads"] * n
-    passes = chunk // (row["threads"] * n)
-    moved = sum(map(sum, operand_bytes(row)))
+    """The least of 1, the memory's time over the time to issue, and the bandwidth of the resident blocks
+    if they only waited."""
+    n, threads = elements_per_thread(row), row["threads"]
+    chunk = NVCC_CHUNK if row["compiler"] == "nvcc" else threads * n
+    passes = chunk // (threads * n)
+    moved = row["bytes_per_element"]
     triad = TRIAD * gpu.bandwidth / gpu.multiprocessors
     issued = row["path"]["all"] / n + row["path"]["before"] / (n * passes)
-    issue = issued / SLOTS / gpu.clock / ISSUE
-    waiting = blocks(row) * chunk * moved / ((1 + passes) * WAIT)
-    return min(1.0, moved / triad / issue, waiting / triad)
+    registers = -(-row["registers"] // 8) * 8
+    blocks = min(2048 // threads, 65536 // (registers * threads))
+    waiting = blocks * chunk * moved / ((1 + passes) * WAIT)
+    return float(min(1.0, moved / triad / (issued / 128 / gpu.clock / ISSUE), waiting / triad))
 
 
 def table(rows: Sequence[dict[str, Any]], compiler: str) -> str:
@@ -74,15 +59,13 @@ def table(rows: Sequence[dict[str, Any]], compiler: str) -> str:
     lines = []
     for formats in SHOWN:
         for rule in dict.fromkeys(r["rule"] for r in steps):
-            cells, moved = [], 0
+            cells = []
             for gpu in GPUS.values():
                 row, plain = (known.get((gpu.target, rule, *f)) for f in (formats, SHOWN[0]))
+                speeds = [share_of_triad(r, gpu) / r["bytes_per_element"] for r in (row, plain) if r]
                 if row is None or plain is None:
                     cells.append("-")
-                    continue
-                moved, before = (sum(map(sum, operand_bytes(r))) for r in (row, plain))
-                share = share_of_triad(row, gpu)
-                times = share / moved * before / share_of_triad(plain, gpu)
-                cells.append(f"{share:.2f} ({times:.2f}x)")
-            lines.append([", ".join(formats), rule, str(moved), *cells])
-    return markdown(["parameter, gradient, states", "rule", "B", *GPUS], lines)
+                else:
+                    cells.append(f"{share_of_triad(row, gpu):.2f} ({speeds[0] / speeds[1]:.2f}x)")
+            lines.append([", ".join(formats), rule, *cells])
+    return markdown(["parameter, gradient, states", "rule", *GPUS], lines)

@@ -48,13 +48,13 @@ class Comparison:
         chosen = [p for p in (*ours, *peers) if not self.only or any(text in p.name for text in self.only)]
         return [*HOST_VARIANTS, *chosen] if self.measure == "host" else [*ROOFLINES, *chosen]
 
-    def run(self, device: str, threads: int, effort: Effort) -> list[Record]:
+    def run(self, device: str, effort: Effort) -> list[Record]:
         """Measure; a record for what cannot be measured here, too."""
         most = min(2**27 if device == "cpu" else 2**31, free_memory(device) // 40)
         load = fitted(workload(self.workload), most)
         cases, absent = [], []
         for provider in self.providers():
-            case = Case(load, self.dtype, device, provider.name, threads, self.measure)
+            case = Case(load, self.dtype, device, provider.name, self.measure)
             why_not = provider.why_not(device, self.dtype, len(load.shapes))
             if why_not is None:
                 cases.append(case)
@@ -96,7 +96,7 @@ def _spin() -> None:
         pass
 
 
-def beside(processes: int, device: str, threads: int, effort: Effort) -> list[Record]:
+def beside(processes: int, device: str, effort: Effort) -> list[Record]:
     """Steps of 291 small tensors with quiet cores, and with ``processes`` spinning ones beside it, in turns."""
     backend = "cpu" if device == "cpu" else "triton"
     names = [p.name for p in OURS if (p.backend, p.format) == (backend, "fp32")]
@@ -106,7 +106,7 @@ def beside(processes: int, device: str, threads: int, effort: Effort) -> list[Re
         process.start()
     records = []
     for name in (*names, TORCH):
-        worker = Worker(Case(workload("291x4096"), "float32", device, name, threads, "host"), effort)
+        worker = Worker(Case(workload("291x4096"), "float32", device, name, "host"), effort)
         quiet, busy = [], []
         for _ in range(8 if worker.well else 0):
             for times, what in ((quiet, signal.SIGSTOP), (busy, signal.SIGCONT)):

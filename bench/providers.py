@@ -23,7 +23,6 @@ import torch
 from torch import Tensor
 
 from .formats import OPTIONS
-from .references import BETA1, BETA2, EPS, LR, WEIGHT_DECAY
 
 Groups = list[list[Tensor]]
 """Parameters with gradients, by parameter group."""
@@ -77,15 +76,11 @@ class Provider:
             return BACKENDS[self.backend].why_not(torch.device(device))
         return None
 
-    def tolerance(self, dtype: str) -> float:
-        """bfloat16 keeps 8 bits of a parameter, and some peers compute in it too; formats that drop
-        bits on purpose are held to eager's bits besides."""
-        lossy = 0.15 if self.rule and self.format != "fp32" else 0.0
-        return max(self.error, lossy, {"float32": 0.0, "bfloat16": 0.15, "float16": 0.03}[dtype])
 
-
-_BASE: dict[str, Any] = {"lr": LR, "betas": (BETA1, BETA2), "eps": EPS}
-_DECAYED = {**_BASE, "weight_decay": WEIGHT_DECAY}
+EPS = 1e-8
+BASE: dict[str, Any] = {"lr": 0.01, "betas": (0.9, 0.999), "eps": EPS}
+DECAYED = {**BASE, "weight_decay": 0.1}
+"""What every provider is constructed with: large enough for a bfloat16 parameter to move."""
 
 
 def _groups(groups: Groups) -> list[dict[str, Any]]:
@@ -109,7 +104,7 @@ def make_ours(rule: str, backend: str, format: str, layout: str, groups: Groups,
     import fused_optim
 
     title, options = OUR_RULES[rule]
-    options = {**_DECAYED, **options, **OPTIONS[format][0], **more}
+    options = {**DECAYED, **options, **OPTIONS[format][0], **more}
     optimizer = getattr(fused_optim, title)
     return optimizer(_groups(groups), **options, flatten=layout == "flat", backend=backend)
 
@@ -138,7 +133,7 @@ def _peer(
         with redirect_stdout(StringIO()):
             if package == "timm":
                 _import_timm_alone()
-            return getattr(importlib.import_module(module), cls)(_groups(groups), **(options or _DECAYED))
+            return getattr(importlib.import_module(module), cls)(_groups(groups), **(options or DECAYED))
 
     return Provider(name, algorithm, make, package, **provider)
 
@@ -155,16 +150,16 @@ def _import_timm_alone() -> None:
 
 _GPU: dict[str, Any] = {"devices": ("cuda",)}
 _8BIT: dict[str, Any] = {"error": 0.15}
-_BELIEF = {**_DECAYED, "rectify": False}
-_ADAMW_MODE = {**_DECAYED, "adam_w_mode": True}
+_BELIEF = {**DECAYED, "rectify": False}
+_ADAMW_MODE = {**DECAYED, "adam_w_mode": True}
 TORCH = "torch AdamW fused"
 """What everything is compared with."""
 PEERS = (
-    _peer(TORCH, "adamw", "torch.optim:AdamW", {**_DECAYED, "fused": True}),
-    _peer("torch AdamW foreach", "adamw", "torch.optim:AdamW", {**_DECAYED, "foreach": True}),
-    _peer("torch Adamax foreach", "adamax", "torch.optim:Adamax", {**_BASE, "foreach": True}),
+    _peer(TORCH, "adamw", "torch.optim:AdamW", {**DECAYED, "fused": True}),
+    _peer("torch AdamW foreach", "adamw", "torch.optim:AdamW", {**DECAYED, "foreach": True}),
+    _peer("torch Adamax foreach", "adamax", "torch.optim:Adamax", {**BASE, "foreach": True}),
     _peer(
-        "DeepSpeedCPUAdam", "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", {**_DECAYED, "adamw_mode": True},
+        "DeepSpeedCPUAdam", "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", {**DECAYED, "adamw_mode": True},
         devices=("cpu",),
     ),
     _peer(

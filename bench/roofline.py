@@ -41,24 +41,20 @@ class Streams:
 
     def __init__(self, state_bytes: int, groups: Groups) -> None:
         n, first = sum(p.numel() for group in groups for p in group), groups[0][0]
-        element = first.element_size()
-        self.streams = []
-        for size in (element, element, state_bytes, state_bytes):
-            random = torch.randint(0, 127, (n,), dtype=_INTEGERS[size], device=first.device)
-            self.streams.append(random)
-        self.moved = n * (3 * element + 4 * state_bytes)
-        if first.device.type == "cpu":
-            pointers = [ctypes.c_void_p(t.data_ptr()) for t in self.streams]
-            call, threads = library().streams, torch.get_num_threads()
-            self.step = lambda: call(*pointers, ctypes.c_int64(n), threads, element, state_bytes)
-        else:
-            self.step = self._step_on_gpu
+        self.sizes, self.gpu = (first.element_size(), state_bytes), first.is_cuda
+        kinds = [_INTEGERS[size] for size in self.sizes for _ in range(2)]
+        self.streams = [torch.randint(0, 127, (n,), dtype=kind, device=first.device) for kind in kinds]
+        self.moved = n * (3 * self.sizes[0] + 4 * state_bytes)
 
-    def _step_on_gpu(self) -> None:
+    def step(self) -> None:
         p, g, m, v = self.streams
-        p.add_(g)
-        m.add_(1)
-        v.add_(1)
+        if self.gpu:
+            p.add_(g)
+            m.add_(1)
+            v.add_(1)
+            return
+        pointers = [ctypes.c_void_p(t.data_ptr()) for t in self.streams]
+        library().streams(*pointers, ctypes.c_int64(len(p)), torch.get_num_threads(), *self.sizes)
 
 
 STATE_BYTES = (4, 2, 1)

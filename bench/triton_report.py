@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from fused_optim.rules import RULES as _RULES
 
 from .formats import STATES, TRIPLES, part_bytes
-from .kernels import Row, count, nvidia_counts
+from .kernels import Row, count, head, nvidia_counts
 
 RULES = tuple(_RULES)
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -129,14 +129,12 @@ def reports(
             chunk = step.chunk_size(*(part_bytes(n)[0] for n in names))
             working = "fp64" if param == "fp64" else "fp32"
             constants = step.step_constants(rule, *names, chunk)
-            head = {"kernel": "step", "rule": rule, "param": param, "grad": grad, "state": state}
-            registers = step.registers(*names[:3])
-            rows.append(head | report(step.step_kernel, working, constants, step.THREADS, registers))
+            code = report(step.step_kernel, working, constants, step.THREADS, step.registers(*names[:3]))
+            rows.append(head("step", param, rule, grad, state) | code)
     for working, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
         constants = {"DTYPE": dtype, "LANES": step.PROLOGUE_LANES}
-        head = {"kernel": "prologue", "rule": "", "param": working, "grad": "", "state": ""}
         limits = (step.PROLOGUE_LANES, step.PROLOGUE_REGISTERS)
-        rows.append(head | report(step.prologue_kernel, working, constants, *limits))
+        rows.append(head("prologue", working) | report(step.prologue_kernel, working, constants, *limits))
     return [{"triton": triton.__version__, "target": name, **row} for row in rows]
 
 

@@ -7,7 +7,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from multiprocessing.connection import Connection
 from typing import Any
 
 import torch
@@ -17,9 +16,9 @@ from torch import Tensor
 from .environment import cache_bytes
 from .host import HOST_VARIANTS
 from .providers import OURS, PEERS, Groups, Provider, make_ours, state_bytes
-from .references import Problem, problem, relative_error, small_version
+from .references import Problem, problem, relative_error, tolerance
 from .roofline import ROOFLINES
-from .workloads import Workload
+from .workloads import Workload, fitted
 
 PROVIDERS = {p.name: p for p in (*ROOFLINES, *OURS, *HOST_VARIANTS, *PEERS)}
 LATE = 1000
@@ -36,7 +35,6 @@ class Case:
     dtype: str
     device: str
     provider: str
-    threads: int
     measure: str = "step"
 
 
@@ -86,9 +84,10 @@ def check(case: Case, provider: Provider) -> str:
     """Compare a few steps on tensors like the workload's with what is right; says with what."""
     if provider.loop:
         return "computes no step"
-    given = problem(small_version(case.workload.shapes), getattr(torch, case.dtype), 1)
+    small = fitted(case.workload, 2**20)
+    given = problem(small.shapes[:1000], getattr(torch, case.dtype))
     error = relative_error(provider.algorithm, given, steps_of(provider.make, given, case.device)[0])
-    most = provider.tolerance(case.dtype)
+    most = tolerance(provider, case.dtype)
     if not error <= most:  # so that NaN fails
         raise CheckError(f"differs from {provider.algorithm} in float64: error {error:.1e} of the update, "
                          f"at most {most:.0e}")  # fmt: skip
@@ -142,32 +141,29 @@ def time_steps(case: Case, step: Callable[[], Any], flush: Callable[[], Any], n:
     return (times or [start.elapsed_time(end) for start, end in events])[1:]
 
 
-def serve(case: Case, quiet: bool, pipe: Connection) -> None:
-    """The process of a case: say what it is or why it cannot be measured, then answer each number of
-    steps that is asked for with their times."""
-    os.environ["OMP_NUM_THREADS"] = str(case.threads)
-    torch.set_num_threads(case.threads)
-    if quiet:  # peers greet, warn and print tables of advice
-        for stream in (1, 2):
-            os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
-    try:
-        provider = PROVIDERS[case.provider]
-        checked = check(case, provider)
-        groups = make_groups(case)
-        made = provider.make(groups)
-        for _ in range(2):
-            made.step()
-        set_count(made, LATE)
-        stored = sum(p.numel() * p.element_size() for group in groups for p in group)
-        states = state_bytes(made) if hasattr(made, "state") else 0
-        # Parameter and states are read and written, the gradient is read.
-        moved = getattr(made, "moved", 3 * stored + 2 * states)
-        bytes_each = {"state_bytes_each": states / case.workload.numel, "bytes_moved": moved}
-        pipe.send({"status": "measured", "checked": checked, **bytes_each})
-        flush = make_flush(case, moved)
-        while True:
-            pipe.send(time_steps(case, made.step, flush, pipe.recv()))
-    except CheckError as error:
-        pipe.send({"status": "failed check", "why": str(error)})
-    except Exception as error:  # noqa: BLE001 (a peer may raise anything; the others are measured)
-        pipe.send({"status": "error", "why": f"{type(error).__name__}: {error}"[:300]})
+STEPPING: list[Callable[[int], list[float]]] = []
+"""What times steps of this process's case."""
+
+
+def prepare(case: Case) -> dict[str, Any]:
+    """Check and make the case of this process; what there is to say of it."""
+    for stream in (1, 2):  # peers greet, warn and print tables of advice
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    provider = PROVIDERS[case.provider]
+    checked = check(case, provider)
+    groups = make_groups(case)
+    made = provider.make(groups)
+    for _ in range(2):
+        made.step()
+    set_count(made, LATE)
+    stored = sum(p.numel() * p.element_size() for group in groups for p in group)
+    states = state_bytes(made) if hasattr(made, "state") else 0
+    # Parameter and states are read and written, the gradient is read.
+    moved = getattr(made, "moved", 3 * stored + 2 * states)
+    STEPPING.append(partial(time_steps, case, made.step, make_flush(case, moved)))
+    bytes_each = {"state_bytes_each": states / case.workload.numel, "bytes_moved": moved}
+    return {"status": "measured", "checked": checked, **bytes_each}
+
+
+def run(n: int) -> list[float]:
+    return STEPPING[0](n)
