@@ -16,16 +16,16 @@ from pathlib import Path
 
 import torch
 
-from . import cuda_report, environment, gpu_check, kernels, paper, plan, report
+from . import cuda_report, environment, gpu_check, kernels, plan, report
 from .measure import Effort, Record
-from .workloads import MODELS, workload
+from .workloads import MODELS, known_name
 
 
 def measure(name: str, given: argparse.Namespace, comparisons: Sequence[plan.Comparison]) -> int:
     """Measure, print and write; after each comparison, so that what was measured is there whatever
     ends this."""
     about = environment.describe(given.device)
-    effort = Effort(rounds=given.rounds)
+    effort = Effort()
     end, path = time.monotonic() + given.seconds, given.out / f"{name}.json"
     records: list[Record] = []
     for c in comparisons:
@@ -47,24 +47,20 @@ def measure(name: str, given: argparse.Namespace, comparisons: Sequence[plan.Com
     return int(bool(wrong) or not any("median" in r for r in records))
 
 
-def report_kernels(targets: Sequence[str], out: Path, tables: bool) -> int:
+def report_kernels(targets: Sequence[str], out: Path) -> int:
     """The exit code is 1 if a kernel has what it must not have: a spill, too many registers, an access
     that is not vectorised, contracted or approximate arithmetic."""
     rows = kernels.triton_rows(targets)
-    missing = cuda_report.why_not()
-    if missing is None:
-        rows += kernels.cuda_rows(targets)
+    if cuda_report.WHY_NOT:
+        print(f"no report of the CUDA kernels: {cuda_report.WHY_NOT}")
     else:
-        print(f"no report of the CUDA kernels: {missing}")
+        rows += kernels.cuda_rows(targets)
     out.mkdir(parents=True, exist_ok=True)
     for target in targets:
         chosen = [row for row in rows if row["target"] == target]
         print(f"\n{target}\n\n{report.markdown(kernels.HEADS, map(kernels.cells, chosen))}")
         path = out / f"kernels_{target.replace(':', '_')}.json"
         path.write_text(json.dumps({"target": target, "kernels": chosen}, indent=1) + "\n")
-    if tables:
-        for compiler in ("triton", "nvcc"):
-            print(f"\nPredicted share of the triad, {compiler}\n\n{paper.table(rows, compiler)}")
     bad = [row for row in rows if row["problems"]]
     for row in bad:
         print(f"{row['target']} {' '.join(kernels.cells(row)[:2])}: {'; '.join(row['problems'])}")
@@ -76,17 +72,15 @@ def parser() -> argparse.ArgumentParser:
     found = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
     commands = found.add_subparsers(dest="command", required=True)
     measuring = argparse.ArgumentParser(add_help=False)
-    gpu = torch.cuda.is_available()
-    devices = ("cpu", "cuda") if gpu else ("cpu",)
+    devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
-    measuring.add_argument("--rounds", type=int, default=Effort.rounds, help="turns that each provider gets")
     measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
     command = commands.add_parser("all", parents=[measuring], help="everything that is timed, in minutes")
     command.add_argument("--rehearse", action="store_true", help="every kind of figure on next to nothing")
     known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")
-    command.add_argument("workloads", nargs="+", metavar="WORKLOAD", help=known)
+    command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=known)
     command.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     command.add_argument("--only", action="append", default=[], help="a part of providers' names")
     command = commands.add_parser("host", parents=[measuring], help="the time until step() returns")
@@ -94,7 +88,6 @@ def parser() -> argparse.ArgumentParser:
     command = commands.add_parser("kernels", help="what the kernels compile to, without a GPU")
     command.add_argument("--target", action="append", choices=kernels.TARGETS)
     command.add_argument("--out", type=Path, default=Path("bench_output"))
-    command.add_argument("--paper", action="store_true", help="predict shares of a GPU's triad, too")
     commands.add_parser("readme", help="write the README's figures from bench/results/")
     command = commands.add_parser("gpu-check", help="prove everything on a machine with a GPU")
     command.add_argument("--out", type=Path, default=gpu_check.ROOT / "gpu_check_output")
@@ -107,7 +100,7 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments: Sequence[str] | None = None) -> int:
     given = parser().parse_args(arguments)
     if given.command == "kernels":
-        return report_kernels(given.target or kernels.TARGETS, given.out, given.paper)
+        return report_kernels(given.target or kernels.TARGETS, given.out)
     if given.command == "gpu-check":
         return gpu_check.main(given.out, given.dry_run, given.seconds, given.only)
     if given.command == "readme":
@@ -119,11 +112,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return measure(given.device, given, chosen)
     if given.command == "host":
         return measure("host", given, plan.HOST)
-    for name in given.workloads:
-        try:
-            workload(name)
-        except ValueError as error:
-            parser().error(str(error))
     every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))
     dtypes = given.dtype or ("float32",)
     chosen = [replace(every, workload=name, dtype=dtype) for name in given.workloads for dtype in dtypes]

@@ -20,26 +20,10 @@ PACKAGES = (
 )  # fmt: skip
 
 
-def _field(path: str, name: str) -> str:
-    """The value of the first line ``name : value`` of a file in /proc."""
-    text = Path(path).read_text() if Path(path).exists() else ""
-    found = re.search(rf"^{name}\s*:\s*(.*)$", text, re.MULTILINE)
-    return found[1] if found else ""
-
-
 def free_memory(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    return int((_field("/proc/meminfo", "MemAvailable") or "8000000 kB").split()[0]) * 1024
-
-
-def cache_bytes(device: str) -> int:
-    """Of the largest cache, but 64 MiB of a CPU's: virtual machines are told of one that many share."""
-    if device == "cuda":
-        return int(torch.cuda.get_device_properties(0).L2_cache_size)
-    paths = Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")
-    sizes = [int(path.read_text().strip().rstrip("K")) * 1024 for path in paths]
-    return min(max(sizes, default=32 * 2**20), 2**26)
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
 def _output(*command: str) -> str:
@@ -56,11 +40,11 @@ def describe(device: str) -> dict[str, Any]:
     versions = {name: installed[name] for name in PACKAGES if name in installed}
     commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
     changed = _output("git", "status", "--porcelain", "--untracked-files=no")
-    processor = _field("/proc/cpuinfo", "model name") or platform.processor()
+    names = re.findall(r"model name\s*: (.*)", _output("cat", "/proc/cpuinfo")) or [platform.processor()]
     described = {
         "kind": "GPU" if device == "cuda" else "CPU",
-        "device_name": torch.cuda.get_device_name() if device == "cuda" else processor,
-        "processor": processor,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else names[0],
+        "processor": names[0],
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "versions": {"python": platform.python_version(), **versions},

@@ -6,6 +6,7 @@ that are not one IEEE operation. Triton's come from ``triton_report``, nvcc's fr
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import re
@@ -13,6 +14,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .environment import ROOT
@@ -25,6 +27,13 @@ TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 def head(kernel: str, param: str, rule: str = "", grad: str = "", state: str = "") -> Row:
     """What a kernel is."""
     return {"kernel": kernel, "rule": rule, "param": param, "grad": grad, "state": state}
+
+
+def cuobjdump() -> Path:
+    """The one that Triton's wheel carries."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None, "needs Triton"
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
 def count(pattern: str, text: str) -> int:
@@ -109,16 +118,8 @@ def triton_rows(targets: Sequence[str], *arguments: object) -> list[Row]:
     must not be there."""
     command = [sys.executable, "-m", "bench.triton_report", *(f"--target={t}" for t in targets)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run(
-        [*command, *map(str, arguments)],
-        check=False,
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    if ran.returncode != 0:
-        raise RuntimeError(f"the Triton kernels do not compile: {ran.stderr.strip()[-1500:]}")
+    command += map(str, arguments)
+    ran = subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     rows = [json.loads(line) for line in ran.stdout.splitlines()]
     return [described({**row, "compiler": f"triton {row['triton']}"}) for row in rows]
 
@@ -131,6 +132,35 @@ def cuda_rows(targets: Sequence[str]) -> list[Row]:
     return [described(row) for arch in tried for row in cuda_report.report(arch)]
 
 
+GPUS = {
+    "cuda:80": [("A100", 108, 2.04e12, 1.41e9)],
+    "cuda:90": [("H100", 132, 3.35e12, 1.755e9), ("H200", 132, 4.8e12, 1.755e9)],
+    "cuda:100": [("B200", 148, 8.0e12, 1.85e9)],
+}
+"""Published numbers: multiprocessors, bytes a second, and boost clock in Hz."""
+
+
+def predicted(row: Row) -> str:
+    """On paper: the share of a triad's speed that the kernel can reach on each GPU. It is the least of 1,
+    the memory's time over the time to issue, and the bandwidth of the resident blocks if they only waited.
+
+    Assumed: a triad reaches 92% of the published bandwidth; a multiprocessor issues in 70% of its 128
+    slots a clock, over dependent chains of divisions; a read from memory under load takes 800 ns, and the
+    reads of the table before it as much.
+    """
+    n, threads, moved = elements_per_thread(row), row["threads"], row["bytes_per_element"]
+    passes = 1 if row["compiler"] != "nvcc" else 4096 // (threads * n)  # kChunk of csrc/cuda_body.h
+    issued = row["path"]["all"] / n + row["path"]["before"] / (n * passes)
+    blocks = min(2048 // threads, 65536 // (-(-row["registers"] // 8) * 8 * threads))
+    waiting = blocks * threads * n * passes * moved / ((1 + passes) * 800e-9)
+    found = []
+    for name, multiprocessors, bandwidth, clock in GPUS[row["target"]]:
+        triad = 0.92 * bandwidth / multiprocessors
+        issuing = moved * 0.7 * 128 * clock / issued
+        found.append(f"{name} {min(1.0, issuing / triad, waiting / triad):.2f}")
+    return ", ".join(found)
+
+
 def described(row: Row) -> Row:
     """With what follows from the counts: bytes and instructions of an element, and problems."""
     if row["kernel"] == "step":
@@ -139,6 +169,7 @@ def described(row: Row) -> Row:
         row["bytes_per_element"] = round(sum(loaded) + sum(stored) + exponents, 2)
         if row.get("path"):
             row["instructions_per_element"] = round(row["path"]["all"] / elements_per_thread(row), 1)
+            row["share_of_triad"] = predicted(row)
     row["problems"] = problems(row)
     return row
 
@@ -196,20 +227,23 @@ def problems(row: Row) -> list[str]:
 
 HEADS = (
     "kernel",
-    "param, grad, state",
+    "operands",
     "registers",
     "spilled",
     "loads",
     "stores",
     "B/element",
     "instr/element",
+    "predicted",
 )
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     accesses = [" ".join(f"{n}x{width}B" for width, n in row[k].items()) for k in ("loads", "stores")]
-    numbers = [str(row.get(k, "")) for k in ("bytes_per_element", "instructions_per_element")]
+    numbers = [
+        str(row.get(k, "")) for k in ("bytes_per_element", "instructions_per_element", "share_of_triad")
+    ]
     name = f"{row['compiler'].split()[0]} {row['rule'] or row['kernel']}"
     operands = " ".join(filter(None, (row["param"], row["grad"], row["state"])))
     return [name, operands, str(row["registers"]), str(row["spill_bytes"]), *accesses, *numbers]

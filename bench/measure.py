@@ -29,14 +29,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure.
-
-    Attributes:
-        rounds: turns of each provider.
-        turn: seconds that a turn should take at least.
-        most: seconds of one provider in one comparison, after at least three steps.
-        timeout: seconds after which a process that does not answer is ended.
-    """
+    """How long to measure: turns of each provider, seconds that a turn should take at least, seconds of one
+    provider in one comparison (after three steps), and seconds that an answer may take."""
 
     rounds: int = 9
     turn: float = 0.05
@@ -46,8 +40,6 @@ class Effort:
 
 def _context() -> Any:
     """Processes forked from one that has imported torch and started nothing: a third of a second each."""
-    if "forkserver" not in multiprocessing.get_all_start_methods():
-        return multiprocessing.get_context("spawn")
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["bench.worker"])
     return context
@@ -147,7 +139,11 @@ def compare(cases: Sequence[Case], effort: Effort) -> list[Record]:
             if not line["loop"] and "gb_per_s" in line and "gb_per_s" in loop:
                 line["of_roofline"] = line["gb_per_s"] / loop["gb_per_s"]
         lines = {**found, **lines}
-    return with_ratios(list(lines.values()))
+    torch = lines.get(TORCH, {}).get("median")
+    for line in lines.values():
+        if line["rule"] and "median" in line and torch:
+            line["times_torch"] = torch / line["median"]
+    return list(lines.values())
 
 
 def record(worker: Worker) -> Record:
@@ -157,15 +153,3 @@ def record(worker: Worker) -> Record:
         if worker.case.measure == "step":
             line["gb_per_s"] = line["bytes_moved"] / line["median"] / 1e6
     return line
-
-
-def with_ratios(lines: list[Record]) -> list[Record]:
-    """The same lines, ours with how many times as fast they are as torch's fused AdamW and as the
-    fastest peer."""
-    peers = {r["provider"]: r["median"] for r in lines if not r["loop"] and not r["rule"] and "median" in r}
-    for line in lines:
-        if line["rule"] and "median" in line and peers:
-            line["times_fastest_peer"] = min(peers.values()) / line["median"]
-            if TORCH in peers:
-                line["times_torch"] = peers[TORCH] / line["median"]
-    return lines

@@ -2,35 +2,28 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
 import signal
 import statistics
+import subprocess
+import sys
 from dataclasses import dataclass
 
 from .environment import free_memory
 from .formats import OPTIONS
 from .host import HOST_VARIANTS
 from .measure import Effort, Record, Worker, compare, head
-from .providers import LAYOUTS, OURS, PEERS, TORCH, Provider
+from .providers import DEEPSPEED, LAYOUTS, OURS, PEERS, TORCH, Provider
 from .roofline import ROOFLINES
 from .worker import Case
 from .workloads import fitted, workload
 
-FAST_PEERS = (TORCH, "torch AdamW foreach", "DeepSpeedCPUAdam")
+FAST_PEERS = (TORCH, "torch AdamW foreach", DEEPSPEED)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Providers on one workload.
-
-    Attributes:
-        workload, dtype: what is stepped.
-        formats, layouts: of ours.
-        peers: by name; None for all.
-        measure: "step" or "host".
-        only: parts of names; what has none of them is left out, if there are any.
-    """
+    """Providers on one workload. ``formats`` and ``layouts`` are those of ours; ``peers`` names, or None for
+    all; ``only``: parts of names, one of which a provider must have if there are any."""
 
     workload: str
     dtype: str = "float32"
@@ -91,19 +84,12 @@ REHEARSAL = (
 """Every kind of comparison on next to nothing."""
 
 
-def _spin() -> None:
-    while True:
-        pass
-
-
 def beside(processes: int, device: str, effort: Effort) -> list[Record]:
     """Steps of 291 small tensors with quiet cores, and with ``processes`` spinning ones beside it, in turns."""
     backend = "cpu" if device == "cpu" else "triton"
     names = [p.name for p in OURS if (p.backend, p.format) == (backend, "fp32")]
-    context = multiprocessing.get_context("spawn")
-    spinning = [context.Process(target=_spin, daemon=True) for _ in range(processes)]
-    for process in spinning:
-        process.start()
+    command = [sys.executable, "-c", "while True: pass"]
+    spinning = [subprocess.Popen(command) for _ in range(processes)]
     records = []
     for name in (*names, TORCH):
         worker = Worker(Case(workload("291x4096"), "float32", device, name, "host"), effort)
@@ -111,7 +97,7 @@ def beside(processes: int, device: str, effort: Effort) -> list[Record]:
         for _ in range(8 if worker.well else 0):
             for times, what in ((quiet, signal.SIGSTOP), (busy, signal.SIGCONT)):
                 for process in spinning:
-                    os.kill(process.pid or 0, what)
+                    process.send_signal(what)
                 times += worker.run(250)
         worker.stop()
         line = {**head(worker.case), **worker.said, "measure": "busy", "processes": processes}

@@ -30,17 +30,9 @@ Groups = list[list[Tensor]]
 
 @dataclass(frozen=True)
 class Provider:
-    """One way to make a step.
-
-    Attributes:
-        algorithm: the function of ``bench.references`` that it must agree with; "" of a loop.
-        make: a torch optimizer, or what has a ``step()``, for groups of parameters.
-        module: what must be installed.
-        devices, dtypes: where it runs, and on what parameters.
-        error: the largest error of its update, relative to the update.
-        most_tensors: with more it would take minutes to compile.
-        rule, backend, format, layout: of fused_optim's own.
-    """
+    """One way to make a step: ``make`` gives a torch optimizer, or what has a ``step()``. It is held to
+    ``algorithm`` ("" of a loop), with an error of ``error`` of the update at most; with more than
+    ``most_tensors`` it would take minutes to compile. The last four are of fused_optim's own."""
 
     name: str
     algorithm: str
@@ -150,37 +142,26 @@ def _import_timm_alone() -> None:
 
 _GPU: dict[str, Any] = {"devices": ("cuda",)}
 _8BIT: dict[str, Any] = {"error": 0.15}
-_BELIEF = {**DECAYED, "rectify": False}
-_ADAMW_MODE = {**DECAYED, "adam_w_mode": True}
-TORCH = "torch AdamW fused"
-"""What everything is compared with."""
+_BELIEF = {**DECAYED, "rectify": False, "weight_decouple": True}
+_TIMM = {**DECAYED, "rectify": False, "decoupled_decay": True}
+TORCH, DEEPSPEED = "torch AdamW fused", "DeepSpeedCPUAdam"
 PEERS = (
     _peer(TORCH, "adamw", "torch.optim:AdamW", {**DECAYED, "fused": True}),
     _peer("torch AdamW foreach", "adamw", "torch.optim:AdamW", {**DECAYED, "foreach": True}),
     _peer("torch Adamax foreach", "adamax", "torch.optim:Adamax", {**BASE, "foreach": True}),
+    _peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", DECAYED, devices=("cpu",)),
     _peer(
-        "DeepSpeedCPUAdam", "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", {**DECAYED, "adamw_mode": True},
-        devices=("cpu",),
+        "adabelief-pytorch", "adabelief", "adabelief_pytorch:AdaBelief", _BELIEF | {"print_change_log": False}
     ),
-    _peer(
-        "adabelief-pytorch", "adabelief", "adabelief_pytorch:AdaBelief",
-        {**_BELIEF, "weight_decouple": True, "print_change_log": False},
-    ),
-    _peer(
-        "pytorch_optimizer AdaBelief", "adabelief", "pytorch_optimizer:AdaBelief",
-        {**_BELIEF, "weight_decouple": True},
-    ),
-    _peer("timm AdaBelief", "adabelief", "timm.optim.adabelief:AdaBelief", {**_BELIEF, "decoupled_decay": True}),
+    _peer("pytorch_optimizer AdaBelief", "adabelief", "pytorch_optimizer:AdaBelief", _BELIEF),
+    _peer("timm AdaBelief", "adabelief", "timm.optim.adabelief:AdaBelief", _TIMM),
     _peer("torch-optimi AdamW", "adamw", "optimi:AdamW"),
     _peer("flashoptim AdamW", "adamw", "flashoptim:FlashAdamW", **_GPU, **_8BIT),
     _peer("bitsandbytes AdamW8bit", "adamw", "bitsandbytes.optim:AdamW8bit", **_8BIT),
     _peer("torchao AdamW8bit", "adamw", "torchao.optim:AdamW8bit", most_tensors=20, **_8BIT),
-    _peer("apex FusedAdam", "adamw", "apex.optimizers:FusedAdam", _ADAMW_MODE, **_GPU),
-    _peer(
-        "TransformerEngine FusedAdam", "adamw", "transformer_engine.pytorch.optimizers:FusedAdam", _ADAMW_MODE,
-        **_GPU,
-    ),
-)  # fmt: skip
+    _peer("apex FusedAdam", "adamw", "apex.optimizers:FusedAdam", **_GPU),
+    _peer("TransformerEngine FusedAdam", "adamw", "transformer_engine.pytorch.optimizers:FusedAdam", **_GPU),
+)
 
 
 def state_bytes(optimizer: torch.optim.Optimizer) -> int:

@@ -12,7 +12,7 @@ from typing import Any
 
 from .environment import ROOT
 from .measure import Record
-from .providers import OUR_RULES, TORCH
+from .providers import DEEPSPEED, OUR_RULES, TORCH
 
 RESULTS = ROOT / "bench" / "results"
 SHOWN = re.compile(r"2\^2[4-9]|gpt2|10000x64|500-groups|llama-7b")
@@ -47,7 +47,7 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 _COLUMNS = {
     "median": "ms", "p20": "20%", "p80": "80%", "quiet": "quiet ms", "p99": "99%", "of_quiet": "of quiet",
     "p99_of_quiet": "99% of quiet", "gb_per_s": "GB/s", "of_roofline": "of roofline",
-    "times_torch": "x torch fused", "times_fastest_peer": "x fastest peer", "checked": "checked against",
+    "times_torch": "x torch fused", "checked": "checked against",
 }  # fmt: skip
 
 
@@ -80,25 +80,20 @@ def draw(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(12, 1.5 + 0.5 * len(torch)), layout="constrained")
-    plot = figure.add_subplot()
-    names = list(dict.fromkeys(r["provider"] for r in sorted(steps, key=lambda r: not r["rule"])))
+    plot = figure.add_subplot(xscale="log", xlabel=f"time of a step over that of {TORCH}")
     rows = list(torch)
-    for i, name in enumerate(names):
+    for i, name in enumerate(
+        dict.fromkeys(r["provider"] for r in sorted(steps, key=lambda r: not r["rule"]))
+    ):
         mine = [r for r in steps if r["provider"] == name and (r["title"], r["dtype"]) in torch]
-        points = [
-            (r["median"] / torch[r["title"], r["dtype"]], rows.index((r["title"], r["dtype"]))) for r in mine
-        ]
-        ours = any(r["rule"] for r in mine)
-        style = {"s": 60 if ours else 30, "marker": "osD^v"[i % 5] if ours else "+x1234"[i % 6]}
-        plot.scatter(*zip(*points), color=colormaps["tab20"](i % 20), label=name, **style)
-    plot.set_xscale("log")
-    plot.axvline(1, color="black", linewidth=1)
+        keys = [(r["title"], r["dtype"]) for r in mine]
+        times = [r["median"] / torch[key] for r, key in zip(mine, keys)]
+        style = {"color": colormaps["tab20"](i % 20), "marker": "o" if any(r["rule"] for r in mine) else "x"}
+        plot.scatter(times, list(map(rows.index, keys)), label=name, **style)
     plot.set_yticks(range(len(rows)), [f"{title}, {dtype}" for title, dtype in rows])
-    plot.invert_yaxis()
     plot.grid(True, alpha=0.3)
-    plot.set_xlabel(f"time of a step over that of {TORCH}")
     plot.set_title(f"{about['kind']}: {about['device_name']}, {about['threads']} threads; {about['date']}")
-    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7, frameon=False)
+    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
     figure.savefig(path, dpi=110)
 
 
@@ -115,7 +110,7 @@ def step_rows(records: Sequence[Record]) -> list[list[str]]:
             best = next((r for r in lines if (r["rule"], r["format"], r["layout"]) == (rule, *kind)), None)
             row.append(f"{number(best['median'])} ({best.get('of_roofline', 0):.2f})" if best else "")
         peers = [(r["provider"], number(r["median"])) for r in lines if not r["loop"] and not r["rule"]]
-        row += [dict(peers).get(name, "") for name in (TORCH, "DeepSpeedCPUAdam")]
+        row += [dict(peers).get(name, "") for name in (TORCH, DEEPSPEED)]
         rows.append([*row, ", ".join(peers[0]) if peers else ""])
     return rows
 
@@ -127,7 +122,7 @@ def section(results: dict[str, Any]) -> str:
     where = f"{about['kind']}: {about['device_name']}, {place}; torch {about['versions']['torch']}; "
     where += f"commit {about['commit']}, {about['date']}."
     titles = [title for title, _ in OUR_RULES.values()]
-    steps = markdown(["step", *titles, TORCH, "DeepSpeedCPUAdam", "fastest peer"], step_rows(records))
+    steps = markdown(["step", *titles, TORCH, DEEPSPEED, "fastest peer"], step_rows(records))
     host = [r for r in records if r["measure"] == "host" and "median" in r]
     times = {(r["provider"], r["title"]): number(1e3 * r["median"]) for r in host}
     titles = list(dict.fromkeys(r["title"] for r in host))

@@ -26,7 +26,7 @@ from triton.compiler import ASTSource
 from fused_optim.rules import RULES as _RULES
 
 from .formats import STATES, TRIPLES, part_bytes
-from .kernels import Row, count, head, nvidia_counts
+from .kernels import Row, count, cuobjdump, head, nvidia_counts
 
 RULES = tuple(_RULES)
 KERNELS = Path(__file__).parents[1] / "kernels"
@@ -55,12 +55,11 @@ def compiled(kernel: Any, working: str, constants: Row, target: GPUTarget, optio
 
 
 def nvidia_report(kernel: Any) -> Row:
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(kernel.asm["cubin"])
         usage, sass = (
-            subprocess.run([cuobjdump, option, cubin], capture_output=True, text=True, check=True).stdout
+            subprocess.run([cuobjdump(), option, cubin], capture_output=True, text=True, check=True).stdout
             for option in ("-res-usage", "-sass")
         )
     return nvidia_counts(kernel.asm["ptx"], sass, usage)
@@ -81,17 +80,11 @@ def amd_report(kernel: Any) -> Row:
     guarded = re.findall(r"fcmp (?:uno|ord) (?:<(\d+) x )?(?:float|double)", llir)
     guards = sum(int(n or 1) for n in guarded)
     vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
-    names = {"16": "dwordx4", "8": "dwordx2", "4": "dword", "2": "[us]?short", "1": "[us]?byte"}
-    loads, stores = (
-        {width: n for width, name in names.items() if (n := count(rf"\bglobal_{kind}_{name}\b", assembly))}
-        for kind in ("load", "store")
-    )
     spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
     return {
         "registers": field("vgpr_count"),
         "spill_bytes": sum(map(field, spilled)),
-        "loads": loads,
-        "stores": stores,
+        "loads": {}, "stores": {},
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
         # Triton 3.6's LLVM cuts these up and joins them again in the assembly, where the table's

@@ -13,7 +13,6 @@ import torch
 import torch._dynamo  # torch's optimizers import it when they are made: seconds in each process
 from torch import Tensor
 
-from .environment import cache_bytes
 from .host import HOST_VARIANTS
 from .providers import OURS, PEERS, Groups, Provider, make_ours, state_bytes
 from .references import Problem, problem, relative_error, tolerance
@@ -110,20 +109,18 @@ def set_count(optimizer: Any, count: int) -> None:
             state["step"] = count
 
 
-def make_flush(case: Case, moved: float) -> Callable[[], Any]:
-    """Fills the caches with other data; nothing where a step's own traffic does so."""
-    if case.measure == "host" or moved > 8 * cache_bytes(case.device):
-        return lambda: None
-    other = torch.randn(2 * cache_bytes(case.device) // 4, device=case.device)
-    return lambda: other.mul_(1.0)
+FLUSH = 2**27
+"""Bytes that are written before each timed step, so that no cache holds what it reads."""
 
 
-def time_steps(case: Case, step: Callable[[], Any], flush: Callable[[], Any], n: int) -> list[float]:
+def time_steps(case: Case, step: Callable[[], Any], n: int) -> list[float]:
     """Milliseconds of ``n`` steps, after one that is not timed."""
+    other = torch.zeros(FLUSH // 4, device=case.device)
     gpu = case.device == "cuda"
     times, events = [], []
     for _ in range(n + 1):
-        flush()
+        if case.measure == "step":
+            other += 1
         if gpu and case.measure == "step":
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
@@ -160,7 +157,7 @@ def prepare(case: Case) -> dict[str, Any]:
     states = state_bytes(made) if hasattr(made, "state") else 0
     # Parameter and states are read and written, the gradient is read.
     moved = getattr(made, "moved", 3 * stored + 2 * states)
-    STEPPING.append(partial(time_steps, case, made.step, make_flush(case, moved)))
+    STEPPING.append(partial(time_steps, case, made.step))
     bytes_each = {"state_bytes_each": states / case.workload.numel, "bytes_moved": moved}
     return {"status": "measured", "checked": checked, **bytes_each}
 

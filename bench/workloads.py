@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import math
 import re
 from collections.abc import Callable
@@ -60,9 +61,14 @@ def workload(name: str) -> Workload:
         n, size = int(match[1]), int(match[2])
         return Workload(name, f"{n:,} x {size:,}", n * ((size,),))
     if name not in MODELS:
-        raise ValueError(f"no workload {name!r}: take {', '.join(MODELS)}, any 2^n, or NxM (N tensors of M)")
+        known = f"{', '.join(MODELS)}, any 2^n, or NxM (N tensors of M)"
+        raise argparse.ArgumentTypeError(f"no workload {name!r}: take {known}")
     title, shapes, groups = MODELS[name]
     return Workload(name, title, shapes(), groups)
+
+
+def known_name(name: str) -> str:
+    return workload(name).name
 
 
 def fitted(full: Workload, most: int) -> Workload:
