@@ -45,9 +45,8 @@ class Outcome(NamedTuple):
 
 def _tool(name: str) -> str | None:
     """On the PATH, or where CUDA is installed."""
-    beside = Path(shutil.which("nvcc") or "nvcc").resolve().parent
     folders = (os.environ.get("PATH", ""), os.environ.get("CUDA_HOME", "") + "/bin", "/usr/local/cuda/bin")
-    return shutil.which(name, path=os.pathsep.join((*folders, str(beside))))
+    return shutil.which(name, path=os.pathsep.join(folders))
 
 
 def parts(out: Path, gpu: bool) -> list[Part]:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 
 import torch
 
@@ -75,21 +76,14 @@ def large(backend: str) -> Iterator[Proof]:
 
 
 def main(device: str, backends: str, *options: str) -> int:
-    verdicts, small = [], "--small" in options
-
-    def proofs() -> Iterator[Proof]:
-        for backend in backends.split(","):
-            reason = BACKENDS[backend].why_not(torch.device(device))
-            yield f"{backend} is ready", reason
-            if reason is None:
-                yield from bits(device, backend, small or device == "cpu")
-                yield from () if small or device == "cpu" else large(backend)
-
-    for what, wrong in proofs():
-        verdicts.append(wrong)
-        print(f"FAILED {what}: {wrong}" if wrong else f"ok {what}", flush=True)
-    failed = sum(wrong is not None for wrong in verdicts)
-    print(f"{len(verdicts)} proofs on {device}, {failed} failed")
+    small, tried, failed = "--small" in options or device == "cpu", 0, 0
+    for backend in backends.split(","):
+        ready = (f"{backend} is ready", BACKENDS[backend].why_not(torch.device(device)))
+        proofs = () if ready[1] else chain(bits(device, backend, small), () if small else large(backend))
+        for what, wrong in chain([ready], proofs):
+            tried, failed = tried + 1, failed + (wrong is not None)
+            print(f"FAILED {what}: {wrong}" if wrong else f"ok {what}", flush=True)
+    print(f"{tried} proofs on {device}, {failed} failed")
     return int(failed > 0)
 
 

@@ -6,7 +6,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .environment import free_memory
 from .formats import OPTIONS
@@ -39,7 +39,7 @@ class Comparison:
         ours = [p for p in ours if p.backend != "eager" or any("eager" in text for text in self.only)]
         peers = [p for p in PEERS if self.peers is None or p.name in self.peers]
         chosen = [p for p in (*ours, *peers) if not self.only or any(text in p.name for text in self.only)]
-        return [*HOST_VARIANTS, *chosen] if self.measure == "host" else [*ROOFLINES, *chosen]
+        return [*HOST_VARIANTS, *chosen] if self.measure == "host" else [*ROOFLINES.values(), *chosen]
 
     def run(self, device: str, effort: Effort) -> list[Record]:
         """Measure; a record for what cannot be measured here, too."""
@@ -56,17 +56,15 @@ class Comparison:
         return compare(cases, effort) + absent
 
 
-HOST = tuple(
-    Comparison(n, layouts=LAYOUTS, peers=(TORCH,), measure="host") for n in ("1x1", "148x1", "1000x1")
-)
+_HOST = Comparison("1x1", layouts=LAYOUTS, peers=(TORCH,), measure="host")
+HOST = (_HOST, replace(_HOST, workload="148x1"), replace(_HOST, workload="1000x1"))
 
 
 def everything(device: str) -> list[Comparison]:
     """What ``all`` measures: what matters most comes first."""
     large, both = "2^28" if device == "cuda" else "2^26", (("float32", "fp32"), ("bfloat16", "bf16"))
-    formats = tuple(OPTIONS)
     return [
-        *(Comparison(large, dtype, formats) for dtype, _ in both),
+        *(Comparison(large, dtype, tuple(OPTIONS)) for dtype, _ in both),
         *(Comparison("gpt2", dtype, (states,), LAYOUTS) for dtype, states in both),
         *(Comparison("10000x64", dtype, (states,), LAYOUTS) for dtype, states in both),
         *(Comparison("500-groups", dtype, (states,)) for dtype, states in both),

@@ -26,6 +26,7 @@ from .formats import OPTIONS
 
 Groups = list[list[Tensor]]
 """Parameters with gradients, by parameter group."""
+Make = Callable[[Groups], Any]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class Provider:
 
     name: str
     algorithm: str
-    make: Callable[[Groups], Any]
+    make: Make
     module: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
     dtypes: tuple[str, ...] = ("float32", "bfloat16")

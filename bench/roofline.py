@@ -57,17 +57,13 @@ class Streams:
         library().streams(*pointers, ctypes.c_int64(len(p)), torch.get_num_threads(), *self.sizes)
 
 
-STATE_BYTES = (4, 2, 1)
-
-
-def _name(size: int) -> str:
-    return f"roofline, {size}-byte states"
-
-
 _DTYPES = ("float32", "bfloat16", "float16")
-ROOFLINES = [Provider(_name(n), "", partial(Streams, n), dtypes=_DTYPES) for n in STATE_BYTES]
+ROOFLINES = {
+    n: Provider(f"roofline, {n}-byte states", "", partial(Streams, n), dtypes=_DTYPES) for n in (4, 2, 1)
+}
+"""By the bytes of an element of a state."""
 
 
 def roofline_for(state_bytes_each: float) -> str:
     """The name of the loop whose states are nearest in size; a parameter has two."""
-    return _name(min(STATE_BYTES, key=lambda n: abs(2 * n - state_bytes_each)))
+    return ROOFLINES[min(ROOFLINES, key=lambda n: abs(2 * n - state_bytes_each))].name

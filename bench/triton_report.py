@@ -29,6 +29,7 @@ from .formats import STATES, TRIPLES, part_bytes
 from .kernels import Row, count, cuobjdump, head, nvidia_counts
 
 RULES = tuple(_RULES)
+Strings = tuple[str, ...]
 KERNELS = Path(__file__).parents[1] / "kernels"
 
 
@@ -49,18 +50,17 @@ def compiled(kernel: Any, working: str, constants: Row, target: GPUTarget, optio
     constexprs = {(names.index(name),): value for name, value in constants.items()}
     aligned = [p.num for p in kernel.params if not p.do_not_specialize_on_alignment]
     attributes = {(i,): [["tt.divisibility", 16]] for i in aligned if signature[names[i]].startswith("*")}
-    return triton.compile(
-        ASTSource(kernel, signature, constexprs, attributes), target=target, options=options
-    )
+    source = ASTSource(kernel, signature, constexprs, attributes)
+    return triton.compile(source, target=target, options=options)
 
 
 def nvidia_report(kernel: Any) -> Row:
     with tempfile.TemporaryDirectory() as folder:
         cubin = Path(folder, "cubin")
         cubin.write_bytes(kernel.asm["cubin"])
+        commands = ([cuobjdump(), option, cubin] for option in ("-res-usage", "-sass"))
         usage, sass = (
-            subprocess.run([cuobjdump(), option, cubin], capture_output=True, text=True, check=True).stdout
-            for option in ("-res-usage", "-sass")
+            subprocess.run(c, stdout=subprocess.PIPE, text=True, check=True).stdout for c in commands
         )
     return nvidia_counts(kernel.asm["ptx"], sass, usage)
 
@@ -101,9 +101,7 @@ def amd_report(kernel: Any) -> Row:
     }  # fmt: skip
 
 
-def reports(
-    step: Any, name: str, rules: list[str], triples: list[tuple[str, ...]], fusion: bool
-) -> list[Row]:
+def reports(step: Any, name: str, rules: Strings, triples: list[Strings], fusion: bool) -> list[Row]:
     """A row for each kernel of ``step``; with ``fusion`` compiled as a launch must not be."""
     arch = name.split(":")[1]
     nvidia = name.startswith("cuda")
@@ -142,7 +140,7 @@ def main() -> None:
     step = load_kernels(given.kernels)
     triples = [tuple(f.split(":")) for f in given.formats or map(":".join, TRIPLES)]
     for target in given.target or ["cuda:90"]:
-        for row in reports(step, target, given.rule or list(RULES), triples, given.fp_fusion):
+        for row in reports(step, target, given.rule or RULES, triples, given.fp_fusion):
             print(json.dumps(row))
 
 

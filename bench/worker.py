@@ -14,12 +14,12 @@ import torch._dynamo  # torch's optimizers import it when they are made: seconds
 from torch import Tensor
 
 from .host import HOST_VARIANTS
-from .providers import OURS, PEERS, Groups, Provider, make_ours, state_bytes
+from .providers import OURS, PEERS, Groups, Make, Provider, make_ours, state_bytes
 from .references import Problem, problem, relative_error, tolerance
 from .roofline import ROOFLINES
 from .workloads import Workload, fitted
 
-PROVIDERS = {p.name: p for p in (*ROOFLINES, *OURS, *HOST_VARIANTS, *PEERS)}
+PROVIDERS = {p.name: p for p in (*ROOFLINES.values(), *OURS, *HOST_VARIANTS, *PEERS)}
 LATE = 1000
 """The step number from which steps are timed. Early ones are not what training is made of: our formats
 of low precision divide by bias corrections that are 1 later on."""
@@ -53,7 +53,7 @@ def make_groups(case: Case) -> Groups:
     return [params[i : i + size] for i in range(0, len(params), size)]
 
 
-def steps_of(make: Callable[[Groups], Any], given: Problem, device: str) -> tuple[list[Tensor], Any]:
+def steps_of(make: Make, given: Problem, device: str) -> tuple[list[Tensor], Any]:
     """Make the steps of a problem in two groups, each with new gradients; parameters and optimizer."""
     params = [p.to(device, copy=True).requires_grad_() for p in given[0]]
     half = -(-len(params) // 2)
@@ -66,9 +66,7 @@ def steps_of(make: Callable[[Groups], Any], given: Problem, device: str) -> tupl
     return params, optimizer
 
 
-def other_bits(
-    make: Callable[[Groups], Any], eager: Callable[[Groups], Any], given: Problem, device: str
-) -> str | None:
+def other_bits(make: Make, eager: Make, given: Problem, device: str) -> str | None:
     """What differs between an optimizer of ours and the eager one on the CPU; None if nothing does."""
     (ours, optimizer), (want, judge) = steps_of(make, given, device), steps_of(eager, given, "cpu")
     for i, (p, q) in enumerate(zip(ours, want)):

@@ -16,7 +16,6 @@ import ptx
 import pytest
 import torch
 from emulated_gpu import EmulatedGpu
-from fused_optim.kernels import step as kernels
 from helpers import assert_same_bits, gradient, parameters, results, set_gradients
 from torch import Tensor
 from worlds import (
@@ -40,6 +39,7 @@ from bench.formats import STATES, TRIPLES
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, Inputs
 from fused_optim.backends.triton import TRITON
+from fused_optim.kernels import step as kernels
 from fused_optim.rules import RULES
 from fused_optim.table import Batch
 
