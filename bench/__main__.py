@@ -53,8 +53,8 @@ def report_kernels(targets: Sequence[str], out: Path) -> int:
     rows = kernels.triton_rows(targets)
     if cuda_report.WHY_NOT:
         print(f"no report of the CUDA kernels: {cuda_report.WHY_NOT}")
-    else:
-        rows += kernels.cuda_rows(targets)
+    for target in () if cuda_report.WHY_NOT else {"cuda:80", "cuda:90"}.intersection(targets):
+        rows += map(kernels.described, cuda_report.report(target.removeprefix("cuda:")))
     out.mkdir(parents=True, exist_ok=True)
     for target in targets:
         chosen = [row for row in rows if row["target"] == target]

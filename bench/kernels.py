@@ -124,14 +124,6 @@ def triton_rows(targets: Sequence[str], *arguments: object) -> list[Row]:
     return [described({**row, "compiler": f"triton {row['triton']}"}) for row in rows]
 
 
-def cuda_rows(targets: Sequence[str]) -> list[Row]:
-    """What nvcc compiles, for the targets that it is tried for."""
-    from . import cuda_report
-
-    tried = [t.removeprefix("cuda:") for t in targets if t in ("cuda:80", "cuda:90")]
-    return [described(row) for arch in tried for row in cuda_report.report(arch)]
-
-
 GPUS = {
     "cuda:80": [("A100", 108, 2.04e12, 1.41e9)],
     "cuda:90": [("H100", 132, 3.35e12, 1.755e9), ("H200", 132, 4.8e12, 1.755e9)],
