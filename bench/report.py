@@ -39,8 +39,8 @@ def number(value: Any) -> str:
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table, in columns that are aligned to read in a terminal too."""
     lines = [[cell.replace("|", "/") for cell in line] for line in (heads, *rows)]
-    widths = [max(map(len, column)) for column in zip(*lines)]
-    lines.insert(1, ["-" * max(3, width) for width in widths])
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
     return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths))} |" for line in lines)
 
 
