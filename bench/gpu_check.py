@@ -96,9 +96,10 @@ def run(part: Part, seconds: float, folder: Path) -> Outcome:
     paths = [str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
     environment |= part.environment
-    output = {"stdout": log.open("wb"), "stderr": subprocess.STDOUT}
-    # Not in the sources' folder, which Python would import from first.
-    process = subprocess.Popen(part.command, cwd=folder, env=environment, start_new_session=True, **output)
+    with log.open("wb") as file:
+        output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+        # Not in the sources' folder, which Python would import from first.
+        process = subprocess.Popen(part.command, cwd=folder, env=environment, **output)
     try:
         verdict = "FAILED" if process.wait(seconds) else "passed"
     except subprocess.TimeoutExpired:

@@ -29,7 +29,6 @@ from .formats import STATES, TRIPLES, part_bytes
 from .kernels import Row, count, cuobjdump, head, nvidia_counts
 
 RULES = tuple(_RULES)
-Strings = tuple[str, ...]
 KERNELS = Path(__file__).parents[1] / "kernels"
 
 
@@ -101,7 +100,7 @@ def amd_report(kernel: Any) -> Row:
     }  # fmt: skip
 
 
-def reports(step: Any, name: str, rules: Strings, triples: list[Strings], fusion: bool) -> list[Row]:
+def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool) -> list[Row]:
     """A row for each kernel of ``step``; with ``fusion`` compiled as a launch must not be."""
     arch = name.split(":")[1]
     nvidia = name.startswith("cuda")
