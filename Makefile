@@ -60,7 +60,7 @@ bench: $(VENV)/installed $(VENV)/peers
 
 # With the machine's own Python: an image for a GPU has a torch that fits it, and perhaps no network.
 gpu-check:
-	$(PYTHON) -m bench.gpu_check
+	$(PYTHON) -m bench gpu-check
 
 $(VENV)/studies: $(VENV)/installed
 	$(PIP) install --quiet -c $(VENV)/constraints.txt --no-build-isolation -e ".[studies]"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import subprocess
 import time
 from importlib import metadata
@@ -12,40 +13,20 @@ from typing import Any
 
 import torch
 
-import fused_optim
-
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "torch", "triton", "numpy", "jax", "optax", "adabelief-pytorch", "pytorch_optimizer", "timm", "torch-optimi",
+    "fused-optim", "torch", "triton", "numpy", "adabelief-pytorch", "pytorch-optimizer", "timm", "torch-optimi",
     "flashoptim", "bitsandbytes", "torchao", "deepspeed", "apex", "transformer-engine",
 )  # fmt: skip
 
 
-def processor() -> str:
-    """The processor's name."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()
-
-
-def device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else processor()
-
-
-def memory(device: str) -> int:
-    """Bytes that are free."""
+def free_memory(device: str) -> int:
     if device == "cuda":
         return int(torch.cuda.mem_get_info()[0])
-    info = Path("/proc/meminfo")
-    if not info.exists():
-        return 8 * 2**30
-    fields = dict(line.split(":") for line in info.read_text().splitlines())
-    return int(fields["MemAvailable"].split()[0]) * 1024
+    return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
 
 
-def _said(*command: str) -> str:
-    """What a command prints, or nothing."""
+def _output(*command: str) -> str:
     try:
         ran = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     except OSError:
@@ -53,33 +34,24 @@ def _said(*command: str) -> str:
     return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
-def _versions() -> dict[str, str]:
-    found = {"python": platform.python_version(), "fused_optim": fused_optim.__version__}
-    for package in PACKAGES:
-        try:
-            found[package] = metadata.version(package)
-        except metadata.PackageNotFoundError:
-            continue
-    return found
-
-
-def describe(device: str, threads: int) -> dict[str, Any]:
-    """All that a figure depends on and that can be told."""
-    commit = _said("git", "rev-parse", "--short=12", "HEAD")
-    changed = _said("git", "status", "--porcelain", "--untracked-files=no")
+def describe(device: str) -> dict[str, Any]:
+    """What a figure depends on, as far as it can be told."""
+    installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
+    versions = {name: installed[name] for name in PACKAGES if name in installed}
+    commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
+    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    names = re.findall(r"model name\s*: (.*)", _output("cat", "/proc/cpuinfo")) or [platform.processor()]
     described = {
         "kind": "GPU" if device == "cuda" else "CPU",
-        "device_name": device_name(device),
-        "processor": processor(),
-        "threads": threads,
+        "device_name": torch.cuda.get_device_name() if device == "cuda" else names[0],
+        "processor": names[0],
+        "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
-        "system": platform.platform(),
-        "versions": _versions(),
-        "commit": commit + ("+changes" if changed else "") if commit else "unknown",
+        "versions": {"python": platform.python_version(), **versions},
+        "commit": commit + ("+changes" if changed else ""),
         "date": time.strftime("%Y-%m-%d"),
     }
     if device == "cuda":
-        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit,memory.total"
-        described["driver"] = _said("nvidia-smi", query, "--format=csv,noheader") or "unknown"
-        described["cuda"] = torch.version.cuda or torch.version.hip
+        query = "--query-gpu=driver_version,clocks.sm,clocks.mem,power.limit"
+        described["driver"] = _output("nvidia-smi", query, "--format=csv,noheader") or "unknown"
     return described

@@ -1,104 +1,181 @@
-"""The compiled kernels' report, which needs no GPU, and what it must not show."""
+"""What the kernels compile to, for GPUs that need not be there, and what that must not show.
+
+A row is one compiled kernel: registers, spills, the width of each access, instructions, and operations
+that are not one IEEE operation. Triton's come from ``triton_report``, nvcc's from ``cuda_report``.
+"""
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from . import cuda_report
 from .environment import ROOT
-from .formats import PART_BYTES, STATES
+from .formats import STATES, part_bytes
 
 Row = dict[str, Any]
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
-@dataclass(frozen=True)
-class Unit:
-    """What bounds the warps that a multiprocessor (AMD: SIMD) holds."""
-
-    warp: int
-    warps: int
-    registers: int
-    """A lane's registers, of all warps together."""
-    granularity: int
+def head(kernel: str, param: str, rule: str = "", grad: str = "", state: str = "") -> Row:
+    """What a kernel is."""
+    return {"kernel": kernel, "rule": rule, "param": param, "grad": grad, "state": state}
 
 
-_NVIDIA = Unit(32, 64, 65536 // 32, 8)
-UNITS = {"cuda:80": _NVIDIA, "cuda:90": _NVIDIA, "cuda:100": _NVIDIA, "hip:gfx942": Unit(64, 8, 512, 8)}
+def cuobjdump() -> Path:
+    """The one that Triton's wheel carries."""
+    spec = importlib.util.find_spec("triton")
+    assert spec is not None and spec.origin is not None, "needs Triton"
+    return Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
 
 
-def occupancy(target: str, registers: int, threads: int) -> float:
-    """Share of the warps that can be resident, as registers limit them."""
-    unit = UNITS[target]
-    rounded = -(-max(registers, 1) // unit.granularity) * unit.granularity
-    warps = min(unit.warps, unit.registers // rounded)
-    if target.startswith("cuda"):
-        block = threads // unit.warp
-        warps = warps // block * block
-    return warps / unit.warps
+def count(pattern: str, text: str) -> int:
+    return len(re.findall(pattern, text))
 
 
-def triton_rows(
-    targets: Sequence[str], kernels: Path | None = None, rules: Sequence[str] = (), fp_fusion: bool = False
-) -> list[Row]:
+def widths(pattern: str, text: str) -> dict[str, int]:
+    """How many accesses there are of each width in bytes; the pattern's groups are the number of
+    values (or nothing) and the bits of one."""
+    found = Counter(int(number or 1) * int(bits) // 8 for number, bits in re.findall(pattern, text))
+    return {str(width): found[width] for width in sorted(found, reverse=True)}
+
+
+def nvidia_counts(ptx: str, sass: str, usage: str) -> Row:
+    """What one kernel's code holds. Contraction shows in PTX only: division and square root expand to
+    FFMA in SASS. nvcc reads the table with ``.nc``, which is not counted."""
+    used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
+    assert used is not None, usage
+    spilled = int(used[2]) + int(used[3]) + count(r"\b(?:ld|st)\.local", ptx)
+    found: Row = {"registers": int(used[1]), "spill_bytes": spilled, "path": ordinary_path(sass)}
+    for name, operation in (("loads", "ld"), ("stores", "st")):
+        access = rf"\b{operation}\.global(?!\.nc)[.\w]*?"
+        found[name] = widths(rf"{access}(?:\.v(\d))?\.[bfsu](\d+)", ptx)
+        found[f"wide_{name}"] = count(rf"{access}\.(?:v4\.[bfsu]32|v2\.[bfsu]64)\b", ptx)
+        found[f"half_wide_{name}"] = count(rf"{access}\.v2\.[bfsu]32\b", ptx)
+        found[f"byte_{name}"] = count(rf"{access}\.[bsu]8\b", ptx)
+    quiet_maxima = count(r"\bmax\.f(?:32|64)", ptx) - count(r"\bsetp\.nan\.f(?:32|64)", ptx)
+    return found | {
+        "contracted": count(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)", ptx),
+        "approximate": count(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)", ptx),
+        "flushed": count(r"\.ftz\b", ptx),
+        "nan_keeping_max": count(r"\bmax\.NaN\.f32", ptx),
+        "nan_dropping_max": max(0, quiet_maxima),
+    }
+
+
+def ordinary_path(disassembly: str) -> dict[str, int]:
+    """Instructions that a warp issues in a full chunk: ``before`` its first wide load, and in ``all`` from
+    there to the last wide store.
+
+    A branch is taken if it skips a call, and no wide access: calls are the rare cases of divisions and
+    square roots, and every division by a number that is 1 is skipped whole. Of two loops with calls, one
+    in place of the other, the shorter is taken: it has no divisions by bias corrections, which are 1 for
+    most of a training.
+    """
+    line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\S+\s+)?([A-Z][\w.]*)([^;]*);"
+    found = re.findall(line, disassembly, re.MULTILINE)
+    names = [name for *_, name, _ in found]
+    # (BRA.U of sm_100 has its condition among the operands.)
+    certain = [not when and not re.match(r"\s*!?UP\d", operands) for _, when, _, operands in found]
+    place = {int(at, 16): i for i, (at, *_) in enumerate(found)}
+    ends = [re.search(r"0x([0-9a-f]+)\s*$", operands) for *_, operands in found]
+    jumps = [place.get(int(end[1], 16), 0) if end and name in ("BRA", "BRA.U") else 0
+             for end, name in zip(ends, names)]  # fmt: skip
+    # Eight single bytes are stored with 64 bits; so is one float64, but of the tail.
+    stored = r"STG\S*\.(?:128|64)" if any(re.match(r"STG\S*\.[SU]8", n) for n in names) else r"STG\S*\.128"
+    accesses = [i for i, name in enumerate(names) if re.match(rf"LDG\S*\.128|{stored}", name)]
+    if not accesses:
+        return {}
+
+    def calls_in(span: range) -> bool:
+        return any(names[j].startswith("CALL") for j in span)
+
+    i, issued = accesses[0], 0
+    while i <= accesses[-1]:
+        to, sure, skipped = jumps[i], certain[i], range(i + 1, jumps[i])
+        issued, i = issued + 1, i + 1
+        if skipped and not sure and calls_in(skipped) and not any(j in skipped for j in accesses):
+            # Where what is skipped ends in a jump, another loop may lie on the way to its target.
+            other = range(to, jumps[to - 1] if certain[to - 1] else 0)
+            sure = not calls_in(other) or len(other) <= len(skipped)
+        if skipped and sure:
+            i = to
+    return {"before": accesses[0], "all": issued}
+
+
+# Rows
+
+
+def triton_rows(targets: Sequence[str], *arguments: object) -> list[Row]:
     """What Triton compiles, in a process of its own: an interpreter that has been chosen for this one
     must not be there."""
-    command = [sys.executable, "-m", "bench.triton_report"]
-    for target in targets:
-        command += ["--target", target]
-    for rule in rules:
-        command += ["--rule", rule]
-    command += ["--kernels", str(kernels)] if kernels else []
-    command += ["--fp-fusion"] if fp_fusion else []
+    command = [sys.executable, "-m", "bench.triton_report", *(f"--target={t}" for t in targets)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    ran = subprocess.run(command, check=False, cwd=ROOT, env=environment, capture_output=True, text=True)
-    if ran.returncode != 0:
-        raise RuntimeError(f"the Triton kernels do not compile: {ran.stderr.strip()[-1500:]}")
+    command += map(str, arguments)
+    ran = subprocess.run(command, check=True, cwd=ROOT, env=environment, stdout=subprocess.PIPE, text=True)
     rows = [json.loads(line) for line in ran.stdout.splitlines()]
-    for row in rows:
-        version = row.pop("triton")
-        row |= {"compiler": f"triton {version}"}
-    return [described(row) for row in rows]
+    return [described({**row, "compiler": f"triton {row['triton']}"}) for row in rows]
 
 
-def cuda_rows(targets: Sequence[str], source: Path | None = None) -> list[Row]:
-    """What nvcc compiles, for the targets that it is tried for."""
-    archs = tuple(t.removeprefix("cuda:") for t in targets if t in ("cuda:80", "cuda:90"))
-    if not archs:
-        return []
-    rows = cuda_report.report(archs, source) if source else cuda_report.report(archs)
-    return [described(row) for row in rows]
+GPUS = {
+    "cuda:80": [("A100", 108, 2.04e12, 1.41e9)],
+    "cuda:90": [("H100", 132, 3.35e12, 1.755e9), ("H200", 132, 4.8e12, 1.755e9)],
+    "cuda:100": [("B200", 148, 8.0e12, 1.85e9)],
+}
+"""Published numbers: multiprocessors, bytes a second, and boost clock in Hz."""
+
+
+def predicted(row: Row) -> str:
+    """On paper: the share of a triad's speed that the kernel can reach on each GPU. It is the least of 1,
+    the memory's time over the time to issue, and the bandwidth of the resident blocks if they only waited.
+
+    Assumed: a triad reaches 92% of the published bandwidth; a multiprocessor issues in 70% of its 128
+    slots a clock, over dependent chains of divisions; a read from memory under load takes 800 ns, and the
+    reads of the table before it as much.
+    """
+    n, threads, moved = elements_per_thread(row), row["threads"], row["bytes_per_element"]
+    passes = 1 if row["compiler"] != "nvcc" else 4096 // (threads * n)  # kChunk of csrc/cuda_body.h
+    issued = row["path"]["all"] / n + row["path"]["before"] / (n * passes)
+    blocks = min(2048 // threads, 65536 // (-(-row["registers"] // 8) * 8 * threads))
+    waiting = blocks * threads * n * passes * moved / ((1 + passes) * 800e-9)
+    found = []
+    for name, multiprocessors, bandwidth, clock in GPUS[row["target"]]:
+        triad = 0.92 * bandwidth / multiprocessors
+        issuing = moved * 0.7 * 128 * clock / issued
+        found.append(f"{name} {min(1.0, issuing / triad, waiting / triad):.2f}")
+    return ", ".join(found)
 
 
 def described(row: Row) -> Row:
-    """With what follows from the counts: occupancy, and for a parameter bytes and instructions."""
-    row["occupancy"] = occupancy(row["target"], row["registers"], row["threads"])
+    """With what follows from the counts: bytes and instructions of an element, and problems."""
     if row["kernel"] == "step":
         loaded, stored = operand_bytes(row)
-        bases = 2 / 128 if row["state"] == "8bit" else 0
-        row["bytes_per_parameter"] = round(sum(loaded) + sum(stored) + 2 * bases, 2)
-        row["instructions_per_parameter"] = round(row["instructions"] / elements_per_thread(row), 1)
+        exponents = 4 / 128 if row["state"] == "8bit" else 0
+        row["bytes_per_element"] = round(sum(loaded) + sum(stored) + exponents, 2)
+        if row.get("path"):
+            row["instructions_per_element"] = round(row["path"]["all"] / elements_per_thread(row), 1)
+            row["share_of_triad"] = predicted(row)
     row["problems"] = problems(row)
     return row
 
 
 def operand_bytes(row: Row) -> tuple[list[int], list[int]]:
-    """Bytes of an element that are read and that are written, by part."""
-    stored = [n for codec in (row["param"], *STATES[row["state"]]) for n in PART_BYTES[codec]]
-    return [*stored, *PART_BYTES[row["grad"]]], stored
+    """Bytes of an element that are read and that are written, by tensor."""
+    stored = [n for name in (row["param"], *STATES[row["state"]]) for n in part_bytes(name)]
+    return [*stored, *part_bytes(row["grad"])], stored
 
 
 def elements_per_thread(row: Row) -> int:
-    """A thread's elements in a full chunk: 16 bytes of the narrowest operand, but no more than 8."""
-    codecs = (row["param"], row["grad"], *STATES[row["state"]])
-    return 16 // max(2, *[min(PART_BYTES[codec][0] for codec in codecs)])
+    """A thread's elements in a full chunk: 16 bytes of the smallest operand, but no more than 8."""
+    names = (row["param"], row["grad"], *STATES[row["state"]])
+    return 16 // max(2, min(part_bytes(name)[0] for name in names))
 
 
 def register_limit(row: Row) -> int:
@@ -118,48 +195,47 @@ def problems(row: Row) -> list[str]:
         found.append(f"{row['spill_bytes']} bytes spilled")
     if row["kernel"] == "prologue":
         return found
-    if row["target"].startswith("cuda") and row["registers"] > register_limit(row):
+    nvidia = row["target"].startswith("cuda")
+    if nvidia and row["registers"] > register_limit(row):
         found.append(f"{row['registers']} registers, at most {register_limit(row)}")
-    elements = elements_per_thread(row)
     for kind, parts in zip(("loads", "stores"), operand_bytes(row)):
         # One 128-bit access for each 16 bytes that a thread has of an operand, and one of 64 bits
         # for its 8 single bytes: an operand that is accessed more narrowly is missing in this count.
-        needed, halves = sum(elements * n // 16 for n in parts if n > 1), parts.count(1)
-        wide = row.get(f"wide_{kind}", row[kind].get("16", 0))
-        if wide != needed:
-            found.append(f"{wide} 128-bit {kind} where {needed} are needed: not vectorised")
+        needed = sum(elements_per_thread(row) * n // 16 for n in parts if n > 1)
+        if row[f"wide_{kind}"] != needed:
+            found.append(f"{row[f'wide_{kind}']} 128-bit {kind} where {needed} are needed: not vectorised")
         # (One float64 of the tail is 64 bits too, which shows on AMD.)
-        if row["param"] != "fp64" and f"half_wide_{kind}" in row and row[f"half_wide_{kind}"] != halves:
-            found.append(f"{row[f'half_wide_{kind}']} 64-bit {kind} of bytes where {halves} are needed")
-        # The tail's elements, and a base for each of a thread's blocks.
-        bases = 4 if row["state"] == "8bit" else 0
-        if f"byte_{kind}" in row and row[f"byte_{kind}"] != halves + bases:
-            found.append(f"{row[f'byte_{kind}']} byte {kind} where {halves + bases} are needed")
-    if row.get("wide_store_instructions", row.get("wide_stores")) != row.get("wide_stores"):
-        found.append(f"{row['wide_store_instructions']} dwordx4 stores")
-    keeps_nan = row.get("nan_keeping_max", True) or not row["target"].startswith("cuda")
-    if row["rule"] == "adamaxw" and row["param"] != "fp64" and not keeps_nan:
+        halves, half_wide = parts.count(1), row[f"half_wide_{kind}"]
+        if row["param"] != "fp64" and half_wide != halves:
+            found.append(f"{half_wide} 64-bit {kind} of bytes where {halves} are needed")
+        # The tail's elements, and an exponent for each of a thread's blocks.
+        needed = halves + (4 if row["state"] == "8bit" else 0)
+        if row[f"byte_{kind}"] != needed:
+            found.append(f"{row[f'byte_{kind}']} byte {kind} where {needed} are needed")
+    if row["rule"] == "adamaxw" and row["param"] != "fp64" and nvidia and not row["nan_keeping_max"]:
         found.append("no max that keeps NaN")
     return found
 
 
-HEADS = ("kernel", "param, grad, state", "regs", "spill", "loads", "stores", "B/par.", "instr/par.", "occ.")
+HEADS = (
+    "kernel",
+    "operands",
+    "registers",
+    "spilled",
+    "loads",
+    "stores",
+    "B/element",
+    "instr/element",
+    "predicted",
+)
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
-
-    def accesses(counts: dict[str, int]) -> str:
-        return " ".join(f"{n}x{width}B" for width, n in counts.items())
-
-    return [
-        f"{row['compiler'].split()[0]} {row['rule'] or row['kernel']}",
-        " ".join(filter(None, (row["param"], row["grad"], row["state"]))),
-        str(row["registers"]),
-        str(row["spill_bytes"]),
-        accesses(row["loads"]),
-        accesses(row["stores"]),
-        str(row.get("bytes_per_parameter", "")),
-        str(row.get("instructions_per_parameter", "")),
-        f"{row['occupancy']:.0%}",
+    accesses = [" ".join(f"{n}x{width}B" for width, n in row[k].items()) for k in ("loads", "stores")]
+    numbers = [
+        str(row.get(k, "")) for k in ("bytes_per_element", "instructions_per_element", "share_of_triad")
     ]
+    name = f"{row['compiler'].split()[0]} {row['rule'] or row['kernel']}"
+    operands = " ".join(filter(None, (row["param"], row["grad"], row["state"])))
+    return [name, operands, str(row["registers"]), str(row["spill_bytes"]), *accesses, *numbers]

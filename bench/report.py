@@ -1,175 +1,144 @@
-"""Results as JSON, as CSV and as tables; with rich where it is installed, else as plain text."""
+"""Results as JSON, as tables in Markdown, in the README and as a plot."""
 
 from __future__ import annotations
 
-import csv
+import importlib.util
 import json
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+import re
+from collections.abc import Iterable, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
-from .measure import Record, Say
+from .environment import ROOT
+from .measure import Record
+from .providers import DEEPSPEED, OUR_RULES, TORCH
 
-try:
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
-    from rich.table import Table
-except ImportError:
-    RICH = False
-else:
-    RICH = True
+RESULTS = ROOT / "bench" / "results"
+SHOWN = re.compile(r"2\^2[4-9]|gpt2|10000x64|500-groups|llama-7b")
+"""Workloads in the README."""
 
 
-# Files
-
-
-def write(folder: Path, name: str, environment: dict[str, Any], records: Sequence[Record]) -> list[Path]:
-    """Write ``name.json`` and ``name.csv``; the paths."""
-    folder.mkdir(parents=True, exist_ok=True)
-    as_json, as_csv = folder / f"{name}.json", folder / f"{name}.csv"
-    results = {"environment": environment, "records": [_rounded(r) for r in records]}
-    as_json.write_text(json.dumps(results, indent=1) + "\n")
-    columns = list(dict.fromkeys(key for record in records for key in record))
-    flat = {**environment, "versions": " ".join(f"{k}={v}" for k, v in environment["versions"].items())}
-    with open(as_csv, "w", newline="") as file:
-        table = csv.DictWriter(file, [*columns, *flat])
-        table.writeheader()
-        table.writerows({**_rounded(record), **flat} for record in records)
-    return [as_json, as_csv]
-
-
-def _rounded(record: Record) -> Record:
-    """Six digits are more than any figure has."""
-    return {k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in record.items()}
-
-
-def read(path: Path) -> dict[str, Any]:
-    """What :func:`write` wrote."""
-    try:
-        results: dict[str, Any] = json.loads(path.read_text())
-        if not isinstance(results["records"], list):
-            raise TypeError
-    except (ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no result of python -m bench: it has no list of records") from None
-    return results
-
-
-# Tables
+def write(path: Path, environment: dict[str, Any], records: Sequence[Record]) -> None:
+    """Write the results whole, or leave the file as it was."""
+    rounded = [{k: float(f"{v:.6g}") if isinstance(v, float) else v for k, v in r.items()} for r in records]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".part")
+    unfinished.write_text(json.dumps({"environment": environment, "records": rounded}, indent=1) + "\n")
+    unfinished.replace(path)
+    path.with_suffix(".md").write_text(tables(records))
 
 
 def number(value: Any) -> str:
     """A figure in at most four digits."""
     if isinstance(value, str) or value is None:
         return value or ""
-    if value == 0 or abs(value) >= 100:
-        return f"{value:,.0f}"
-    return f"{value:.3g}"
-
-
-def _cells(record: Record) -> list[str]:
-    spread = f"{number(record['p20'])} .. {number(record['p80'])}" if "p20" in record else ""
-    note = record["checked"]
-    if "optimizer_share" in record:
-        note = f"{number(record['optimizer_ms'])} ms of it in the optimizer, {record['optimizer_share']:.1%}"
-    if "cached_ms" in record:
-        note = f"{number(record['cached_ms'])} with filled caches, then {number(record['second_ms'])} a step"
-    if record["measure"] == "memory":
-        note = f"beside {record['bytes_per_parameter']:.2f} bytes held for parameter, gradient and states"
-    return [
-        record["provider"],
-        number(record["median"]),
-        spread,
-        number(record.get("gb_per_s")),
-        f"{record['of_roof']:.2f}" if "of_roof" in record else "",
-        f"{record['times_fastest_peer']:.2f}" if "times_fastest_peer" in record else "",
-        note,
-    ]
-
-
-Table_ = tuple[str, list[str], list[list[str]]]
-"""Title, heads, rows."""
-
-
-def tables(records: Iterable[Record]) -> Iterator[tuple[Table_, list[str]]]:
-    """Each comparison as a table, the fastest first, and what was not measured, by reason."""
-
-    def comparison(record: Record) -> tuple[str, ...]:
-        return (record["measure"], record["title"], record["dtype"], record["unit"])
-
-    for (measure, title, dtype, unit), group in groupby(records, comparison):
-        lines = list(group)
-        measured = [line for line in lines if "median" in line]
-        measured.sort(key=lambda line: (not line["roof"], line["median"]))
-        heads = ["provider", unit, "20% .. 80%", "GB/s", "of roof", "x fastest peer"]
-        heads.append("note" if measure in ("train", "first-step", "memory") else "checked against")
-        rows = [_cells(line) for line in measured]
-        # A column that is empty in all rows says nothing.
-        kept = [i for i in range(len(heads)) if any(row[i] for row in rows)]
-        table = ([heads[i] for i in kept], [[row[i] for i in kept] for row in rows])
-        without: dict[str, list[str]] = {}
-        for line in lines:
-            if "median" not in line:
-                without.setdefault(f"{line['status']}: {line['why']}", []).append(line["provider"])
-        missing = [f"{reason} ({_short(names)})" for reason, names in without.items()]
-        yield (f"{measure}: {title}, {dtype}", *table), missing
-
-
-def _short(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-
-
-def show(records: Sequence[Record]) -> None:
-    """Print the tables."""
-    for table, missing in tables(records):
-        print_table(*table)
-        for line in missing:
-            print(f"  {line}")
-        print()
-
-
-def as_markdown(records: Sequence[Record]) -> str:
-    """All tables, and what was not measured."""
-    parts = []
-    for (title, heads, rows), missing in tables(records):
-        parts.append(f"### {title}\n\n{markdown(heads, rows)}\n")
-        parts += [f"- {line}" for line in missing]
-        parts.append("")
-    return "\n".join(parts)
-
-
-def print_table(title: str, heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    if RICH:
-        table = Table(title=title, title_justify="left", title_style="bold")
-        for i, head in enumerate(heads):
-            table.add_column(head, justify="left" if i in (0, len(heads) - 1) else "right")
-        for row in rows:
-            table.add_row(*row)
-        Console(width=None if Console().is_terminal else 160).print(table)
-        return
-    print(f"\n{title}")
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads))]
-    for row in [heads, *rows]:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+    return f"{value:,.0f}" if value == 0 or abs(value) >= 100 else f"{value:.3g}"
 
 
 def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table for a README."""
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(cell.replace("|", "/") for cell in line) + " |" for line in lines)
+    """A table, in columns that are aligned to read in a terminal too."""
+    lines = [[cell.replace("|", "/") for cell in line] for line in (heads, *rows)]
+    widths = [max(3, *map(len, column)) for column in zip(*lines)]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(c.ljust(w) for c, w in zip(line, widths))} |" for line in lines)
 
 
-@contextmanager
-def progress(total: int, what: str) -> Iterator[tuple[Say, Say]]:
-    """(say what is being done, say that one of ``total`` is done)."""
-    if not RICH:
-        yield lambda text: None, lambda text: print(f"  {text}", flush=True)
+_COLUMNS = {
+    "median": "ms", "p20": "20%", "p80": "80%", "quiet": "quiet ms", "p99": "99%", "of_quiet": "of quiet",
+    "p99_of_quiet": "99% of quiet", "gb_per_s": "GB/s", "of_roofline": "of roofline",
+    "times_torch": "x torch fused", "checked": "checked against",
+}  # fmt: skip
+
+
+def table(title: str, lines: Sequence[Record]) -> str:
+    """A comparison, the fastest first, and what was not measured, by reason."""
+    measured = sorted((r for r in lines if "median" in r), key=lambda r: (not r["loop"], r["median"]))
+    columns = [key for key in _COLUMNS if any(key in r for r in measured)]
+    rows = [[r["provider"], *(number(r.get(key)) for key in columns)] for r in measured]
+    missing: dict[str, list[str]] = {}
+    for r in lines:
+        if "median" not in r:
+            missing.setdefault(f"{r['status']}: {r.get('why', '')}", []).append(r["provider"])
+    notes = "".join(f"- {why} ({', '.join(names)})\n" for why, names in missing.items())
+    body = markdown(["provider", *(_COLUMNS[key] for key in columns)], rows) if rows else ""
+    return f"### {title}\n\n{body}\n\n{notes}"
+
+
+def tables(records: Iterable[Record]) -> str:
+    grouped = groupby(records, lambda r: f"{r['measure']}: {r['title']}, {r['dtype']}")
+    return "\n".join(table(title, list(lines)) for title, lines in grouped)
+
+
+def draw(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
+    """Times over those of torch's fused AdamW, a row of points for each comparison; fewer is better."""
+    steps = [r for r in records if r["measure"] == "step" and "median" in r and not r["loop"]]
+    torch = {(r["title"], r["dtype"]): r["median"] for r in steps if r["provider"] == TORCH}
+    if not torch or importlib.util.find_spec("matplotlib") is None:
         return
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
-    with Progress(*columns, transient=True, console=Console(stderr=True)) as bar:
-        task = bar.add_task(what, total=total)
-        yield (
-            lambda text: bar.update(task, description=text[:70]),
-            lambda text: bar.update(task, advance=1, description=text[:70]),
-        )
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 1.5 + 0.5 * len(torch)), layout="constrained")
+    plot = figure.add_subplot(xscale="log", xlabel=f"time of a step over that of {TORCH}")
+    rows = list(torch)
+    for i, name in enumerate(
+        dict.fromkeys(r["provider"] for r in sorted(steps, key=lambda r: not r["rule"]))
+    ):
+        mine = [r for r in steps if r["provider"] == name and (r["title"], r["dtype"]) in torch]
+        keys = [(r["title"], r["dtype"]) for r in mine]
+        times = [r["median"] / torch[key] for r, key in zip(mine, keys)]
+        style = {"color": colormaps["tab20"](i % 20), "marker": "o" if any(r["rule"] for r in mine) else "x"}
+        plot.scatter(times, list(map(rows.index, keys)), label=name, **style)
+    plot.set_yticks(range(len(rows)), [f"{title}, {dtype}" for title, dtype in rows])
+    plot.grid(True, alpha=0.3)
+    plot.set_title(f"{about['kind']}: {about['device_name']}, {about['threads']} threads; {about['date']}")
+    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
+    figure.savefig(path, dpi=110)
+
+
+def step_rows(records: Sequence[Record]) -> list[list[str]]:
+    """One row a comparison: each rule as a list of tensors, on the fastest backend; with bfloat16
+    parameters the moments have as many bits, as torch's do."""
+    rows = []
+    steps = (r for r in records if r["measure"] == "step" and SHOWN.fullmatch(r["workload"]))
+    for (title, dtype), group in groupby(steps, lambda r: (r["title"], r["dtype"])):
+        lines = sorted((r for r in group if "median" in r), key=lambda r: r["median"])
+        kind = ("bf16" if dtype == "bfloat16" else "fp32", "list")
+        row = [f"{title}, {dtype}"]
+        for rule in OUR_RULES:
+            best = next((r for r in lines if (r["rule"], r["format"], r["layout"]) == (rule, *kind)), None)
+            row.append(f"{number(best['median'])} ({best.get('of_roofline', 0):.2f})" if best else "")
+        peers = [(r["provider"], number(r["median"])) for r in lines if not r["loop"] and not r["rule"]]
+        row += [dict(peers).get(name, "") for name in (TORCH, DEEPSPEED)]
+        rows.append([*row, ", ".join(peers[0]) if peers else ""])
+    return rows
+
+
+def section(results: dict[str, Any]) -> str:
+    """The tables of one file, and what it was measured on."""
+    about, records = results["environment"], results["records"]
+    place = f"{about['threads']} threads" if about["kind"] == "CPU" else f"driver {about['driver']}"
+    where = f"{about['kind']}: {about['device_name']}, {place}; torch {about['versions']['torch']}; "
+    where += f"commit {about['commit']}, {about['date']}."
+    titles = [title for title, _ in OUR_RULES.values()]
+    steps = markdown(["step", *titles, TORCH, DEEPSPEED, "fastest peer"], step_rows(records))
+    host = [r for r in records if r["measure"] == "host" and "median" in r]
+    times = {(r["provider"], r["title"]): number(1e3 * r["median"]) for r in host}
+    titles = list(dict.fromkeys(r["title"] for r in host))
+    names = dict.fromkeys(r["provider"] for r in host)
+    rows = [[name, *(times.get((name, title), "") for title in titles)] for name in names]
+    return (
+        f"{where} Median milliseconds of a step, and in brackets the share of the roofline's speed.\n\n{steps}"
+        f"\n\nMedian microseconds until `step()` returns.\n\n{markdown(['host', *titles], rows)}"
+    )
+
+
+def updated(text: str) -> str:
+    """The README with the figures of the last results; as it is where there are none."""
+    paths = [path for path in (RESULTS / "cuda.json", RESULTS / "cpu.json") if path.exists()]
+    found = "\n\n".join(section(json.loads(path.read_text())) for path in paths)
+    if paths and paths[0].stem != "cuda":
+        found = f"No GPU figure has been measured yet: these are CPU figures.\n\n{found}"
+    begin, end = "<!-- measured -->\n", "\n<!-- /measured -->"
+    return f"{text.split(begin)[0]}{begin}{found}{end}{text.split(end)[1]}" if paths else text

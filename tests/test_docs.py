@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import readme
+from bench import report
 from fused_optim import adabelief, adamaxw, optimizer
 from fused_optim.state import state_parts
 from fused_optim.storage import formats_of
@@ -34,7 +34,7 @@ def test_docstring_examples(module: object) -> None:
 
 def test_readme_figures_are_those_measured() -> None:
     text = README.read_text()
-    assert readme.updated(text) == text
+    assert report.updated(text) == text
 
 
 def test_the_bytes_of_formats_are_those_of_their_tensors() -> None:
