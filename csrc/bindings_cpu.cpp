@@ -10,8 +10,8 @@
 #include <string>
 #include <vector>
 
+#include "addresses.h"
 #include "cpu_task.h"
-#include "watch.h"
 
 namespace py = pybind11;
 
@@ -147,23 +147,11 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("step", &fused_optim::step, "One step of every row of a table.");
   m.def("encode", &fused_optim::encode, "Values into a format that is not the working precision's own.");
   m.def("decode", &fused_optim::decode, "What encode stored, back to values.");
-  using fused_optim::Watch;
-  py::class_<Watch>(m, "Watch", "Whether an optimizer's tensors are where they were.")
-      .def(py::init<py::list, py::dict, const std::vector<size_t>&, py::list, py::dict, py::object>())
-      .def("works", &Watch::works)
-      .def("shares_versions", &Watch::shares_versions)
-      .def("asked", &Watch::asked)
-      .def("ask", [](Watch& watch, py::list param_lists, py::dict state, bool ask_python,
-                     int threads) { return static_cast<int>(watch.ask(param_lists, state, ask_python, threads)); })
-      .def("ask_next", &Watch::ask_next)
-      .def("remember_versions", &Watch::remember_versions)
-      .def("versions_unchanged", &Watch::versions_unchanged)
-      .def("bump_versions", &Watch::bump_versions);
-  m.attr("PERHAPS_NOT") = static_cast<int>(Watch::kPerhapsNot);
-  m.attr("UNCHANGED") = static_cast<int>(Watch::kUnchanged);
-  m.attr("GRADS_MOVED") = static_cast<int>(Watch::kGradsMoved);
-  m.attr("NONE") = Watch::kNone;
-  m.attr("ASK_ALL") = Watch::kAskAll;
+  using fused_optim::Addresses;
+  py::class_<Addresses>(m, "Addresses", "Where an optimizer's tensors are: see fused_optim/addresses.py.")
+      .def(py::init<py::list, py::list, int64_t>())
+      .def("works", &Addresses::works)
+      .def("ask", &Addresses::ask);
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else

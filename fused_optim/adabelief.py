@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, final
+from typing import Any, final
 
 from torch import Tensor
 
-from .optimizer import FusedOptimizer, Schedule, WeightDecayMask
-from .rules import RULES, Rule
+from .optimizer import FusedOptimizer
+from .options import Schedule, WeightDecayMask
 
 __all__ = ["AdaBelief"]
 
@@ -51,18 +51,12 @@ class AdaBelief(FusedOptimizer):
         state_format: how moments are stored: ``"fp32"``, ``"bf16"`` (2 bytes each) or ``"8bit"``
             (1 byte each, and one for every 128 elements), rounded so that their mean is right.
         master_weights: what keeps the bits of a bfloat16 parameter that its 16 cannot hold: None,
-            ``"fp32"`` (a float32 copy, also for float16), ``"split16"`` (16 bits beside the
-            parameter, together the exact float32) or ``"split8"`` (8 bits, a float32 of 24 bits).
+            ``"split16"`` (16 bits beside the parameter, together the exact float32) or ``"split8"`` (8 bits, a float32 of 24 bits).
             float32 and float64 parameters need none and have none.
-        stochastic_rounding: round 16-bit parameters up or down at the odds of what is cut off,
+        stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off,
             instead of to nearest, where small updates are lost; see :attr:`seed`.
-        flatten: move parameters, gradients and states into one contiguous buffer each;
-            the tensors become views of them. :meth:`zero_grad` then zeroes gradients in
-            place and keeps them. ``"static"`` promises besides that nobody replaces or moves any of
-            them between steps (``model.zero_grad()`` and ``p.grad = ...`` do): what a step asks of the
-            host then does not grow with their number. It looks at 32 of them in turn, and raises
-            RuntimeError when one is elsewhere. To autograd, writing to one of the parameters in place
-            between forward and backward (``Embedding(max_norm=...)`` does) is writing to all from then on.
+        flatten: move parameters, gradients and states into one contiguous buffer each; the tensors
+            become views of them. Results are the same; see :meth:`unflatten`.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``,
             ``"cpu"``, ``"eager"``.
 
@@ -85,6 +79,8 @@ class AdaBelief(FusedOptimizer):
     add_decayed_weights, scale_by_learning_rate)``.
     """
 
+    rule = "adabelief"
+
     def __init__(
         self,
         params: Iterable[Any],
@@ -101,7 +97,7 @@ class AdaBelief(FusedOptimizer):
         state_format: str = "fp32",
         master_weights: str | None = None,
         stochastic_rounding: bool = False,
-        flatten: bool | Literal["static"] = False,
+        flatten: bool = False,
         backend: str | None = None,
     ) -> None:
         defaults = {
@@ -124,6 +120,3 @@ class AdaBelief(FusedOptimizer):
             flatten=flatten,
             backend=backend,
         )
-
-    def _rule(self, group: dict[str, Any]) -> Rule:
-        return RULES["adabelief_nesterov" if group["nesterov"] else "adabelief"]

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from .backends import Backend
+    from .table import Batch
 
 
 @dataclass(frozen=True)
@@ -53,3 +58,34 @@ class Memory:
 def nbytes(*tensors: Tensor | None) -> int:
     """Bytes of the tensors' elements."""
     return sum(t.numel() * t.element_size() for t in tensors if t is not None)
+
+
+def memory_of(
+    params: list[Tensor],
+    state: dict[Any, Any],
+    batches: list[tuple[Backend, Batch]],
+    padding: int,
+    hyper: dict[Any, Tensor],
+) -> Memory:
+    """Count what there is now."""
+    states = [s for s in state.values() if isinstance(s, dict)]
+    master = sum(nbytes(s.get("master"), s.get("remainder")) for s in states)
+    steps = nbytes(*{id(s.get("step")): s.get("step") for s in states}.values())
+    moments = sum(
+        nbytes(
+            *(t for k, t in s.items() if isinstance(t, Tensor) and k not in ("master", "remainder", "step"))
+        )
+        for s in states
+    )
+    in_step = [backend.step_bytes(batch) for backend, batch in batches]
+    tables = sum(batch.table_bytes for _, batch in batches) + nbytes(*hyper.values())
+    return Memory(
+        numel=sum(p.numel() for p in params),
+        parameters=nbytes(*params),
+        gradients=nbytes(*(p.grad for p in params)),
+        moments=moments,
+        master=master,
+        metadata=steps + tables + padding,
+        copies=sum(batch.copy_bytes for _, batch in batches),
+        step=None if None in in_step else sum(n for n in in_step if n is not None),
+    )

@@ -1,7 +1,7 @@
 """One parameter's moments and master weights in ``optimizer.state[p]``: made, kept, converted.
 
-What lies there says itself in which format it is: a moment of dtype uint8 is an 8-bit one and
-has a ``..._base`` beside it, a ``remainder`` of int16 or int8 is split16's or split8's.
+What lies there says itself in which format it is: an 8-bit moment has its block exponents beside it
+under a key that ends with the format's name, a ``remainder`` of int16 or int8 is split16's or split8's.
 """
 
 from __future__ import annotations
@@ -11,37 +11,38 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import same_layout
 from .reference import MAX_COUNT
 from .rounding import MU, NU
-from .storage import BLOCK, FORMATS, MAX_BASE, Format, Formats, Part
-from .table import same_layout
+from .storage import BLOCK, BLOCK_FORMATS, REMAINDERS, Format, Formats, Part
 
-BASE = "_base"
-_MOMENT_8BIT = {MU: FORMATS["e4m3"], NU: FORMATS["e5m3"]}
-_REMAINDERS = {FORMATS[name].extra.dtype: FORMATS[name] for name in ("split16", "split8")}  # type: ignore[union-attr]
-_OPTIONAL = ("master", "remainder")
+State = dict[str, Any]
+Keys = tuple[str, str]
 
 
 def moment_parts(key: str, format: Format, dtype: torch.dtype) -> list[Part]:
     """What a moment keeps in the state of a parameter of this dtype."""
-    parts = [Part(key, dtype if dtype.is_complex else format.dtype, 1)]
-    if format.extra is not None:
-        parts.append(format.extra._replace(key=key + BASE))
-    return parts
+    aux = format.aux_of(key)
+    return [Part(key, dtype if dtype.is_complex else format.dtype), *([aux] if aux else [])]
 
 
-def state_parts(keys: tuple[str, str], formats: Formats, dtype: torch.dtype) -> list[Part]:
+def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> list[Part]:
     """All that a parameter of this dtype keeps in its state, but for ``step``."""
     parts = [*moment_parts(keys[0], formats.mu, dtype), *moment_parts(keys[1], formats.nu, dtype)]
-    if formats.param.extra is not None:
-        parts.append(formats.param.extra)
-    return parts
+    return [*parts, formats.param.aux] if formats.param.aux else parts
 
 
-def without_obsolete(state: dict[str, Any], parts: list[Part]) -> dict[str, Any]:
-    """The state without what only other formats keep there."""
-    kept = {part.key for part in parts}
-    return {k: v for k, v in state.items() if k in kept or not (k in _OPTIONAL or k.endswith(BASE))}
+def exponents_key(key: str, state: State) -> str | None:
+    """Where the block exponents of an 8-bit moment are; None of a moment in another format."""
+    found = (key + suffix for suffix in BLOCK_FORMATS if key + suffix in state)
+    return next(found, None) if state[key].dtype == torch.uint8 else None
+
+
+def with_exponent_keys(state: State, keys: Keys) -> State:
+    """A saved state with the keys of today: up to version 0.1 block exponents did not name their format."""
+    suffixes = {f.operands[0]: suffix for suffix, f in BLOCK_FORMATS.items()}
+    renamed = {key + "_base": key + suffixes[operand] for key, operand in zip(keys, (MU, NU))}
+    return {renamed.get(k, k): v for k, v in state.items()}
 
 
 def empty_part(part: Part, dense: Tensor) -> Tensor:
@@ -59,15 +60,27 @@ def _fits(t: Any, part: Part, dense: Tensor) -> bool:
     return t.shape == dense.shape and same_layout(t, dense)
 
 
-def moment(operand: int, key: str, format: Format, state: dict[str, Any], dense: Tensor) -> dict[str, Tensor]:
-    """A moment's parts: those in ``state`` where they fit, else zeros or what was there,
-    converted. Widening is exact; what gets narrower is rounded to nearest.
+def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense: Tensor) -> State:
+    """A checked state with all that an optimizer of these formats keeps, and nothing that only others do.
+
+    What fits is taken as it is; what is missing becomes zeros (of a master: what the parameter holds);
+    the rest is converted. Widening is exact; what gets narrower is rounded to nearest.
 
     Args:
-        operand: MU or NU.
-        state: of the right shape, if it has the moment.
-        dense: memory that is laid out as the parts must be, of the parameter's dtype.
+        dense: memory that is laid out as the states must be, of the parameter's dtype.
     """
+    parts = state_parts(keys, formats, param.dtype)
+    obsolete = {"master", "remainder", *(key + suffix for key in keys for suffix in BLOCK_FORMATS)}
+    kept = {k: v for k, v in state.items() if k not in obsolete or k in {part.key for part in parts}}
+    made = {
+        **_moment(keys[0], formats.mu, state, dense),
+        **_moment(keys[1], formats.nu, state, dense),
+        **_remainder(formats.param, state, param, dense),
+    }
+    return {**kept, **made}
+
+
+def _moment(key: str, format: Format, state: State, dense: Tensor) -> dict[str, Tensor]:
     parts = moment_parts(key, format, dense.dtype)
     if all(_fits(state.get(part.key), part, dense) for part in parts):
         return {part.key: state[part.key] for part in parts}
@@ -77,38 +90,36 @@ def moment(operand: int, key: str, format: Format, state: dict[str, Any], dense:
         for t in made.values():
             t.zero_()
         return made
-    if old.dtype == torch.uint8:
-        old = _MOMENT_8BIT[operand].decode(old.contiguous(), state[key + BASE])
-    if format.by_place:
-        old, base = format.encode(old.to(dense.device, format.working).contiguous(), None)
-        if base is not None:
-            made[key + BASE].copy_(base)
+    exponents = exponents_key(key, state)
+    if exponents is not None:
+        old = BLOCK_FORMATS[exponents.removeprefix(key)].decode(old.contiguous(), state[exponents])
+    if format.index_dependent:
+        old, aux = format.encode(old.to(dense.device, format.working).contiguous(), None)
+        if aux is not None:
+            made[parts[1].key].copy_(aux)
     made[key].copy_(old)
     return made
 
 
-def master(format: Format, state: dict[str, Any], param: Tensor, dense: Tensor) -> dict[str, Tensor]:
-    """The second part of a parameter's format, if it has one: what is in ``state`` where it fits,
-    else made from ``param`` and from what was there. A master that is split, or split into
-    fewer bits, is rounded to the nearest that the parameter as it is allows."""
-    if format.extra is None:
+def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> dict[str, Tensor]:
+    """What is left of a master beside a split parameter. A master in the state, or one split in
+    another way, is rounded to the nearest that the parameter as it is allows."""
+    if format.aux is None:
         return {}
-    key = format.extra.key
-    if _fits(state.get(key), format.extra, dense):
+    key = format.aux.key
+    if _fits(state.get(key), format.aux, dense):
         return {key: state[key]}
     param = param.detach()
-    values = param.to(torch.float32)
+    master = param.to(torch.float32)
     remainder = state.get("remainder")
     if state.get("master") is not None:
-        values = state["master"].to(param.device, torch.float32)
-    elif remainder is not None and param.dtype == torch.bfloat16:
-        values = _REMAINDERS[remainder.dtype].decode(param, remainder.to(param.device))
-    attached = format.attach(param, values)
-    assert attached is not None
-    return {key: empty_part(format.extra, dense).copy_(attached)}
+        master = state["master"].to(param.device, torch.float32)
+    elif remainder is not None:
+        master = REMAINDERS[remainder.dtype].decode(param, remainder.to(param.device))
+    return {key: empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
 
 
-def copy_state(state: dict[str, Any]) -> dict[str, Any]:
+def copy_state(state: State) -> State:
     """The state with tensors of its own."""
     return {
         k: v.detach().clone(memory_format=torch.preserve_format) if isinstance(v, Tensor) else v
@@ -116,8 +127,8 @@ def copy_state(state: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_kinds(
-    name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, str], error: type[Exception]
+def check_state(
+    name: str, p: Tensor, state: State, keys: Keys, error: type[Exception], advice: str = ""
 ) -> None:
     """Raise where something in the state of ``p`` is not what a moment or master can be."""
 
@@ -126,50 +137,43 @@ def check_kinds(
         given = f"dtype {value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
         raise error(f"the state {key!r} of parameter {name} must be {right}, got {given}")
 
-    number = "complex" if p.is_complex() else "floating-point"
+    kind = "complex" if p.is_complex() else "floating-point"
     for key in keys:
         value = state.get(key)
         if isinstance(value, Tensor) and value.dtype == torch.uint8:
-            _check_base(name, p, state, key, error)
+            _check_exponents(name, p, state, key, error)
         elif key in state and not (
             isinstance(value, Tensor)
             and (value.is_complex() if p.is_complex() else value.is_floating_point())
         ):
-            refuse(key, f"a {number} tensor, like the parameter's {p.dtype}")
-    if "master" in state and not (
-        isinstance(state["master"], Tensor) and state["master"].is_floating_point()
-    ):
+            refuse(key, f"a {kind} tensor, like the parameter's {p.dtype}")
+    master, remainder = state.get("master"), state.get("remainder")
+    if "master" in state and not (isinstance(master, Tensor) and master.is_floating_point()):
         refuse("master", "a floating-point tensor")
-    remainder = state.get("remainder")
-    if "remainder" in state and not (isinstance(remainder, Tensor) and remainder.dtype in _REMAINDERS):
+    if "remainder" in state and not (isinstance(remainder, Tensor) and remainder.dtype in REMAINDERS):
         refuse("remainder", "a tensor of dtype int16 or int8")
+    for key in (*keys, "master", "remainder"):
+        value = state.get(key)
+        if value is not None and value.shape != p.shape:
+            raise error(
+                f"the state {key!r} of parameter {name} has shape {tuple(value.shape)}, "
+                f"the parameter {tuple(p.shape)}{advice}"
+            )
 
 
-def _check_base(name: str, p: Tensor, state: dict[str, Any], key: str, error: type[Exception]) -> None:
-    """Raise where an 8-bit moment has no base that it could be read with."""
-    base, blocks = state.get(key + BASE), -(-p.numel() // BLOCK)
-    if not isinstance(base, Tensor) or base.dtype != torch.uint8 or base.shape != (blocks,):
+def _check_exponents(name: str, p: Tensor, state: State, key: str, error: type[Exception]) -> None:
+    """Raise where an 8-bit moment has no block exponents that it could be read with."""
+    found, blocks = exponents_key(key, state), -(-p.numel() // BLOCK)
+    exponents = state[found] if found else None
+    if not isinstance(exponents, Tensor) or exponents.dtype != torch.uint8 or exponents.shape != (blocks,):
+        names = " or ".join(repr(key + suffix) for suffix in BLOCK_FORMATS)
         raise error(
-            f"the state {key!r} of parameter {name} has dtype uint8, that of the 8-bit format, and "
-            f"no {key + BASE!r} of dtype uint8 and shape {(blocks,)} beside it"
+            f"the state {key!r} of parameter {name} has dtype uint8, that of an 8-bit format, and no "
+            f"{names} of dtype uint8 and shape {(blocks,)} beside it"
         )
 
 
-def checked_step(name: str, step: Any, error: type[Exception]) -> int:
-    """The step number as an integer from 0 to 2^31 - 1."""
-    try:
-        number = int(step)
-        whole = number == step
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        whole = False
-    if not whole or not 0 <= number <= MAX_COUNT:
-        raise error(
-            f"the state 'step' of parameter {name} must be an integer from 0 to {MAX_COUNT}, got {step!r}"
-        )
-    return number
-
-
-def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, str], optimizer: str) -> None:
+def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) -> None:
     """Raise a ValueError where a saved state cannot become that of ``p``, naming both."""
     for key in keys:
         if not isinstance(state.get(key), Tensor):
@@ -177,18 +181,26 @@ def check_saved(name: str, p: Tensor, state: dict[str, Any], keys: tuple[str, st
                 f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
                 f"was it saved by another optimizer than {optimizer}?"
             )
-    check_kinds(name, p, state, keys, ValueError)
-    for key, operand in zip(keys, (MU, NU)):
-        most = MAX_BASE[_MOMENT_8BIT[operand].name]
-        if state[key].dtype == torch.uint8 and (state[key + BASE] > most).any():
+    check_state(name, p, state, keys, ValueError)
+    for key in keys:
+        exponents = exponents_key(key, state)
+        most = exponents and BLOCK_FORMATS[exponents.removeprefix(key)].max_exponent
+        if exponents and (state[exponents] > most).any():
             raise ValueError(
-                f"the saved state {key + BASE!r} of parameter {name} must be at most {most}, that of the "
-                f"largest float32, got {int(state[key + BASE].max())}"
+                f"the saved state {exponents!r} of parameter {name} must be at most {most}, that "
+                f"of the largest float32, got {int(state[exponents].max())}"
             )
-    for key in (*keys, *_OPTIONAL):
-        value = state.get(key)
-        if isinstance(value, Tensor) and value.shape != p.shape:
-            raise ValueError(
-                f"the saved state {key!r} of parameter {name} has shape {tuple(value.shape)}, "
-                f"the parameter {tuple(p.shape)}"
-            )
+
+
+def checked_step(name: str, step: Any, error: type[Exception]) -> int:
+    """The step number as an integer from 0 to 2^31 - 1."""
+    try:
+        result = int(step)
+        whole = result == step
+    except (TypeError, ValueError, RuntimeError, OverflowError):
+        whole = False
+    if not whole or not 0 <= result <= MAX_COUNT:
+        raise error(
+            f"the state 'step' of parameter {name} must be an integer from 0 to {MAX_COUNT}, got {step!r}"
+        )
+    return result

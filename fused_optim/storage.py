@@ -345,7 +345,9 @@ def check_formats(
             f"{name} has dtype {dtype}; give it an optimizer of its own with state_format='fp32'"
         )
     if formats_of(dtype, "fp32", master_weights, stochastic_rounding).param.dtype != plain.dtype:
-        asked = f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
+        asked = (
+            f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
+        )
         if stochastic_rounding:
             asked = "stochastic_rounding is for bfloat16 parameters"
         raise ValueError(f"{asked}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..table import Batch
+from ..table import Batch, BatchKey
 
 
 class Inputs(NamedTuple):
@@ -30,19 +30,24 @@ class Backend:
     Attributes:
         name: what the user calls it.
         why_not: why it cannot step parameters on a device; None where it can.
+        load: brings in all that a step of such a batch runs. It is called for all batches before the
+            first of them is stepped, so that a compiler's error leaves no step half made.
         step: makes one step of a batch in place, step numbers included.
         step_bytes: memory that a step of a batch takes and gives back; None where that is not
             bounded by the number of tensors.
+        steps_all_at_once: whether ``step`` makes all of a batch or nothing, whatever interrupts it.
     """
 
     name: str
     why_not: Callable[[torch.device], str | None]
+    load: Callable[[BatchKey], None]
     step: Callable[[Batch, Inputs], None]
     step_bytes: Callable[[Batch], int | None]
+    steps_all_at_once: bool = True
 
 
 def coefficient_bytes(batch: Batch) -> int:
-    """At most what a fused step takes: 16 values of the working precision for each counter."""
+    """At most what a fused step takes: 16 values of the working precision for each step number."""
     return len(batch.counters) * 16 * batch.key.param.working.itemsize
 
 
@@ -78,3 +83,7 @@ def table_on(batch: Batch, chunk_size: int) -> DeviceTable:
         if name not in batch.on_device:
             batch.on_device[name] = to_device(table, batch.key.device)
     return DeviceTable(**{name: used_on_current_stream(batch.on_device[name]) for name in tables})
+
+
+def nothing_to_load(key: BatchKey) -> None:
+    """The ``load`` of a backend whose code came with its module."""

@@ -7,8 +7,8 @@ from torch import Tensor
 
 from ..reference import MAX_COUNT, Coefficients, coefficients
 from ..rounding import MU, NU, PARAM, Place
-from ..table import Batch
-from .base import Backend, Inputs, to_device
+from ..table import Batch, int64_tensor
+from .base import Backend, Inputs, nothing_to_load, to_device
 
 
 def step(batch: Batch, inputs: Inputs) -> None:
@@ -16,33 +16,38 @@ def step(batch: Batch, inputs: Inputs) -> None:
     key = batch.key
     rule, working = key.rule, key.param.working
     if "hyper_row" not in batch.on_device:
-        batch.on_device["hyper_row"] = to_device(batch.counters[:, 1].clone(), key.device)
+        rows = int64_tensor([o.hyper_row for o in batch.items])
+        batch.on_device["hyper_row"] = to_device(rows, key.device)
     hyper_row = batch.on_device["hyper_row"]
-    old_count = torch.stack([o.step for o in batch.items])
-    count = (old_count + 1).clamp(max=MAX_COUNT)
+    count = (torch.stack([o.step for o in batch.items]) + 1).clamp(max=MAX_COUNT)
     columns = coefficients(inputs.hyper[hyper_row], count, working, inputs.grad_scale)
-    skip = None if inputs.found_inf is None else inputs.found_inf != 0
-
-    def write(target: Tensor | None, new: Tensor | None) -> None:
-        if target is not None and new is not None:
-            target.copy_(new if skip is None else torch.where(skip, target, new))
-
     for o, t, *row in zip(batch.items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
-        old = zip((key.param, key.mu, key.nu), (o.param, o.mu, o.nu), o.extras)
-        p, mu, nu = (format.decode(stored, extra) for format, stored, extra in old)
-        p, mu, nu = rule.reference(p, g, mu, nu, c)
-        for format, operand, values, stored, extra in (
-            (key.param, PARAM, p, o.param, o.extras[0]),
-            (key.mu, MU, mu, o.mu, o.extras[1]),
-            (key.nu, NU, nu, o.nu, o.extras[2]),
+        stored = (o.param, o.mu, o.nu)
+        formats = (key.param, key.mu, key.nu)
+        p, mu, nu = (f.decode(x, aux) for f, x, aux in zip(formats, stored, o.aux))
+        writes = [(o.step, t)]
+        for f, operand, values, x, aux in zip(
+            formats, (PARAM, MU, NU), rule.reference(p, g, mu, nu, c), stored, o.aux
         ):
-            new, new_extra = format.encode(values, Place(t, o.random_key, operand))
-            write(stored, new)
-            write(extra, new_extra)
-        # As other backends do, behind the back of its version: who else writes to it is seen by that.
-        write(o.step.data, t)
+            new, new_aux = f.encode(values, Place(t, o.random_key, operand))
+            writes += [(x, new)] if aux is None or new_aux is None else [(x, new), (aux, new_aux)]
+        _write(writes, None if inputs.found_inf is None else inputs.found_inf != 0)
 
 
-EAGER = Backend("eager", lambda device: None, step, lambda batch: None)
+def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
+    """All or nothing of one parameter: what interrupts it is raised when all is written."""
+    new = [value if skip is None else torch.where(skip, target, value) for target, value in writes]
+    try:
+        for (target, _), value in zip(writes, new):
+            target.copy_(value)
+    except BaseException:
+        for (target, _), value in zip(writes, new):
+            target.copy_(value)
+        raise
+
+
+EAGER = Backend(
+    "eager", lambda device: None, nothing_to_load, step, lambda batch: None, steps_all_at_once=False
+)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ..table import Batch
-from .base import Backend, Inputs, coefficient_bytes, table_on
+from .base import Backend, Inputs, coefficient_bytes, nothing_to_load, table_on
 
 CPU_CHUNK = 16384
 """Elements that a thread takes at once: 256 KiB of float32 operands, the L2 of a small core."""
@@ -105,5 +105,5 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     )
 
 
-CPU = Backend("cpu", _cpu_why_not, _cpu_step, coefficient_bytes)
-CUDA = Backend("cuda", _cuda_why_not, _cuda_step, coefficient_bytes)
+CPU = Backend("cpu", _cpu_why_not, nothing_to_load, _cpu_step, coefficient_bytes)
+CUDA = Backend("cuda", _cuda_why_not, nothing_to_load, _cuda_step, coefficient_bytes)

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..table import Batch
-from .base import Backend, Inputs, coefficient_bytes, table_on
+from .base import Backend, Inputs, coefficient_bytes, nothing_to_load, table_on
 
 
 @cache
@@ -82,4 +82,4 @@ def _step(batch: Batch, inputs: Inputs) -> None:
             kernels.launch_step(table.rows, table.chunks, coefficients, constants, options)
 
 
-TRITON = Backend("triton", _why_not, _step, coefficient_bytes)
+TRITON = Backend("triton", _why_not, nothing_to_load, _step, coefficient_bytes)

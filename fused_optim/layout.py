@@ -1,0 +1,174 @@
+"""How a tensor's elements lie in memory, and which tensors a kernel can be given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import is_lazy as is_uninitialized
+
+from .storage import native_gradient, plain_format
+
+LOWEST_ADDRESS = 1 << 40
+"""A tensor in freed memory has its offset in the storage for an address: less than this many bytes.
+Real addresses are above on most systems; where they are not, the storage is asked too."""
+
+
+def is_dense(t: Tensor) -> bool:
+    """Whether the elements fill their memory with no gaps and no overlap, in any order."""
+    expected = 1
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size == 0:
+            return True
+        if size != 1:
+            if stride != expected:
+                return False
+            expected *= size
+    return True
+
+
+def same_layout(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one shape have their elements in the same memory order."""
+    return all(x == y or n <= 1 for x, y, n in zip(a.stride(), b.stride(), a.shape))
+
+
+def is_lazy(t: Tensor) -> bool:
+    """Whether what lies in memory is the conjugate or the negative of the values."""
+    return t.is_conj() or t.is_neg()
+
+
+def may_be_lazy(t: Tensor) -> bool:
+    """Whether :func:`is_lazy` must be asked of a tensor of this shape, dtype and these strides: a
+    lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions."""
+    return t.dim() == 0 or t.is_complex()
+
+
+def dense_like(p: Tensor, in_order: bool) -> Tensor:
+    """``p`` itself where a kernel can walk it, else uninitialised dense memory for a copy of it.
+
+    Args:
+        in_order: whether the walk must go in the order of the logical index.
+    """
+    if (p.is_contiguous() if in_order else is_dense(p)) and not is_lazy(p):
+        return p
+    return torch.empty(p.shape, dtype=p.dtype, device=p.device)
+
+
+def gradient_is_native(g: Tensor, p: Tensor, dense: Tensor) -> bool:
+    """Whether kernels read a gradient where it lies: its dtype is native to the parameter's, and it has
+    the layout of ``dense``."""
+    if not (native_gradient(p.dtype, g.dtype) and same_layout(g, dense) and is_dense(g)) or is_lazy(g):
+        return False
+    # A lazy view of one element has no gaps, but a stride of its own.
+    return g.numel() > 1 or g.stride() == dense.stride()
+
+
+def freed(t: Tensor) -> bool:
+    """Whether a tensor's memory was given back (``untyped_storage().resize_(0)``), or never was its own."""
+    if t.numel() == 0 or t.data_ptr() >= LOWEST_ADDRESS:
+        return False
+    return t.data_ptr() == 0 or t.untyped_storage().data_ptr() == 0
+
+
+def check_address(what: str, t: Tensor) -> None:
+    """Raise a ValueError where a kernel cannot read what lies there, naming it."""
+    if freed(t):
+        raise ValueError(
+            f"{what} has no memory of its own: its storage was freed, or it is a tensor subclass "
+            "that holds others"
+        )
+    size = t.element_size() // (2 if t.is_complex() else 1)
+    if t.data_ptr() % size != 0:
+        raise ValueError(
+            f"{what} lies at address {t.data_ptr():#x}, which is not a multiple of its "
+            f"element size, {size} bytes"
+        )
+
+
+def check_parameter(name: str, p: Tensor) -> None:
+    """Raise what is wrong with a parameter that has a gradient, naming it."""
+    if plain_format(p.dtype) is None:
+        raise NotImplementedError(
+            f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
+            "float16, complex64 and complex128"
+        )
+    check_address(f"parameter {name}", p)
+
+
+def check_grad(name: str, p: Tensor, g: Tensor) -> None:
+    """Raise what is wrong with a gradient, naming its parameter."""
+    if g.layout != torch.strided:
+        raise RuntimeError(
+            f"the gradient of parameter {name} is sparse, which is not supported; "
+            "give a dense one (p.grad.to_dense())"
+        )
+    if g.shape != p.shape:
+        raise RuntimeError(
+            f"the gradient of parameter {name} has shape {tuple(g.shape)}, "
+            f"its parameter {tuple(p.shape)}; they must be equal"
+        )
+    if g.device != p.device:
+        raise RuntimeError(
+            f"the gradient of parameter {name} is on {g.device}, its parameter on {p.device}; "
+            "they must be on the same device"
+        )
+    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
+        raise RuntimeError(
+            f"the gradient of parameter {name} has dtype {g.dtype}, its parameter {p.dtype}; "
+            "both must be real floating-point or both complex"
+        )
+    check_address(f"the gradient of parameter {name}", g)
+
+
+def check_no_overlap(
+    named: Sequence[tuple[str, Tensor]], advice: str = "give each parameter once, with memory of its own"
+) -> None:
+    """Raise a ValueError that names two tensors which share memory, or one whose own elements do."""
+    spans = []
+    for name, p in named:
+        if is_uninitialized(p) or p.layout is not torch.strided or p.numel() == 0 or p.data_ptr() == 0:
+            continue
+        last = sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
+        if _strides_collide(p) and len(set(_offsets(p).tolist())) != p.numel():
+            raise ValueError(
+                f"{name} overlaps itself: several of its elements share memory (strides "
+                f"{p.stride()}); give a tensor with memory of its own, p.contiguous()"
+            )
+        start = p.data_ptr()
+        spans.append((str(p.device), start, start + (last + 1) * p.element_size(), name, p))
+    spans.sort(key=lambda span: span[:3])
+    for i, (device, _, end, name, p) in enumerate(spans):
+        for k in range(i + 1, len(spans)):
+            other_device, other_start, _, other_name, other = spans[k]
+            if other_device != device or other_start >= end:
+                break
+            if (is_dense(p) and is_dense(other)) or _share_a_byte(p, other):
+                raise ValueError(f"{name} and {other_name} overlap in memory; {advice}")
+
+
+def _strides_collide(t: Tensor) -> bool:
+    """Whether a stride is so small that elements might share memory."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
+def _offsets(t: Tensor) -> Tensor:
+    """Where each element is, in elements from the first."""
+    offsets = torch.zeros((), dtype=torch.int64, device="cpu")
+    for n, s in zip(t.shape, t.stride()):
+        offsets = offsets[..., None] + torch.arange(n, device="cpu") * s
+    return offsets.reshape(-1)
+
+
+def _share_a_byte(a: Tensor, b: Tensor) -> bool:
+    def addresses(t: Tensor) -> Tensor:
+        byte = torch.arange(t.element_size(), device="cpu")
+        return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + byte).reshape(-1)
+
+    return bool(torch.isin(addresses(a), addresses(b)).any())
