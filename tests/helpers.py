@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import fcntl
+import functools
 import io
 import os
 import re
@@ -184,6 +185,15 @@ def flat_like_plain(run: Callable[[bool], Any]) -> Any:
     return listed
 
 
+@functools.cache
+def coefficients_of(
+    hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None
+) -> Coefficients:
+    """The reference's coefficients of one parameter."""
+    table, grad_scale = torch.tensor([hyper], dtype=torch.float64), None if scale is None else torch.tensor(scale)
+    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, grad_scale)))
+
+
 class Judge:
     """Works out on copies what the next step of an optimizer must give. It keeps nothing between steps
     and knows no address: parameter by parameter, the reference on what the optimizer's groups and states
@@ -218,22 +228,21 @@ class Judge:
                 want["states"].append(state)
         return want
 
-    def _hyper(self, group: dict[str, Any], decay: bool) -> Tensor:
-        hyper = Hyperparameters(
+    def _hyper(self, group: dict[str, Any], decay: bool) -> Hyperparameters:
+        return Hyperparameters(
             lr=float(group["lr"]), weight_decay=group["weight_decay"] if decay else 0.0,
             beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
             eps_root=group.get("eps_root", 0.0), initial_lr=self.reference_lr,
             maximize=float(group["maximize"]), nesterov=float(group.get("nesterov", False)),
         )  # fmt: skip
-        return torch.tensor([hyper], dtype=torch.float64)
 
     def _step(
-        self, p: Tensor, state: dict[str, Any], hyper: Tensor, scale: Tensor | None, skip: bool, key: int
+        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None, skip: bool, key: int
     ) -> tuple[Tensor, dict[str, Any]]:
         formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
         new_count = torch.tensor(min(count + 1, MAX_COUNT))
-        row = coefficients(hyper, new_count[None], formats.param.working, scale)
-        c = Coefficients(*(column[0] for column in row))
+        given = None if scale is None else float(scale)
+        c = coefficients_of(hyper, int(new_count), formats.param.working, given)
         names = ("", *self.reference.states)
         stored, aux = [], []
         for format, name, t in zip(formats, names, (p, *map(state.get, names[1:]))):
