@@ -4,8 +4,6 @@ written, or the right result. What changes between steps is in test_changes.py."
 from __future__ import annotations
 
 import math
-import sys
-import weakref
 from typing import Any
 
 import pytest
@@ -27,8 +25,6 @@ from helpers import (
     train,
 )
 from torch import Tensor
-
-from fused_optim import AdaBelief
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -732,18 +728,3 @@ def test_a_closure_or_a_schedule_that_raises(make: Make, rule: Rule) -> None:
         assert_same_bits(snapshot(optimizer), want)
     with raises_unchanged(optimizer, IndexError):
         optimizer.step()
-
-
-def test_nothing_outlives_its_optimizer(flatten: bool) -> None:
-    """No cycle and no cache keeps parameters or states."""
-    params = parameters()
-    optimizer = AdaBelief(params, flatten=flatten)
-    train(optimizer, params, 2)
-    kept = [weakref.ref(p) for p in params] + [weakref.ref(optimizer.state[p]["exp_avg"]) for p in params]
-    before = sys.getrefcount(optimizer)
-    assert before > 0
-    del optimizer, params
-    import gc
-
-    gc.collect()
-    assert [r() for r in kept] == [None] * len(kept)

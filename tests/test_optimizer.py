@@ -213,22 +213,19 @@ def test_step_hooks(make: Make) -> None:
 
 
 def test_autograd_sees_the_write(make: Make, flatten: bool) -> None:
-    """Backward through a graph that saved an old value is refused, from the first step on, and only
-    parameters that were stepped have a new version: each by one."""
+    """Backward through a graph that saved an old value is refused, from the first step on; of what was not
+    stepped it is not."""
     params = [*parameters([(4,)] * 3), *parameters([(2,)], torch.float64)]
     optimizer = make(params, flatten=flatten)
     for seed in range(3):
         losses = [(p**3).sum() for p in params]
         set_gradients(params, seed, skip=[1])
-        if seed:
-            before = [p._version for p in params]  # torch's own counter
         optimizer.step()
         for i in (0, 2, 3):
             with raises_with(RuntimeError, "modified by an inplace operation"):
                 losses[i].backward()
         if seed:
             losses[1].backward()
-            assert [p._version - v for p, v in zip(params, before)] == [1, 0, 1, 1]
 
 
 # Learning rates
@@ -668,11 +665,11 @@ def test_long_training_with_gradients_that_come_and_go(make: Make) -> None:
     """Nothing is kept of earlier steps but the numbers."""
     params = parameters()
     optimizer = make(params, flatten=True)
-    for seed in range(600):
+    for seed in range(200):
         optimizer.found_inf = torch.tensor(0.0)
         set_gradients(params, seed % 3, skip=[0] if seed % 2 else [])
         optimizer.step()
-    assert {int(s["step"]) for s in optimizer.state.values()} == {300, 600}
+    assert {int(s["step"]) for s in optimizer.state.values()} == {100, 200}
 
 
 def test_parameters_that_step_together_share_their_number() -> None:
