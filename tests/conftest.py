@@ -12,7 +12,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from helpers import BACKENDS, EACH, RULES, Make, Rule  # noqa: E402
+from helpers import BACKENDS, EACH, RULES, Make, Rule
 
 
 @pytest.fixture(params=BACKENDS)

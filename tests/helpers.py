@@ -9,7 +9,6 @@ import fcntl
 import functools
 import io
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -74,7 +73,10 @@ def assert_same_bits(got: Any, want: Any, what: str = "value") -> None:
     if isinstance(want, Tensor):
         assert isinstance(got, Tensor), f"{what}: {got!r} is no tensor"
         assert (got.dtype, got.shape) == (want.dtype, want.shape), f"{what}: {got.dtype}, {got.shape}"
-        assert torch.equal(bits(got), bits(want)), f"{what}: {got} is not {want}"
+        if not torch.equal(bits(got), bits(want)):
+            differ = plain(got) != plain(want)
+            pairs = f"{plain(got)[differ][:4].tolist()} for {plain(want)[differ][:4].tolist()}"
+            pytest.fail(f"{what}: {int(differ.sum())} of {differ.numel()} values differ, {pairs} ...")
     elif isinstance(want, dict):
         assert got.keys() == want.keys(), f"{what}: {got.keys()} is not {want.keys()}"
         for key in want:
@@ -190,7 +192,10 @@ def coefficients_of(
     hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None
 ) -> Coefficients:
     """The reference's coefficients of one parameter."""
-    table, grad_scale = torch.tensor([hyper], dtype=torch.float64), None if scale is None else torch.tensor(scale)
+    table, grad_scale = (
+        torch.tensor([hyper], dtype=torch.float64),
+        None if scale is None else torch.tensor(scale),
+    )
     return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, grad_scale)))
 
 
@@ -237,7 +242,13 @@ class Judge:
         )  # fmt: skip
 
     def _step(
-        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None, skip: bool, key: int
+        self,
+        p: Tensor,
+        state: dict[str, Any],
+        hyper: Hyperparameters,
+        scale: Tensor | None,
+        skip: bool,
+        key: int,
     ) -> tuple[Tensor, dict[str, Any]]:
         formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
         new_count = torch.tensor(min(count + 1, MAX_COUNT))

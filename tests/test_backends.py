@@ -18,7 +18,9 @@ from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, extension
 from fused_optim.reference import bias_correction
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")  # NumPy's, in the interpreter
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:.*encountered in:RuntimeWarning"
+)  # NumPy's, in the interpreter
 
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {

@@ -157,14 +157,12 @@ def test_unavailable_backends_say_why(make: Make) -> None:
 def test_betas_changed_in_place_are_checked(make: Make, rule: Rule) -> None:
     params = parameters()
     optimizer = make(params, betas=[0.9, 0.99])
-    train(optimizer, params, 2)
+    check_steps(optimizer, params, Judge(rule), 2)
     optimizer.param_groups[0]["betas"][1] = 1.5
     with raises_unchanged(optimizer, ValueError, "betas[1]", "must be"):
         optimizer.step()
     optimizer.param_groups[0]["betas"][1] = 0.5
-    want = Judge(rule).expected(optimizer)
-    optimizer.step()
-    assert_same_bits(snapshot(optimizer), want)
+    check_steps(optimizer, params, Judge(rule), 1)
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
@@ -295,12 +293,7 @@ def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, rule: Rul
     memory = torch.randn(6, 4)
     before = memory.clone()
     params = [torch.nn.Parameter(memory[:, j]) for j in (2, 0, 3)]
-    optimizer = make(params)
-    for seed in range(3):
-        set_gradients(params, seed)
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want)
+    check_steps(make(params), params, Judge(rule))
     assert torch.equal(memory[:, 1], before[:, 1])
 
 
@@ -369,18 +362,6 @@ def test_differentiable_is_refused(make: Make) -> None:
     train(optimizer, params, 2)
     optimizer.param_groups[0]["differentiable"] = True
     with raises_unchanged(optimizer, (RuntimeError, ValueError), "differentiable", "not supported"):
-        optimizer.step()
-
-
-@pytest.mark.parametrize("shape", [(3,), (1,), (5, 1), (6,)])
-@pytest.mark.parametrize("warm", [0, 2])
-def test_a_gradient_of_another_shape(make: Make, warm: int, shape: tuple[int, ...]) -> None:
-    params = parameters()
-    optimizer = make(params)
-    train(optimizer, params, warm)
-    set_gradients(params, warm)
-    params[1].grad.data = torch.ones(shape)
-    with raises_unchanged(optimizer, RuntimeError, "parameter 1 of group 0", str(shape), "(5,)"):
         optimizer.step()
 
 
@@ -530,18 +511,6 @@ def test_small_and_empty_parameters(make: Make, rule: Rule, dtype: torch.dtype, 
 # p.data
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_replaced_data(make: Make, rule: Rule, layout: str) -> None:
-    params = parameters([(2, 3, 4, 5), (5,)])
-    optimizer = make(params)
-    check_steps(optimizer, params, Judge(rule), 2)
-    old = params[0].detach()
-    before = old.clone()
-    params[0].data = relaid(torch.randn(2, 3, 4, 5), layout)
-    check_steps(optimizer, params, Judge(rule), 2, first=2)
-    assert torch.equal(old, before), "a write to the old memory"
-
-
 @pytest.mark.parametrize("shape", [(5, 4), (20,), (3, 5), (8, 5), (0, 5), ()])
 @pytest.mark.parametrize("grad", ["old", "new"])
 def test_resized_data(make: Make, shape: tuple[int, ...], grad: str, flatten: bool) -> None:
@@ -560,10 +529,10 @@ def test_resized_data(make: Make, shape: tuple[int, ...], grad: str, flatten: bo
         optimizer.step()
 
 
-@pytest.mark.parametrize(
-    ("old", "new"),
-    [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64, torch.bfloat16)],
-)
+CASTS = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64, torch.bfloat16)]
+
+
+@pytest.mark.parametrize(("old", "new"), CASTS)
 def test_cast_data_converts_the_state_once_with_a_warning(
     make: Make, rule: Rule, old: torch.dtype, new: torch.dtype
 ) -> None:
@@ -639,31 +608,24 @@ def test_what_is_no_state_is_refused_by_a_step(make: Make, key: str, value: Any)
 # AMP
 
 
-@pytest.mark.parametrize("warm", [0, 2])
 @pytest.mark.parametrize("found_inf", [torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(3.0)])
-def test_found_inf_changes_nothing(
-    make: Make, rule: Rule, warm: int, found_inf: Tensor, flatten: bool
-) -> None:
-    """Not even with gradients that need a copy, or parameters that have gaps; ``count``
-    goes on, since the host cannot know."""
+def test_found_inf_changes_nothing(make: Make, rule: Rule, found_inf: Tensor, flatten: bool) -> None:
+    """Not even with gradients that need a copy, or parameters that have gaps, or at the first step;
+    ``count`` goes on, since the host cannot know."""
     params = [*parameters([(5,), (4, 5), (3,)]), torch.nn.Parameter(torch.randn(4, 9)[:, 2:5])]
     optimizer = make(params, flatten=flatten)
-    train(optimizer, params, warm)
-    before = snapshot(optimizer)
-    set_gradients(params, warm)
-    params[0].grad.fill_(torch.nan)
-    params[1].grad = torch.tensor(torch.inf).expand(4, 5)
-    optimizer.found_inf, optimizer.grad_scale = found_inf, torch.tensor(4.0)
-    optimizer.step()
-    after = snapshot(optimizer)
-    assert_same_bits(after["params"], before["params"])
-    assert after["count"] == warm + 1
-    if warm:
-        assert_same_bits(after["states"], before["states"])
-    else:
-        assert all(not t.any() for state in after["states"] for t in state.values())
-    del optimizer.found_inf, optimizer.grad_scale
-    check_steps(optimizer, params, Judge(rule), 2, first=warm)
+    for warm in (0, 2):
+        before = copies([p.data for p in params])
+        set_gradients(params, warm)
+        params[0].grad.fill_(torch.nan)
+        params[1].grad = torch.tensor(torch.inf).expand(4, 5)
+        optimizer.found_inf, optimizer.grad_scale = found_inf, torch.tensor(4.0)
+        want = Judge(rule).expected(optimizer)
+        optimizer.step()
+        assert_same_bits(snapshot(optimizer), want)
+        assert_same_bits(copies([p.data for p in params]), before)
+        del optimizer.found_inf, optimizer.grad_scale
+        check_steps(optimizer, params, Judge(rule), 2, first=warm)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

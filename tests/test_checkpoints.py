@@ -17,7 +17,6 @@ from helpers import (
     Rule,
     assert_same_bits,
     copies,
-    flat_like_plain,
     parameters,
     raises_unchanged,
     raises_with,
@@ -67,7 +66,9 @@ def test_a_state_dict_is_a_snapshot(make: Make, rule: Rule, flatten: bool) -> No
     callable is in it."""
     params = parameters([(), (5,), (4, 5), (0,), (1,)])
     lr = torch.tensor(0.1)
-    optimizer = make([{"params": params[:3], "lr": lr}, {"params": params[3:], "lr": halving}], flatten=flatten)
+    optimizer = make(
+        [{"params": params[:3], "lr": lr}, {"params": params[3:], "lr": halving}], flatten=flatten
+    )
     train(optimizer, params, 2)
     saved = optimizer.state_dict()
     kept = copies(saved)
@@ -351,7 +352,6 @@ def test_masters_of_another_format_load(make: Make, source: str | None, target: 
     loaded.load_state_dict(saved)
     for p, q in zip(params, again):
         assert_same_bits(q.detach(), p.detach(), "parameter")
-        assert set(loaded.state[q]) - {"remainder"} == set(loaded.state[q]) - ({"remainder"} if target else set())
         if target is None:
             assert not {"master", "remainder"} & set(loaded.state[q])
             continue
@@ -460,10 +460,9 @@ def test_what_another_optimizer_did_otherwise_is_warned_of(make: Make, what: str
     ours = saved["param_groups"][0]
     common = {k: ours[k] for k in ("lr", "betas", "eps", "params")}
     quiet = {"weight_decay": 0.0, "amsgrad": False, "foreach": None, "fused": True, "rectify": False}
-    loaded = make(like(params))
-    loaded.load_state_dict({**saved, "param_groups": [{**common, **quiet}]})
+    make(like(params)).load_state_dict({**saved, "param_groups": [{**common, **quiet}]})
     with pytest.warns(UserWarning) as caught:
-        loaded.load_state_dict({**saved, "param_groups": [{**common, **quiet, **group}]})
+        make(like(params)).load_state_dict({**saved, "param_groups": [{**common, **quiet, **group}]})
     said = " ".join(str(w.message) for w in caught)
     assert all(text in said for text in (*texts, "group 0")), said
     assert "foreach" not in said

@@ -424,9 +424,7 @@ def test_a_tree_with_one_leaf_differs_by_the_reciprocal_alone(rule: str) -> None
     grads = [np.asarray(rng.normal(size=500), np.float32) for _ in range(20)]
     oracle = optax.adamaxw(0.01, weight_decay=0.0) if rule == "adamaxw" else optax.adabelief(0.01)
     alone, _ = run_optax(oracle, {"a": start}, [{"a": g} for g in grads])
-    beside, _ = run_optax(
-        oracle, {"a": start, "b": start[:3]}, [{"a": g, "b": g[:3]} for g in grads]
-    )
+    beside, _ = run_optax(oracle, {"a": start, "b": start[:3]}, [{"a": g, "b": g[:3]} for g in grads])
     p = torch.nn.Parameter(torch.tensor(start))
     cls = AdamaxW if rule == "adamaxw" else AdaBelief
     optimizer = cls([p], lr=0.01, weight_decay=0.0, backend="eager")
