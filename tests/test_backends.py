@@ -252,22 +252,6 @@ def test_large_and_many(backend: str, rule: str) -> None:
         model.step()
 
 
-@backends
-def test_groups_of_different_hyperparameters(backend: str, flatten: bool) -> None:
-    def groups(params: list[Tensor]) -> list[dict[str, Any]]:
-        return [
-            {"params": params[:2], "lr": 1e-3, "betas": (0.5, 0.9)},
-            {"params": params[2:4], "lr": torch.tensor(1e-2), "eps": 1e-3, "weight_decay": 0.0},
-            {"params": params[4:], "maximize": True, "eps_root": 1e-3, "nesterov": True},
-        ]
-
-    shapes = [(5,), (1025,), (), (40, 40), (3,), (2050,)]
-    model = Model("adabelief", backend, shapes, groups=groups, flatten=flatten)
-    for _ in range(3):
-        model.set_gradients()
-        model.step()
-
-
 @fused
 @rules
 def test_decoupled_lr_and_masked_decay(backend: str, rule: str, flatten: bool) -> None:

@@ -454,24 +454,6 @@ def test_lazy_conjugates_and_negatives(make: Make, rule: Rule) -> None:
         assert_same_bits(snapshot(optimizer), want, f"step {seed}")
 
 
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_nan_and_infinity_reach_no_neighbour(make: Make, rule: Rule, value: float, flatten: bool) -> None:
-    params = parameters([(5,), (4, 5)])
-    optimizer = make(params, flatten=flatten)
-    for seed in range(3):
-        set_gradients(params, seed)
-        if seed == 1:
-            params[0].grad[2] = params[1].grad[0, 0] = value
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want)
-    for p, place in zip(params, (2, 0)):
-        hit = torch.arange(p.numel()).view(p.shape) == place
-        for t in (p, optimizer.state[p]["exp_avg"], optimizer.state[p][rule.nu]):
-            assert not t[hit].isfinite().any()
-            assert t[~hit].isfinite().all()
-
-
 # Parameters' layouts
 
 

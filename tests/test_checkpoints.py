@@ -161,36 +161,6 @@ def test_resuming_in_every_format(make: Make, flatten: bool, options: dict[str, 
         assert_same_bits(snapshot(o), snapshot(optimizer))
 
 
-COPIES: dict[str, Callable[[Any], Any]] = {
-    "deepcopy": copy.deepcopy,
-    "pickle": lambda pair: pickle.loads(pickle.dumps(pair)),
-}
-
-
-@pytest.mark.parametrize("way", COPIES)
-def test_copies_go_their_own_way(make: Make, way: str, flatten: bool) -> None:
-    """Copied together with their parameters, before the first step and after."""
-    params = parameters()
-    options = {"lr": halving, "weight_decay_mask": [True, False, True], "flatten": flatten}
-    optimizer = make(list(zip("abc", params)), **options)
-    for steps in (0, 2):
-        train(optimizer, params, steps)
-        twins, twin = COPIES[way]((params, optimizer))
-        before = snapshot(optimizer)
-        assert twin.param_groups[0]["params"][0] is twins[0]
-        assert_same_bits(results(twin), results(optimizer))
-        train(twin, twins, 2, first=steps)
-        assert_same_bits(snapshot(optimizer), before, "the original")
-        twin.zero_grad()
-        train(twin, twins, 1, first=steps + 2)
-        other = make(parameters(), **options)
-        train(other, other.param_groups[0]["params"], steps + 3)
-        assert_same_bits(snapshot(twin), snapshot(other))
-        if flatten:
-            (storage,) = {p.untyped_storage().data_ptr() for p in twins}
-            assert storage not in {p.untyped_storage().data_ptr() for p in params}
-
-
 def test_callables_after_loading(make: Make) -> None:
     """The count comes back, and the callable is the loading optimizer's."""
     params, twins = parameters(), parameters()

@@ -495,22 +495,6 @@ def test_parameters_that_leave_the_flat_buffers(make: Make, change: str) -> None
     flat_like_plain(run)
 
 
-def test_a_module_loaded_by_assignment_leaves_its_optimizer(make: Make) -> None:
-    """``load_state_dict(assign=True)`` gives the model new parameters, which the optimizer does not
-    have; a step with no gradient at all changes nothing, flat or not."""
-    model = torch.nn.Linear(3, 2)
-    optimizer = make(model.parameters(), flatten=True)
-    train(optimizer, list(model.parameters()), 1)
-    optimizer.zero_grad()
-    model.load_state_dict({k: v.clone() for k, v in model.state_dict().items()}, assign=True)
-    before = snapshot(optimizer)
-    model(torch.ones(1, 3)).sum().backward()
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it may say so
-        optimizer.step()
-    assert_same_bits(snapshot(optimizer), {**before, "count": 2})
-
-
 # What is in the way of a step
 
 
@@ -538,34 +522,6 @@ def test_inference_tensors_have_no_version(make: Make) -> None:
     assert_same_bits(params, twins)
 
 
-class Doubled(torch.nn.Parameter):
-    """A parameter whose gradient is another than C++ knows of."""
-
-    twice = False
-
-    @property
-    def grad(self) -> Any:
-        grad = Tensor.grad.__get__(self)  # type: ignore[attr-defined]
-        return self.kept if self.twice and grad is not None else grad
-
-    @grad.setter
-    def grad(self, value: Any) -> None:
-        Tensor.grad.__set__(self, value)  # type: ignore[attr-defined]
-        self.kept = None if value is None else 2 * value
-
-
-def test_what_python_says_of_p_grad_counts(make: Make, rule: Rule) -> None:
-    doubled = Doubled(torch.ones(3))
-    params = [*parameters(), doubled]
-    optimizer = make(params)
-    for seed in range(6):
-        set_gradients(params, seed)
-        doubled.twice = seed >= 4
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, str(seed))
-
-
 def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
     for dtype, state in (
         (torch.float32, torch.float32),
@@ -582,17 +538,6 @@ def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
         kinds = {key: value.dtype for key, value in optimizer.state[p].items()}
         assert kinds == {"step": torch.int64, "exp_avg": state, rule.nu: state}
         assert optimizer.state[p]["step"].shape == ()
-
-
-def test_long_training_with_gradients_that_come_and_go(make: Make) -> None:
-    """Nothing is kept of earlier steps but the numbers."""
-    params = parameters()
-    optimizer = make(params, flatten=True)
-    for seed in range(200):
-        optimizer.found_inf = torch.tensor(0.0)
-        set_gradients(params, seed % 3, skip=[0] if seed % 2 else [])
-        optimizer.step()
-    assert {int(s["step"]) for s in optimizer.state.values()} == {100, 200}
 
 
 def test_parameters_that_step_together_share_their_number() -> None:
