@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RULES, Judge, assert_same_bits, snapshot
+from helpers import BF16, F16, F32, F64, FORMATS, RULES, Judge, assert_same_bits, snapshot
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW
@@ -22,31 +22,6 @@ pytestmark = pytest.mark.filterwarnings(
     "ignore:.*encountered in:RuntimeWarning"
 )  # NumPy's, in the interpreter
 
-F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
-FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
-    "fp32": (F32, F32, {}),
-    "fp64": (F64, F64, {}),
-    "bf16": (BF16, BF16, {}),
-    "fp16": (F16, F16, {}),
-    "complex64": (torch.complex64, torch.complex64, {}),
-    "complex128": (torch.complex128, torch.complex128, {}),
-    "fp32_grad_bf16": (F32, BF16, {}),
-    "bf16_grad_fp32": (BF16, F32, {}),
-    "fp16_grad_fp32": (F16, F32, {}),
-    "bf16_grad_fp64": (BF16, F64, {}),
-    "fp32+bf16": (F32, F32, {"state_format": "bf16"}),
-    "fp32+8bit": (F32, F32, {"state_format": "8bit"}),
-    "bf16+bf16": (BF16, BF16, {"state_format": "bf16"}),
-    "bf16+8bit": (BF16, BF16, {"state_format": "8bit"}),
-    "fp16+8bit": (F16, F16, {"state_format": "8bit"}),
-    "split16": (BF16, BF16, {"master_weights": "split16"}),
-    "split8": (BF16, BF16, {"master_weights": "split8"}),
-    "bf16_stochastic": (BF16, BF16, {"stochastic_rounding": True}),
-    "split16_grad_fp32+bf16": (BF16, F32, {"master_weights": "split16", "state_format": "bf16"}),
-    "split8+8bit": (BF16, BF16, {"master_weights": "split8", "state_format": "8bit"}),
-    "stochastic_grad_fp32+8bit": (BF16, F32, {"stochastic_rounding": True, "state_format": "8bit"}),
-}
-"""(parameter, gradient, the optimizer's options)."""
 STORED = ["fp32", "bf16", "fp32+8bit", "split16", "bf16_stochastic", "split8+8bit"]
 """Those that differ in how values are stored."""
 

@@ -10,6 +10,8 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    BF16,
+    FORMATS,
     RULES,
     Judge,
     Make,
@@ -30,21 +32,12 @@ from torch import Tensor
 
 import fused_optim
 from fused_optim import AdaBelief, AdamaxW
-from fused_optim.storage import BLOCK_FORMATS, FORMATS, REMAINDERS
+from fused_optim.storage import BLOCK_FORMATS, REMAINDERS
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 SHAPES = [(300,), (7, 40), (), (129,)]
-BF16 = torch.bfloat16
-FORMATS_16BIT: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bf16": {"state_format": "bf16"},
-    "8bit": {"state_format": "8bit"},
-    "split16": {"master_weights": "split16"},
-    "split16+bf16": {"master_weights": "split16", "state_format": "bf16"},
-    "split8+8bit": {"master_weights": "split8", "state_format": "8bit"},
-    "stochastic+8bit": {"stochastic_rounding": True, "state_format": "8bit"},
-}
+OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dtype == BF16}
 
 
 def like(params: Parameters) -> Parameters:
@@ -144,7 +137,7 @@ def test_resuming_gives_the_same_bits(make: Make, dtype: torch.dtype, flatten: b
     assert_same_bits(results(resumed), results(optimizer))
 
 
-@pytest.mark.parametrize("options", FORMATS_16BIT.values(), ids=FORMATS_16BIT)
+@pytest.mark.parametrize("options", OF_BF16.values(), ids=OF_BF16)
 def test_resuming_in_every_format(make: Make, flatten: bool, options: dict[str, Any]) -> None:
     """From a file, pickled and copied; with the seed where it counts."""
     params = parameters(SHAPES, BF16)
@@ -563,4 +556,3 @@ def test_a_seed_is_checked(seed: Any) -> None:
     with raises_with((TypeError, ValueError), "seed", repr(seed)):
         optimizer.seed = seed
     assert optimizer.seed == 7
-    assert FORMATS["bf16_stochastic"].index_dependent

@@ -9,6 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    BF16,
+    F16,
+    F32,
+    FORMATS,
     Make,
     Rule,
     assert_same_bits,
@@ -27,15 +31,7 @@ from fused_optim.backends import extension
 from fused_optim.storage import REMAINDERS
 
 SHAPES = [(300,), (7, 40), (), (129,)]
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-FORMATS_16BIT: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "bf16": {"state_format": "bf16"},
-    "8bit": {"state_format": "8bit"},
-    "split16": {"master_weights": "split16"},
-    "split8+8bit": {"master_weights": "split8", "state_format": "8bit"},
-    "stochastic+8bit": {"stochastic_rounding": True, "state_format": "8bit"},
-}
+OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dtype == BF16}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +73,7 @@ class Allocations(TorchDispatchMode):
 
 
 @pytest.mark.skipif(extension("_cpu")[0] is None, reason="needs the compiled module")
-@pytest.mark.parametrize("options", FORMATS_16BIT.values(), ids=FORMATS_16BIT)
+@pytest.mark.parametrize("options", OF_BF16.values(), ids=OF_BF16)
 def test_a_fused_step_makes_nothing_of_the_size_of_a_parameter(
     rule: Rule, options: dict[str, Any], flatten: bool
 ) -> None:
