@@ -1,5 +1,5 @@
 """Storage formats in the optimizer: bytes, masters, stochastic rounding, refusals. The codecs themselves
-are in test_codecs.py, backends against the reference in test_backends.py, checkpoints in test_checkpoints.py."""
+are in test_codecs.py, backends in test_backends.py, checkpoints in test_checkpoints.py."""
 
 from __future__ import annotations
 
