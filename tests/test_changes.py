@@ -6,7 +6,9 @@ formats, must give what :class:`helpers.Judge` works out on copies. What cannot 
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import pickle
 import random
 from typing import Any
 
@@ -23,6 +25,7 @@ from helpers import (
     snapshot,
 )
 from torch import Tensor
+from torch.utils import swap_tensors
 
 from fused_optim.backends import BACKENDS as ALL_BACKENDS
 
@@ -260,8 +263,9 @@ def grow(storage: Any) -> None:
 
 def do(w: World, statements: str) -> None:
     o = w.optimizer
-    names = {**w.p, "w": w, "o": o, "s": o.state, "groups": o.param_groups, "nu": w.rule.nu}
-    exec(statements, {**globals(), **names})  # noqa: S102 (our own table)
+    used = {f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, recast, grow, freed)}
+    names = {**used, **w.p, "w": w, "o": o, "s": o.state, "groups": o.param_groups, "nu": w.rule.nu}
+    exec(statements, names)  # noqa: S102 (our own table)
 
 
 TRITON = ("one gradient absent", "data transposed", "states exchanged with one outside", "groups reversed",
