@@ -1,37 +1,96 @@
-"""What the tests share: comparisons of bits, small models, and "raises and changes nothing"."""
+"""What the tests share: the table of rules, comparisons of bits, small models, "raises and changes
+nothing", and a step worked out on copies."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
 import fcntl
+import functools
+import io
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW
+from fused_optim.reference import MAX_COUNT, Coefficients, Hyperparameters, coefficients
+from fused_optim.rounding import MU, NU, PARAM, Place, random_key
+from fused_optim.rules import RULES as REFERENCES
+from fused_optim.storage import formats_of
 
-RULES = [AdaBelief, AdamaxW]
+
+class Rule(NamedTuple):
+    """An optimizer as the tests make it."""
+
+    optimizer: Any
+    reference: str
+    options: dict[str, Any]
+
+    @property
+    def nu(self) -> str:
+        """The state's key of the second moment."""
+        return REFERENCES[self.reference].states[1]
+
+
+RULES = {
+    "adabelief": Rule(AdaBelief, "adabelief", {}),
+    "adabelief-nesterov": Rule(AdaBelief, "adabelief", {"nesterov": True}),
+    "adamaxw": Rule(AdamaxW, "adamaxw", {}),
+}
+"""The rules that every contract is tested of; a new one is a line here."""
 BACKENDS = ["eager", "cpu"]
 """The backends that the tests of bad input and of the optimizer's contract run over."""
+EACH = [(rule, BACKENDS[i % 2]) for i, rule in enumerate(RULES)]
+"""Each rule, and both backends: for what does not depend on their combination."""
+F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
+    "fp32": (F32, F32, {}),
+    "fp64": (F64, F64, {}),
+    "bf16": (BF16, BF16, {}),
+    "fp16": (F16, F16, {}),
+    "complex64": (torch.complex64, torch.complex64, {}),
+    "complex128": (torch.complex128, torch.complex128, {}),
+    "fp32_grad_bf16": (F32, BF16, {}),
+    "bf16_grad_fp32": (BF16, F32, {}),
+    "fp16_grad_fp32": (F16, F32, {}),
+    "bf16_grad_fp64": (BF16, F64, {}),
+    "fp32+bf16": (F32, F32, {"state_format": "bf16"}),
+    "fp32+8bit": (F32, F32, {"state_format": "8bit"}),
+    "bf16+bf16": (BF16, BF16, {"state_format": "bf16"}),
+    "bf16+8bit": (BF16, BF16, {"state_format": "8bit"}),
+    "fp16+8bit": (F16, F16, {"state_format": "8bit"}),
+    "split16": (BF16, BF16, {"master_weights": "split16"}),
+    "split8": (BF16, BF16, {"master_weights": "split8"}),
+    "bf16_stochastic": (BF16, BF16, {"stochastic_rounding": True}),
+    "split16_grad_fp32+bf16": (BF16, F32, {"master_weights": "split16", "state_format": "bf16"}),
+    "split8+8bit": (BF16, BF16, {"master_weights": "split8", "state_format": "8bit"}),
+    "stochastic_grad_fp32+8bit": (BF16, F32, {"stochastic_rounding": True, "state_format": "8bit"}),
+}
+"""Dtypes of a parameter and its gradient, and what the optimizer is asked for; a new format is a line."""
 SHAPES: list[tuple[int, ...]] = [(), (5,), (4, 5)]
+
+Make = Callable[..., Any]
+Parameters = list[torch.nn.Parameter]
 
 
 def bits(t: Tensor) -> Tensor:
     """The bytes of a tensor's elements in logical order, every NaN written the same way."""
-    t = t.detach().resolve_conj().resolve_neg()
-    t = torch.view_as_real(t) if t.is_complex() else t
-    t = t.cpu().clone(memory_format=torch.contiguous_format).reshape(-1)
+    t = plain(t).cpu().reshape(-1)
     if t.is_floating_point():
         t[t.isnan()] = torch.nan
     return t.view(torch.uint8)
+
+
+def plain(t: Tensor) -> Tensor:
+    """A copy in logical order; of complex numbers, their parts."""
+    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    return torch.view_as_real(t) if t.is_complex() else t
 
 
 def assert_same_bits(got: Any, want: Any, what: str = "value") -> None:
@@ -39,7 +98,10 @@ def assert_same_bits(got: Any, want: Any, what: str = "value") -> None:
     if isinstance(want, Tensor):
         assert isinstance(got, Tensor), f"{what}: {got!r} is no tensor"
         assert (got.dtype, got.shape) == (want.dtype, want.shape), f"{what}: {got.dtype}, {got.shape}"
-        assert torch.equal(bits(got), bits(want)), f"{what}: {got} is not {want}"
+        if not torch.equal(bits(got), bits(want)):
+            differ = plain(got) != plain(want)
+            pairs = f"{plain(got)[differ][:4].tolist()} for {plain(want)[differ][:4].tolist()}"
+            pytest.fail(f"{what}: {int(differ.sum())} of {differ.numel()} values differ, {pairs} ...")
     elif isinstance(want, dict):
         assert got.keys() == want.keys(), f"{what}: {got.keys()} is not {want.keys()}"
         for key in want:
@@ -54,7 +116,7 @@ def assert_same_bits(got: Any, want: Any, what: str = "value") -> None:
 
 def parameters(
     shapes: Sequence[tuple[int, ...]] = SHAPES, dtype: torch.dtype = torch.float32, seed: int = 0
-) -> list[torch.nn.Parameter]:
+) -> Parameters:
     """Contiguous parameters of normal values."""
     rng = torch.Generator().manual_seed(seed)
     drawn = torch.complex64 if dtype.is_complex else torch.float32
@@ -108,36 +170,138 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
 
 def results(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     """:func:`snapshot` and the groups' options: all that training may depend on."""
-    groups = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+    groups = [
+        {k: v for k, v in group.items() if k not in ("params", "schedules")}
+        for group in optimizer.param_groups
+    ]
     return {**snapshot(optimizer), "groups": copies(groups)}
+
+
+def saved_and_loaded(value: Any) -> Any:
+    """Through ``torch.save`` and ``torch.load(weights_only=True)``."""
+    file = io.BytesIO()
+    torch.save(value, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@contextlib.contextmanager
+def raises_with(kind: type[BaseException] | tuple[type[BaseException], ...], *texts: str) -> Iterator[None]:
+    """The block raises ``kind`` with all ``texts`` in its message."""
+    with pytest.raises(kind) as caught:
+        yield
+    for text in texts:
+        assert text in str(caught.value), f"{text!r} is not in {str(caught.value)!r}"
 
 
 @contextlib.contextmanager
 def raises_unchanged(
     optimizer: torch.optim.Optimizer, kind: type[Exception] | tuple[type[Exception], ...], *texts: str
 ) -> Iterator[None]:
-    """The block raises ``kind`` with all ``texts`` in its message, and changes no bit of
-    parameters, states and count."""
+    """:func:`raises_with`, and no bit of parameters, states and count changes."""
     before = snapshot(optimizer)
-    with pytest.raises(kind) as caught:
+    with raises_with(kind, *texts):
         yield
-    for text in texts:
-        assert text in str(caught.value), f"{text!r} is not in {str(caught.value)!r}"
     assert_same_bits(snapshot(optimizer), before, "snapshot")
-
-
-@contextlib.contextmanager
-def raises_with(kind: type[Exception] | tuple[type[Exception], ...], *texts: str) -> Iterator[None]:
-    """The block raises ``kind`` with all ``texts`` in its message."""
-    with pytest.raises(kind, match="".join(f"(?=[^\\0]*{re.escape(text)})" for text in texts)):
-        yield
 
 
 def flat_like_plain(run: Callable[[bool], Any]) -> Any:
     """``run(False)``, which ``run(True)`` (that is, with ``flatten=True``) must equal bit for bit."""
-    plain = run(False)
-    assert_same_bits(run(True), plain, "flatten=True")
-    return plain
+    listed = run(False)
+    assert_same_bits(run(True), listed, "flatten=True")
+    return listed
+
+
+@functools.cache
+def coefficients_of(
+    hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None
+) -> Coefficients:
+    """The reference's coefficients of one parameter."""
+    table, grad_scale = (
+        torch.tensor([hyper], dtype=torch.float64),
+        None if scale is None else torch.tensor(scale),
+    )
+    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, grad_scale)))
+
+
+class Judge:
+    """Works out on copies what the next step of an optimizer must give. It keeps nothing between steps
+    and knows no address: parameter by parameter, the reference on what the optimizer's groups and states
+    and the gradients are now.
+
+    Args:
+        rule: the optimizer's.
+        options: its formats and the lr that ``decoupled_lr`` refers to.
+    """
+
+    def __init__(
+        self, rule: Rule, state_format: str = "fp32", master_weights: str | None = None,
+        stochastic_rounding: bool = False, reference_lr: float = 0.0,
+    ) -> None:  # fmt: skip
+        self.reference, self.reference_lr = REFERENCES[rule.reference], reference_lr
+        self.formats = (state_format, master_weights, stochastic_rounding)
+
+    def expected(self, optimizer: Any, **numbers: float) -> dict[str, Any]:
+        """What :func:`snapshot` must be after the next step; ``numbers`` stand for all groups' own."""
+        found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
+        skip = found_inf is not None and float(found_inf) != 0
+        want: dict[str, Any] = {"params": [], "states": [], "count": optimizer.state_dict()["count"] + 1}
+        for group in optimizer.param_groups:
+            decays = group["weight_decay_mask"] or [True] * len(group["params"])
+            for p, decay in zip(group["params"], decays):
+                values, state = p.detach().clone(), copies(dict(optimizer.state.get(p, {})))
+                if p.grad is not None:
+                    hyper = self._hyper({**group, **numbers}, decay)
+                    key = random_key(getattr(optimizer, "seed", 0), len(want["params"]))
+                    values, state = self._step(p, state, hyper, scale, skip, key)
+                want["params"].append(values)
+                want["states"].append(state)
+        return want
+
+    def _hyper(self, group: dict[str, Any], decay: bool) -> Hyperparameters:
+        return Hyperparameters(
+            lr=float(group["lr"]), weight_decay=group["weight_decay"] if decay else 0.0,
+            beta1=group["betas"][0], beta2=group["betas"][1], eps=group["eps"],
+            eps_root=group.get("eps_root", 0.0), initial_lr=self.reference_lr,
+            maximize=float(group["maximize"]), nesterov=float(group.get("nesterov", False)),
+        )  # fmt: skip
+
+    def _step(
+        self,
+        p: Tensor,
+        state: dict[str, Any],
+        hyper: Hyperparameters,
+        scale: Tensor | None,
+        skip: bool,
+        key: int,
+    ) -> tuple[Tensor, dict[str, Any]]:
+        formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
+        new_count = torch.tensor(min(count + 1, MAX_COUNT))
+        given = None if scale is None else float(scale)
+        c = coefficients_of(hyper, int(new_count), formats.param.working, given)
+        names = ("", *self.reference.states)
+        stored, aux = [], []
+        for format, name, t in zip(formats, names, (p, *map(state.get, names[1:]))):
+            part = format.aux_of(name)
+            shape = plain(p).shape if part is None or part.block == 1 else (part.numel(p.numel()),)
+            extra = None if part is None else torch.zeros(shape, dtype=part.dtype)
+            if part is not None and part.key in state:
+                extra = plain(state[part.key])
+            stored.append(torch.zeros(plain(p).shape, dtype=format.dtype) if t is None else plain(t))
+            aux.append(extra)
+        if not skip:
+            old = (f.decode(t, extra) for f, t, extra in zip(formats, stored, aux))
+            g = plain(p.grad).to(formats.param.working) / c.grad_divisor
+            values, mu, nu = old
+            new = self.reference.reference(values, g, mu, nu, c)
+            for i, operand in enumerate((PARAM, MU, NU)):
+                stored[i], aux[i] = formats[i].encode(new[i], Place(new_count, key, operand))
+        if p.is_complex():
+            stored = [torch.view_as_complex(t) for t in stored]
+        parts = (f.aux_of(name) for f, name in zip(formats, names))
+        state.update(zip(names[1:], stored[1:]))
+        state.update({part.key: t for part, t in zip(parts, aux) if part is not None})
+        return stored[0], {**state, "step": torch.tensor(count) if skip else new_count}
 
 
 def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path], None]) -> Path:

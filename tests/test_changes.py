@@ -1,0 +1,493 @@
+"""Somebody changes something between two steps: the bits are those of the reference on fresh tensors.
+
+One table of changes; for each the step after it, in both layouts, on every backend and in several
+formats, must give what :class:`helpers.Judge` works out on copies. What cannot be stepped is refused.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import pickle
+import random
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BACKENDS,
+    RULES,
+    Judge,
+    assert_same_bits,
+    gradient,
+    raises_unchanged,
+    raises_with,
+    snapshot,
+)
+from torch import Tensor
+from torch.utils import swap_tensors
+
+from fused_optim.backends import BACKENDS as ALL_BACKENDS
+
+pytestmark = [
+    pytest.mark.filterwarnings("error"),
+    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy's, in Triton's interpreter
+    pytest.mark.filterwarnings("ignore:parameters were moved out of the flat buffers"),
+]
+
+FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
+    "fp32": (torch.float32, torch.float64, {}),
+    "bf16": (torch.float32, torch.bfloat16, {"state_format": "bf16"}),
+    "8bit+split8": (torch.bfloat16, torch.float32, {"state_format": "8bit", "master_weights": "split8"}),
+}
+"""The dtype of most parameters, of one more, and what the optimizer is asked for."""
+
+
+class World:
+    """Seven parameters in two groups, an optimizer and its judge. c has gaps, and f another dtype."""
+
+    def __init__(self, rule: str, backend: str, flatten: bool, format: str) -> None:
+        dtype, other, options = FORMATS[format]
+        rng = torch.Generator().manual_seed(1)
+
+        def new(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+            return torch.randn(shape, generator=rng).to(dtype)
+
+        self.rule, self.steps = RULES[rule], 0
+        self.p: dict[str, Any] = {
+            name: torch.nn.Parameter(values)
+            for name, values in {
+                "a": new(5, 5), "b": new(5, 5), "c": new(5, 10)[:, ::2], "d": new(130), "e": new(),
+                "f": new(3, dtype=other), "g": new(0),
+            }.items()
+        }  # fmt: skip
+        self.judge = Judge(self.rule, **options)
+        groups = [
+            {"params": [(name, self.p[name]) for name in "abc"]},
+            {
+                "params": [(name, self.p[name]) for name in "defg"],
+                "lr": 0.05,
+                "weight_decay": 0.1,
+                "weight_decay_mask": [True, False, True, True],
+            },
+        ]
+        self.optimizer = self.rule.optimizer(
+            groups, lr=0.02, backend=backend, flatten=flatten, **self.rule.options, **options
+        )
+        self.kept: list[Any] = []
+
+    def group(self, name: str) -> tuple[dict[str, Any], int]:
+        """A parameter's group and its place there."""
+        return next(
+            (g, i)
+            for g in self.optimizer.param_groups
+            for i, p in enumerate(g["params"])
+            if p is self.p[name]
+        )
+
+    def replace(self, name: str, values: Tensor, rows: list[int] | None = None, append: bool = False) -> None:
+        """Another parameter, with some rows of the state as 3D Gaussian splatting does, or with none."""
+        (group, i), old = self.group(name), self.p[name]
+        state = self.optimizer.state.pop(old, {})
+        self.p[name] = new = torch.nn.Parameter(values.clone())
+        new.grad = gradient(new, self.steps)
+        if append:
+            del group["params"][i]
+            group["params"].append(new)
+        else:
+            group["params"][i] = new
+        if rows is not None:
+            self.optimizer.state[new] = {k: t[rows] if t.shape == old.shape else t for k, t in state.items()}
+
+    def move(self, name: str) -> None:
+        group, i = self.group(name)
+        (other,) = (g for g in self.optimizer.param_groups if g is not group)
+        for key in ("params", "param_names"):
+            other[key].append(group[key].pop(i))
+        for g in (group, other):
+            g["weight_decay_mask"] = None
+
+    def add_group(self) -> None:
+        name = f"h{len(self.p)}"
+        self.p[name] = torch.nn.Parameter(gradient(self.p["d"], len(self.p)))
+        self.p[name].grad = gradient(self.p["d"], 6)
+        self.optimizer.add_param_group({"params": [(name, self.p[name])], "lr": 0.3, "maximize": True})
+
+    def fail_in_a_hook(self) -> None:
+        """Before the step, which then changes nothing, and after it, which then is whole."""
+
+        def fail(*_: Any) -> None:
+            raise KeyError("from a hook")
+
+        handle = self.optimizer.register_step_pre_hook(fail)
+        with raises_unchanged(self.optimizer, KeyError, "from a hook"):
+            self.optimizer.step()
+        handle.remove()
+        want = self.judge.expected(self.optimizer)
+        handle = self.optimizer.register_step_post_hook(fail)
+        with raises_with(KeyError, "from a hook"):
+            self.optimizer.step()
+        handle.remove()
+        assert_same_bits(snapshot(self.optimizer), want)
+
+    def fail_for_a_wrong_lr(self) -> None:
+        self.optimizer.param_groups[1]["lr"] = -1.0
+        with raises_unchanged(self.optimizer, ValueError, "Invalid learning rate: -1.0"):
+            self.optimizer.step()
+        self.optimizer.param_groups[1]["lr"] = 0.05
+
+    def fail_for_a_wrong_gradient(self) -> None:
+        p = self.p["f"]
+        grad, p.grad = p.grad, None
+        p.grad = torch.ones(3, dtype=p.dtype).to_sparse()
+        with raises_unchanged(self.optimizer, RuntimeError, "parameter 'f' is sparse"):
+            self.optimizer.step()
+        p.grad = grad
+
+    def new_gradients(self, names: str = "abcdefg") -> None:
+        for i, (name, p) in enumerate(self.p.items()):
+            p.grad = gradient(p, 100 * self.steps + i) if name in names and p.requires_grad else None
+
+    def step(self) -> None:
+        want = self.judge.expected(self.optimizer)
+        self.optimizer.step()
+        self.steps += 1
+        assert_same_bits(snapshot(self.optimizer), want, f"step {self.steps}")
+
+
+CHANGES: dict[str, str] = {
+    "nothing": "",
+    # Gradients.
+    "one gradient absent": "b.grad = None",
+    "all gradients absent": "w.new_gradients('')",
+    "gradients of one group": "w.new_gradients('defg')",
+    "zeroed": "o.zero_grad(set_to_none=False)",
+    "zeroed, some new": "o.zero_grad(); (a * c).sum().backward()",
+    "zeroed by the module": "torch.nn.ParameterDict(w.p).zero_grad(); (a * c).sum().backward()",
+    "accumulated": "(a * b).sum().backward(); (a * d[0]).sum().backward()",
+    "gradient replaced": "w.kept.append(a.grad); a.grad = gradient(a, 77)",
+    "gradient moved": "a.grad.data = a.grad.data.clone()",
+    "gradient written": "a.grad.mul_(3)",
+    "gradient expanded": "a.grad = a.grad[:1].expand(5, 5); d.grad = d.grad[:1].expand(130)",
+    "gradient not contiguous": "a.grad = a.grad.t().contiguous().t()",
+    "gradient with gaps": "d.grad = d.grad.repeat_interleave(2)[::2]",
+    "gradient transposed in place": "a.grad.t_()",
+    "gradient lazily negated": "d.grad = torch._neg_view(d.grad)",
+    "gradient at another alignment": "d.grad = torch.cat([d.grad[:1], d.grad])[1:]",
+    "gradients exchanged": "a.grad, b.grad = b.grad, a.grad",
+    "gradients exchanged with one outside": "a.grad, c.grad = c.grad, a.grad",
+    "one gradient of two": "a.grad = b.grad",
+    "gradients in a bucket": "bucket(a, b, d, e)",
+    "gradients of another dtype": "recast(a, torch.float64); recast(d, torch.bfloat16); recast(f, a.dtype)",
+    # Parameters.
+    "data replaced": "a.data = 2 * a.data.clone(); f.data = 2 * f.data.clone()",
+    "data written": "a.data.mul_(0.5); d.data[:50] = 0",
+    "data transposed": "a.data = a.data.t()",
+    "data sliced": "a.data = torch.linspace(-1, 1, 63).to(a.dtype).view(7, 9)[1:6, 2:7]",
+    "data exchanged": "a.data, b.data = b.data, a.data",
+    "parameter swapped": "swap_tensors(a, torch.nn.Parameter(gradient(a, 7))); a.grad = gradient(a, 8)",
+    "frozen, then not": "b.requires_grad_(not b.requires_grad).grad = None",
+    "frozen with its gradient": "b.requires_grad_(False)",
+    "parameter replaced with its state": "w.replace('a', a.data[[0, 3, 1, 1, 2]], rows=[0, 3, 1, 1, 2])",
+    "parameter replaced without its state": "w.replace('d', gradient(torch.empty(150, dtype=d.dtype), 3))",
+    "a parameter appended": "w.replace('a', gradient(a, 5), append=True)",
+    # Groups.
+    "parameters reordered": "[group['params'].reverse() for group in groups]",
+    "parameter moved to another group": "w.move('d'); w.move('f')",
+    "group removed": "[s.pop(p) for p in groups[0]['params'] if len(groups) > 1]; del groups[:-1]",
+    "groups reversed": "groups.reverse()",
+    "groups another list": "o.param_groups = [dict(group) for group in groups]",
+    "group added": "w.add_group()",
+    # States.
+    "states removed": "del s[a], s[c], s[f]",
+    "states cleared": "s.clear()",
+    "states exchanged": "s[a], s[b] = s[b], s[a]",
+    "states exchanged by new entries": "x, y = s.pop(a), s.pop(b); s[b], s[a] = x, y",
+    "states exchanged with one outside": "s[a], s[c] = s[c], s[a]",
+    "contents of states exchanged": "x, y = dict(s[a]), dict(s[b]); s[a].update(y); s[b].update(x)",
+    "state given to another": "s[b] = s.pop(a)",
+    "moments exchanged within a state": "s[a]['exp_avg'], s[a][nu] = s[a][nu], s[a]['exp_avg']",
+    "moments replaced": "[s[p].update({k: s[p][k].flip(0)}) for p in (a, c, d) for k in s[p] if k != 'step']",
+    "moments written": "s[a]['exp_avg'].zero_(); s[c][nu].copy_(s[a][nu])",
+    "moments moved": "[setattr(t, 'data', t.data.clone()) for p in (a, c, d, f) for t in s[p].values()]",
+    "moment transposed": "s[a]['exp_avg'] = s[a]['exp_avg'].mT.contiguous().mT",
+    "moment transposed in place": "s[a]['exp_avg'].t_()",
+    "storage of a state moved": "grow(s[a]['exp_avg'].untyped_storage())",
+    "state another dict": "s[a] = {k: t.clone() for k, t in reversed(list(s[a].items()))}",
+    "a user's values in the state": "s[a]['note'] = 'mine'; s[b]['other'] = torch.ones(3)",
+    "step shared by assignment": "s[b]['step'] = s[d]['step'] = s[f]['step'] = s[a]['step']",
+    "step shared, one left out": "s[d]['step'] = s[a]['step']; a.grad = None",
+    "step written": "s[a]['step'].add_(3)",
+    "step written behind autograd": "s[a]['step'].data.add_(3)",
+    "step written through an alias": "t = s[a]['step']; swap_tensors(t, t.data); t.add_(3)",
+    "step replaced": "s[a]['step'] = torch.tensor(5); s[b]['step'] = 7; s[d]['step'] = torch.tensor(9.0)",
+    "step at its end": "s[a]['step'].fill_(2**31 - 1)",
+    # The optimizer.
+    "loaded from itself": "o.load_state_dict(o.state_dict())",
+    "loaded from an older snapshot": "w.kept.append(o.state_dict()); o.load_state_dict(w.kept[0])",
+    "copied": "w.p, w.optimizer = copy.deepcopy((w.p, o)); w.new_gradients()",
+    "pickled": "w.p, w.optimizer = pickle.loads(pickle.dumps((w.p, o))); w.new_gradients()",
+    "unflattened": "o.unflatten()",
+    "options of a group": "groups[0].update(lr=0.3, betas=(0.5, 0.75), maximize=True, weight_decay=0.2)",
+    "options of another": "groups[1].update(lr=torch.tensor(0.01), eps=1e-3, weight_decay=0.0)",
+    "nesterov": "'nesterov' in groups[0] and groups[0].update(nesterov=not groups[0]['nesterov'])",
+    "masks": "groups[0].update(weight_decay=0.3, weight_decay_mask=[False, True, True])",
+    "a mask in place": "groups[1]['weight_decay_mask'][0] ^= True",
+    "a mask removed": "groups[1]['weight_decay_mask'] = None",
+    "scaled": "o.grad_scale, o.found_inf = torch.tensor(3.0), torch.tensor(0.0)",
+    "skipped": "o.found_inf = torch.tensor(1.0 - float(getattr(o, 'found_inf', 0.0)))",
+    "skipped at a first step": "del s[a], s[c], s[f]; o.found_inf = torch.tensor(1.0)",
+    "failed in a hook": "w.fail_in_a_hook()",
+    "failed for a wrong lr": "w.fail_for_a_wrong_lr()",
+    "failed for a wrong gradient": "w.fail_for_a_wrong_gradient()",
+}
+"""Statements about the parameters a to g, the optimizer o, its groups and states s."""
+
+
+def bucket(*params: Any) -> None:
+    memory = torch.cat([p.grad.reshape(-1) for p in params])
+    for p, part in zip(params, memory.split([p.numel() for p in params])):
+        p.grad = part.view(p.shape)
+
+
+def recast(p: Any, dtype: torch.dtype) -> None:
+    p.grad_dtype = None  # any
+    p.grad = p.grad.to(dtype)
+
+
+def grow(storage: Any) -> None:
+    before = storage.data_ptr()
+    storage.resize_(2 * storage.nbytes() + (1 << 20))
+    assert storage.data_ptr() != before
+
+
+def do(w: World, statements: str) -> None:
+    o = w.optimizer
+    used = {f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, recast, grow, freed)}
+    names = {**used, **w.p, "w": w, "o": o, "s": o.state, "groups": o.param_groups, "nu": w.rule.nu}
+    exec(statements, names)  # noqa: S102 (our own table)
+
+
+TRITON = ("one gradient absent", "data transposed", "states exchanged with one outside", "groups reversed",
+          "step shared by assignment", "skipped", "nesterov")  # fmt: skip
+"""Triton's interpreter takes its time, and how tensors are found is the same for all backends."""
+
+
+def worlds() -> list[Any]:
+    """Each change in both layouts: on cpu in each format, on eager in one, with the rules in turn."""
+    cases = []
+    formats, rules = list(FORMATS), list(RULES)
+    reason = ALL_BACKENDS["triton"].why_not(torch.device("cpu"))
+    for i, name in enumerate(CHANGES):
+        for k, (backend, flatten) in enumerate((b, f) for b in BACKENDS for f in (False, True)):
+            for j, format in enumerate(formats):
+                if backend != "eager" or j == (i + k) % len(formats):
+                    cases.append((name, rules[(i + j + k) % len(rules)], backend, flatten, format))
+        if name in TRITON and reason is None:
+            cases.append((name, rules[i % len(rules)], "triton", i % 2 == 0, "fp32"))
+    return [
+        pytest.param(*case, id="-".join((case[0], case[2], "flat" if case[3] else "list", case[4])))
+        for case in cases
+    ]
+
+
+def run(what: str, rule: str, backend: str, flatten: bool, format: str) -> None:
+    w = World(rule, backend, flatten, format)
+    for _ in range(2):
+        w.new_gradients()
+        w.step()
+    w.step()  # nothing is new
+    do(w, CHANGES[what])  # gradients are those of the step before, where they were
+    w.step()
+    w.new_gradients()
+    w.step()
+    do(w, CHANGES[what])
+    w.step()
+    w.step()
+
+
+@pytest.mark.parametrize(("what", "rule", "backend", "flatten", "format"), worlds())
+def test_a_change_between_steps(what: str, rule: str, backend: str, flatten: bool, format: str) -> None:
+    run(what, rule, backend, flatten, format)
+
+
+@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
+@pytest.mark.parametrize("what", CHANGES)
+def test_a_change_where_python_asks_for_addresses(
+    what: str, flatten: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where the extension was not built."""
+    monkeypatch.setattr("fused_optim.addresses.extension", lambda name: (None, "hidden by the test"))
+    run(what, list(RULES)[len(what) % len(RULES)], "cpu", flatten, list(FORMATS)[len(what) % len(FORMATS)])
+
+
+# Which parameters have a gradient at each step
+
+
+def patterns() -> dict[str, list[str]]:
+    rng = random.Random(0)
+    return {
+        "alternating as in GANs": ["abc", "defg"] * 4,
+        "late": ["a", "a", "ab", "ab", "abcd", "abcdefg", "abcdefg"],
+        "experts without tokens": ["".join(n for n in "abcdefg" if rng.random() < 0.5) for _ in range(12)],
+        "apart and together": ["abcdefg", "bd", "ace", "abcdefg", "acefg", "bd", "abcdefg"],
+        "none": ["", "abcdefg", "", "", "abcdefg"],
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("pattern", patterns())
+@pytest.mark.parametrize("backward", [False, True], ids=["assigned", "backward"])
+def test_gradients_that_come_and_go(pattern: str, backend: str, flatten: bool, backward: bool) -> None:
+    for k, format in enumerate(FORMATS):
+        w = World(list(RULES)[(k + backward) % len(RULES)], backend, flatten, format)
+        for i, names in enumerate(patterns()[pattern]):
+            if not backward:
+                w.new_gradients(names)
+            else:
+                w.optimizer.zero_grad()
+                for name in names:
+                    (w.p[name] * gradient(w.p[name], i)).sum().backward()
+            if pattern == "apart and together":
+                w.optimizer.found_inf = torch.tensor(float(i % 3 == 1))
+            w.step()
+
+
+# Refused
+
+REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
+    "freed parameter": ("freed(c)", ValueError, ("parameter 'c'", "memory")),
+    "freed gradient": ("freed(d.grad)", ValueError, ("gradient of parameter", "memory")),
+    "freed moment": ("freed(s[c]['exp_avg'])", ValueError, ("'exp_avg'", "'c'", "memory")),
+    "freed second moment": ("freed(s[f][nu])", ValueError, ("'f'", "memory")),
+    "freed step": ("freed(s[f]['step'])", ValueError, ("'step'", "memory")),
+    "one moment of two": ("s[a]['exp_avg'] = s[b]['exp_avg']", ValueError, ("'a'", "'b'", "overlap")),
+    "one moment twice": ("s[f][nu] = s[f]['exp_avg']", ValueError, ("'f'", "overlap")),
+    "one state of two": ("s[a] = s[b]", ValueError, ("'a'", "'b'")),
+    "overlapping parameters": ("b.data = a.data.view(5, 5)", ValueError, ("'a'", "'b'", "overlap")),
+    "overlapping itself": ("c.data = c.data[:1, :1].expand(5, 5)", ValueError, ("'c'", "overlap")),
+    "gradient's shape": ("a.grad.data = d.data[:3].clone()", RuntimeError, ("'a'", "(3,)", "(5, 5)")),
+    "parameter's shape": ("c.data = c.data[:4].clone()", (RuntimeError, ValueError), ("'c'", "(4, 5)")),
+    "both shapes": ("a.grad = None; a.data = a.data[:4].clone(); a.grad = a.data.clone()",
+                    (RuntimeError, ValueError), ("'a'", "(4, 5)")),
+    "moment's shape": ("s[c]['exp_avg'].data = s[c]['exp_avg'].data[:4]",
+                       (RuntimeError, ValueError), ("'exp_avg'", "'c'", "(4, 5)")),
+    "a parameter twice": ("groups[0]['params'].append(d)", ValueError, ("group",)),
+    "a short mask": ("groups[1]['weight_decay_mask'].pop()", ValueError, ("weight_decay_mask", "3", "4")),
+}  # fmt: skip
+
+
+def freed(t: Tensor) -> None:
+    t.untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("what", REFUSED)
+@pytest.mark.parametrize("python", [False, True], ids=["", "python"])
+def test_a_change_that_is_refused(
+    what: str, backend: str, flatten: bool, python: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice, and parameters whose memory is there are as they were."""
+    if python:
+        monkeypatch.setattr("fused_optim.addresses.extension", lambda name: (None, "hidden by the test"))
+    statements, kind, texts = REFUSED[what]
+    for fresh in (False, True):
+        w = World("adabelief", backend, flatten, "fp32")
+        for _ in range(3):
+            w.new_gradients()
+            w.step()
+        if fresh:
+            w.new_gradients()
+        do(w, statements)
+        alive = [p for p in w.p.values() if p.untyped_storage().nbytes()]
+        before = [p.detach().clone() for p in alive]
+        for _ in range(2):
+            with raises_with(kind, *texts):
+                w.optimizer.step()
+        assert_same_bits([p.detach() for p in alive], before)
+
+
+# Interrupted
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("launch", [1, 2])
+@pytest.mark.parametrize("format", FORMATS)
+def test_interrupted_between_two_launches(
+    monkeypatch: pytest.MonkeyPatch, backend: str, flatten: bool, format: str, launch: int, when: str
+) -> None:
+    """Each parameter is whole, as it was or as it had to become, and the next steps are right."""
+    launches = [0]
+    real = ALL_BACKENDS[backend]
+
+    def step(batch: Any, inputs: Any) -> None:
+        launches[0] += 1
+        if launches[0] == launch and when == "before":
+            raise KeyboardInterrupt
+        real.step(batch, inputs)
+        if launches[0] == launch:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(ALL_BACKENDS, backend, dataclasses.replace(real, step=step))
+    for warm in (0, 2):
+        launches[0] = 10
+        w = World("adabelief", backend, flatten, format)
+        for _ in range(warm):
+            w.new_gradients()
+            w.step()
+        w.new_gradients()
+        before, want = snapshot(w.optimizer), w.judge.expected(w.optimizer)
+        launches[0] = 0
+        with pytest.raises(KeyboardInterrupt):
+            w.optimizer.step()
+        got = snapshot(w.optimizer)
+        done = [bool(torch.equal(g, x)) for g, x in zip(got["params"][:-1], want["params"])]
+        for i, stepped in enumerate(done):
+            source = want if stepped else before
+            assert_same_bits(got["params"][i], source["params"][i])
+            if stepped or warm:
+                assert_same_bits(got["states"][i], source["states"][i])
+            else:
+                assert not any(t.any() for t in got["states"][i].values())
+        assert any(done) == (launch == 2 or when == "after")
+        assert all(done) == (launch == 2 and when == "after")
+        for names in ("abcdefg", "bdf", "abcdefg"):
+            w.new_gradients(names)
+            w.step()
+
+
+def test_out_of_memory_before_the_first_launch(
+    monkeypatch: pytest.MonkeyPatch, backend: str, flatten: bool
+) -> None:
+    """What is raised while the second batch is prepared finds the first not yet stepped."""
+    real = ALL_BACKENDS[backend]
+
+    def load(key: Any) -> None:
+        if key.param.dtype == torch.float64:
+            raise MemoryError("of the test")
+        real.load(key)
+
+    w = World("adamaxw", backend, flatten, "fp32")
+    w.new_gradients("abcde")
+    w.step()
+    monkeypatch.setitem(ALL_BACKENDS, backend, dataclasses.replace(real, load=load))
+    w.new_gradients()
+    with raises_unchanged(w.optimizer, MemoryError, "of the test"):
+        w.optimizer.step()
+    monkeypatch.undo()
+    w.step()
+
+
+@pytest.mark.parametrize("statement", ["x.data = 2 * x", "x.grad.data = x.grad.data.clone()",
+                                       "s[x]['exp_avg'].data = s[x]['exp_avg'].data.clone()",
+                                       "s[x]['step'] = torch.tensor(5)"])  # fmt: skip
+def test_a_change_among_many(statement: str, flatten: bool) -> None:
+    """At either end."""
+    w = World("adabelief", "cpu", flatten, "fp32")
+    w.p = {str(i): torch.nn.Parameter(torch.full((3,), float(i))) for i in range(600)}
+    w.optimizer = w.rule.optimizer(w.p.items(), backend="cpu", flatten=flatten)
+    for end in ("0", "599"):
+        for _ in range(2):
+            for name, p in w.p.items():
+                p.grad = gradient(p, int(name))
+            w.step()
+        do(w, f"x = w.p['{end}']; {statement}")
+        w.step()

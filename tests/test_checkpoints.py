@@ -1,0 +1,558 @@
+"""Checkpoints: what is saved, what is loaded, from here and from others, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from helpers import (
+    BF16,
+    FORMATS,
+    RULES,
+    Judge,
+    Make,
+    Parameters,
+    Rule,
+    assert_same_bits,
+    copies,
+    parameters,
+    raises_unchanged,
+    raises_with,
+    results,
+    saved_and_loaded,
+    set_gradients,
+    snapshot,
+    train,
+)
+from torch import Tensor
+
+import fused_optim
+from fused_optim import AdaBelief, AdamaxW
+from fused_optim.storage import BLOCK_FORMATS, REMAINDERS
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+SHAPES = [(300,), (7, 40), (), (129,)]
+OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dtype == BF16}
+
+
+def like(params: Parameters) -> Parameters:
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def trained(make: Make, steps: int = 3, **options: Any) -> tuple[Parameters, Any]:
+    params = parameters()
+    optimizer = make(params, **options)
+    train(optimizer, params, steps)
+    return params, optimizer
+
+
+# Saved
+
+
+def test_a_state_dict_is_a_snapshot(make: Make, rule: Rule, flatten: bool) -> None:
+    """Every tensor in it is a copy that owns its bytes alone; each parameter has a step of its own; no
+    callable is in it."""
+    params = parameters([(), (5,), (4, 5), (0,), (1,)])
+    lr = torch.tensor(0.1)
+    optimizer = make(
+        [{"params": params[:3], "lr": lr}, {"params": params[3:], "lr": halving}], flatten=flatten
+    )
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    kept = copies(saved)
+    train(optimizer, params, 2, first=2)
+    lr.fill_(0.7)
+    optimizer.param_groups[0]["betas"] = (0.1, 0.2)
+    assert_same_bits(copies(saved), kept)
+    tensors = [t for state in saved["state"].values() for t in state.values()]
+    for t in tensors:
+        assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
+    filled = [t for t in tensors if t.numel()]
+    assert len({t.data_ptr() for t in filled}) == len(filled)
+    assert all(set(state) == {"step", "exp_avg", rule.nu} for state in saved["state"].values())
+    assert [int(state["step"]) for state in saved["state"].values()] == [2] * 5
+    assert saved["count"] == 2
+    assert saved_and_loaded(saved)["count"] == 2
+
+
+def test_state_dict_hooks(make: Make) -> None:
+    params, optimizer = trained(make, 2)
+    twins = parameters()
+    loaded = make(twins)
+    calls: list[str] = []
+
+    def keep_more(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append("post save")
+        return {**state_dict, "more": 5}
+
+    def scale_moments(opt: Any, state_dict: dict[str, Any]) -> dict[str, Any]:
+        calls.append("pre load")
+        assert state_dict["more"] == 5
+        state = {i: {**s, "exp_avg": s["exp_avg"] * 2} for i, s in state_dict["state"].items()}
+        return {**state_dict, "state": state}
+
+    def see_state(opt: Any) -> None:
+        calls.append("post load")
+        assert_same_bits(opt.state[twins[2]]["exp_avg"], optimizer.state[params[2]]["exp_avg"] * 2)
+
+    optimizer.register_state_dict_pre_hook(lambda opt: calls.append("pre save"))
+    optimizer.register_state_dict_post_hook(keep_more)
+    loaded.register_load_state_dict_pre_hook(scale_moments)
+    loaded.register_load_state_dict_post_hook(see_state)
+    loaded.load_state_dict(optimizer.state_dict())
+    assert calls == ["pre save", "post save", "pre load", "post load"]
+
+
+# Resumed
+
+
+def halving(count: int) -> float:
+    """A schedule that pickle can find."""
+    return 0.1 / 2**count
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.complex64])
+@pytest.mark.parametrize("into", [False, True], ids=["into list", "into flat"])
+def test_resuming_gives_the_same_bits(make: Make, dtype: torch.dtype, flatten: bool, into: bool) -> None:
+    params, twins = parameters(dtype=dtype), parameters(dtype=dtype)
+    optimizer = make(params, lr=0.05, weight_decay=0.1, flatten=flatten)
+    resumed = make(twins, weight_decay=0.1, flatten=into)
+    train(optimizer, params, 2)
+    set_gradients(params, 2, skip=[1])
+    optimizer.step()
+    train(resumed, twins, 1)
+    for p, twin in zip(params, twins):
+        twin.data.copy_(p.data)
+    resumed.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    assert_same_bits(results(resumed), results(optimizer))
+    for seed in range(3, 6):
+        for o, group in ((optimizer, params), (resumed, twins)):
+            set_gradients(group, seed, skip=[0] if seed == 4 else [])
+            o.step()
+    assert_same_bits(results(resumed), results(optimizer))
+
+
+@pytest.mark.parametrize("options", OF_BF16.values(), ids=OF_BF16)
+def test_resuming_in_every_format(make: Make, flatten: bool, options: dict[str, Any]) -> None:
+    """From a file, pickled and copied; with the seed where it counts."""
+    params = parameters(SHAPES, BF16)
+    optimizer = make(params, flatten=flatten, **options)
+    optimizer.seed = 7
+    train(optimizer, params, 3)
+    again = like(params)
+    other = make(again, **options)
+    other.load_state_dict(saved_and_loaded(optimizer.state_dict()))
+    pickled, copied = pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)
+    for o in (optimizer, other, pickled, copied):
+        assert ("seed" in o.state_dict()) == bool(options.get("stochastic_rounding"))
+        train(o, o.param_groups[0]["params"], 2, first=10)
+        assert_same_bits(snapshot(o), snapshot(optimizer))
+
+
+def test_callables_after_loading(make: Make) -> None:
+    """The count comes back, and the callable is the loading optimizer's."""
+    params, twins = parameters(), parameters()
+    optimizer, resumed = make(params, lr=halving), make(twins, lr=halving)
+    train(optimizer, params, 3)
+    saved = optimizer.state_dict()
+    assert saved["count"] == 3
+    for p, twin in zip(params, twins):
+        twin.data.copy_(p.data)
+    resumed.load_state_dict(saved_and_loaded(saved))
+    train(optimizer, params, 2, first=3)
+    train(resumed, twins, 2, first=3)
+    assert_same_bits(results(resumed), results(optimizer))
+    assert resumed.param_groups[0]["lr"] == halving(4)
+
+
+@pytest.mark.parametrize("key", ["reference_lr", "initial_lr"])
+def test_decoupled_lr_refers_to_the_saved_lr(make: Make, rule: Rule, key: str) -> None:
+    """Also after a resume at another one, and in older checkpoints, which have ``initial_lr``."""
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.1, "decoupled_lr": True}
+    params, optimizer = trained(make, 2, **options)
+    optimizer.param_groups[0]["lr"] = 0.05
+    assert optimizer.param_groups[0]["reference_lr"] == 0.1
+    saved = saved_and_loaded(optimizer.state_dict())
+    group = saved["param_groups"][0]
+    group[key] = group.pop("reference_lr")
+    resumed = make(like(params), **{**options, "lr": 0.7})
+    resumed.load_state_dict(saved)
+    set_gradients(resumed.param_groups[0]["params"], 2)
+    want = Judge(rule, reference_lr=0.1).expected(resumed)
+    resumed.step()
+    assert_same_bits(snapshot(resumed), want)
+
+
+# Loaded
+
+
+def test_moments_keep_their_bits_and_alias_nothing(make: Make) -> None:
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.complex64):
+        params, twins = parameters(dtype=dtype), parameters(dtype=dtype)
+        optimizer, loaded = make(params, lr=torch.tensor(0.1)), make(twins)
+        train(optimizer, params, 3)
+        for p, twin in zip(params, twins):
+            twin.data.copy_(p.data)
+        saved = optimizer.state_dict()
+        kept = copies(saved)
+        loaded.load_state_dict(saved)
+        assert_same_bits(results(loaded), results(optimizer))
+        train(loaded, twins, 2, first=3)
+        assert_same_bits(copies(saved), kept, "the source")
+        after = snapshot(loaded)
+        for state in saved["state"].values():
+            for value in state.values():
+                value.fill_(17)
+        saved["param_groups"][0]["lr"].fill_(17.0)
+        saved["param_groups"][0]["params"].append(5)
+        assert_same_bits(snapshot(loaded), after, "what was loaded")
+        assert loaded.param_groups[0]["lr"] == torch.tensor(0.1)
+        assert len(loaded.param_groups[0]["params"]) == 3
+
+
+@pytest.mark.parametrize(
+    "step", [torch.tensor(3.0), torch.tensor([3.0]), 3, 3.0, torch.tensor(3, dtype=torch.int32)]
+)
+def test_step_becomes_an_integer(make: Make, step: Any) -> None:
+    params, optimizer = trained(make)
+    saved = optimizer.state_dict()
+    for state in saved["state"].values():
+        state["step"] = step
+    twins = like(params)
+    loaded = make(twins)
+    loaded.load_state_dict(saved)
+    for p in twins:
+        assert_same_bits(loaded.state[p]["step"], torch.tensor(3), "step")
+    train(optimizer, params, 2, first=3)
+    train(loaded, twins, 2, first=3)
+    assert_same_bits(snapshot(loaded), snapshot(optimizer))
+
+
+def moment(optimizer: Any, p: Tensor, key: str) -> Tensor:
+    state = optimizer.state[p]
+    if state[key].dtype != torch.uint8:
+        return state[key].float()
+    (suffix,) = (suffix for suffix in BLOCK_FORMATS if key + suffix in state)
+    return BLOCK_FORMATS[suffix].decode(state[key], state[key + suffix])
+
+
+WIDTH = ["8bit", "bf16", "fp32"]
+
+
+@pytest.mark.parametrize("source", WIDTH)
+@pytest.mark.parametrize("target", WIDTH)
+def test_moments_of_another_format_load(
+    make: Make, rule: Rule, source: str, target: str, flatten: bool
+) -> None:
+    """Widening is exact; narrowing is within half a unit of the narrower format. Another dtype and memory
+    order are no matter."""
+    params = parameters(SHAPES)
+    optimizer = make(params, state_format=source)
+    train(optimizer, params, 5)
+    saved = saved_and_loaded(optimizer.state_dict())
+    if source == "fp32":
+        value = saved["state"][1]["exp_avg"]
+        saved["state"][1]["exp_avg"] = torch.empty(40, 7, dtype=torch.float64).mT.copy_(value)
+    loaded = make(like(params), state_format=target, flatten=flatten)
+    loaded.load_state_dict(saved)
+    for p, q in zip(params, loaded.param_groups[0]["params"]):
+        for key in ("exp_avg", rule.nu):
+            want, got = moment(optimizer, p, key), moment(loaded, q, key)
+            # Half of a unit in the last place, of 8 or 3 bits of mantissa.
+            unit = {"fp32": 0.0, "bf16": 2.0**-8, "8bit": 2.0**-4}[target]
+            smallest = float(want.abs().max()) * 2.0**-17 if target == "8bit" else 0.0
+            if WIDTH.index(source) <= WIDTH.index(target):
+                assert torch.equal(got, want)
+            assert bool(((got - want).abs() <= unit * want.abs() + smallest).all())
+    q = loaded.param_groups[0]["params"]
+    train(loaded, q, 1)
+    assert loaded.state[q[0]]["step"] == 6
+
+
+def test_older_names_of_block_exponents_load(make: Make, rule: Rule, flatten: bool) -> None:
+    """``..._base``, where the key now says the format."""
+    params = parameters(SHAPES)
+    optimizer = make(params, state_format="8bit")
+    train(optimizer, params, 3)
+    saved = saved_and_loaded(optimizer.state_dict())
+    for state in saved["state"].values():
+        for key, suffix in (("exp_avg", "_e4m3"), (rule.nu, "_e5m3")):
+            state[key + "_base"] = state.pop(key + suffix)
+    loaded = make(like(params), state_format="8bit", flatten=flatten)
+    loaded.load_state_dict(saved)
+    assert_same_bits(results(loaded), results(optimizer))
+    train(optimizer, params, 2, first=3)
+    train(loaded, loaded.param_groups[0]["params"], 2, first=3)
+    assert_same_bits(snapshot(loaded), snapshot(optimizer))
+
+
+def master_of(optimizer: Any, p: Tensor) -> Tensor:
+    """The float32 that a parameter and its remainder stand for."""
+    remainder = optimizer.state[p]["remainder"]
+    return REMAINDERS[remainder.dtype].decode(p.detach(), remainder)
+
+
+@pytest.mark.parametrize("source", [None, "master", "split16", "split8"])
+@pytest.mark.parametrize("target", [None, "split16", "split8"])
+def test_masters_of_another_format_load(make: Make, source: str | None, target: str | None) -> None:
+    """With the parameters that were saved with it, a master keeps all that the new format holds. ``master``
+    is what older checkpoints have: a float32 copy."""
+    params = parameters(SHAPES, BF16)
+    optimizer = make(params, master_weights="split16" if source == "master" else source)
+    train(optimizer, params, 5)
+    saved = saved_and_loaded(optimizer.state_dict())
+    if source == "master":
+        for p, state in zip(params, saved["state"].values()):
+            del state["remainder"]
+            state["master"] = master_of(optimizer, p)
+    again = like(params)
+    loaded = make(again, master_weights=target)
+    loaded.load_state_dict(saved)
+    for p, q in zip(params, again):
+        assert_same_bits(q.detach(), p.detach(), "parameter")
+        if target is None:
+            assert not {"master", "remainder"} & set(loaded.state[q])
+            continue
+        want = master_of(optimizer, p) if source else p.detach().float()
+        error = (master_of(loaded, q) - want).abs()
+        narrower = target == "split8" and source in ("master", "split16")
+        assert bool((error <= want.abs() * (2.0**-15 if narrower else 0.0)).all())
+        assert not any(t.requires_grad for t in loaded.state[q].values())
+    train(loaded, again, 1)
+    copy.deepcopy(loaded)
+
+
+def test_a_master_of_float16_loads_into_a_plain_parameter(make: Make) -> None:
+    params = parameters(SHAPES, torch.float16)
+    optimizer = make(params)
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    for p, state in zip(params, saved["state"].values()):
+        state["master"] = p.detach().float()
+    loaded = make(like(params))
+    loaded.load_state_dict(saved)
+    assert_same_bits(results(loaded), results(optimizer))
+
+
+# Others' checkpoints
+
+
+def foreign_twin(rule: str, source: Any, params: Parameters) -> tuple[Any, Parameters]:
+    twins = like(params)
+    optimizer = getattr(fused_optim, rule)(twins, backend="cpu")
+    optimizer.load_state_dict(saved_and_loaded(source.state_dict()))
+    return optimizer, twins
+
+
+TORCHS: dict[str, tuple[Any, dict[str, Any]]] = {
+    "AdamaxW": (torch.optim.Adamax, {"lr": 0.01, "betas": (0.8, 0.95)}),
+    "AdamW": (torch.optim.AdamW, {"lr": 0.01, "betas": (0.8, 0.95), "weight_decay": 0.1}),
+}
+
+
+@pytest.mark.parametrize("rule", TORCHS)
+def test_checkpoints_of_torch_continue(rule: str) -> None:
+    if not hasattr(fused_optim, rule):
+        pytest.skip(f"no {rule} yet")
+    cls, options = TORCHS[rule]
+    params = parameters()
+    source = cls(params, **options)
+    train(source, params, 3)
+    optimizer, twins = foreign_twin(rule, source, params)
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["betas"]) == (0.01, (0.8, 0.95))
+    assert group["weight_decay"] == options.get("weight_decay", 0)
+    assert optimizer.state_dict()["count"] == 3
+    assert_same_bits(snapshot(optimizer)["states"][2]["step"], torch.tensor(3))
+    train(source, params, 5, first=3)
+    train(optimizer, twins, 5, first=3)
+    for p, twin in zip(params, twins):
+        torch.testing.assert_close(twin, p, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("step_in", ["state", "group"])
+def test_checkpoints_of_adabelief_ports_continue(backend: str, step_in: str) -> None:
+    params = parameters()
+    optimizer = AdaBelief(params, lr=0.01, backend=backend)
+    train(optimizer, params, 3)
+    state = {
+        i: {k: v.clone() for k, v in optimizer.state[p].items() if k != "step"} for i, p in enumerate(params)
+    }
+    group: dict[str, Any] = {
+        "lr": 0.01,
+        "betas": (0.9, 0.999),
+        "eps": 1e-16,
+        "weight_decay": 0,
+        "amsgrad": False,
+        "buffer": [[None, None, None] for _ in range(10)],
+        "params": [0, 1, 2],
+    }
+    for holder in [group] if step_in == "group" else state.values():
+        holder["step"] = 3
+    twins = like(params)
+    loaded = AdaBelief(twins, backend=backend)
+    loaded.load_state_dict({"state": state, "param_groups": [group]})
+    train(optimizer, params, 2, first=3)
+    train(loaded, twins, 2, first=3)
+    assert_same_bits(snapshot(loaded), snapshot(optimizer))
+    again = AdaBelief(like(twins), backend=backend)
+    again.load_state_dict(loaded.state_dict())
+    assert_same_bits(snapshot(again), snapshot(loaded))
+
+
+DIFFERENT: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
+    "rectify": ({"rectify": True}, ("rectify", "differ")),
+    "amsgrad": ({"amsgrad": True}, ("amsgrad", "differ")),
+    "L2": ({"weight_decay": 0.1, "decoupled_weight_decay": False}, ("weight_decay", "L2")),
+    "L2 unsaid": ({"weight_decay": 0.1}, ("weight_decay", "L2")),
+    "another's": ({"cautious": True, "trust": 0.5}, ("cautious", "trust", "differ")),
+}
+
+
+@pytest.mark.parametrize("what", DIFFERENT)
+def test_what_another_optimizer_did_otherwise_is_warned_of(make: Make, what: str) -> None:
+    """And named; what changes nothing is not."""
+    group, texts = DIFFERENT[what]
+    params, optimizer = trained(make)
+    saved = optimizer.state_dict()
+    ours = saved["param_groups"][0]
+    common = {k: ours[k] for k in ("lr", "betas", "eps", "params")}
+    quiet = {"weight_decay": 0.0, "amsgrad": False, "foreach": None, "fused": True, "rectify": False}
+    make(like(params)).load_state_dict({**saved, "param_groups": [{**common, **quiet}]})
+    with pytest.warns(UserWarning) as caught:
+        make(like(params)).load_state_dict({**saved, "param_groups": [{**common, **quiet, **group}]})
+    said = " ".join(str(w.message) for w in caught)
+    assert all(text in said for text in (*texts, "group 0")), said
+    assert "foreach" not in said
+
+
+# Refused
+
+
+def changed(change: Callable[[dict[str, Any]], Any]) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    def of(saved: dict[str, Any]) -> dict[str, Any]:
+        change(saved)
+        return saved
+
+    return of
+
+
+def set_state(**values: Any) -> Callable[[dict[str, Any]], dict[str, Any]]:
+    """Values of the third parameter's state, None for none; ``nu`` is the second moment."""
+
+    def change(saved: dict[str, Any]) -> None:
+        state = saved["state"][2]
+        nu = next(key for key in state if key not in ("step", "exp_avg"))
+        for key, value in values.items():
+            key = nu if key == "nu" else key
+            state.pop(key, None)
+            if value is not None:
+                state[key] = value
+
+    return changed(change)
+
+
+NAME = "parameter 2 of group 0"
+BAD: list[tuple[Callable[[dict[str, Any]], dict[str, Any]], tuple[str, ...]]] = [
+    (set_state(exp_avg=torch.zeros(5, 4)), (NAME, "'exp_avg'", "(5, 4)")),
+    (set_state(nu=torch.zeros(1)), (NAME, "(1,)")),
+    (set_state(exp_avg=None), (NAME, "'exp_avg'")),
+    (set_state(nu=None), (NAME, "no tensor")),
+    (set_state(step=None), (NAME, "'step'")),
+    (set_state(nu=1.0), (NAME,)),
+    (set_state(nu=torch.zeros(4, 5, dtype=torch.complex64)), (NAME, "complex64")),
+    (set_state(exp_avg=torch.zeros(4, 5, dtype=torch.int32)), (NAME, "int32")),
+    (set_state(exp_avg=torch.zeros(4, 5, dtype=torch.uint8)), (NAME, "'exp_avg", "uint8")),
+    (set_state(master=torch.zeros(4, 5, dtype=torch.int32)), (NAME, "'master'")),
+    (set_state(master=1.0), (NAME, "'master'", "float")),
+    (set_state(remainder=torch.zeros(4, 5)), (NAME, "'remainder'", "int16")),
+    (set_state(remainder=torch.zeros(5, dtype=torch.int8)), (NAME, "'remainder'", "(5,)")),
+    (set_state(step=-1), (NAME, "'step'", "-1")),
+    (set_state(step=2.5), (NAME, "'step'", "2.5")),
+    (set_state(step=2**31), (NAME, "'step'", "2147483648")),
+    *(
+        (changed(lambda s, value=value: s.update(count=value)), ("count", repr(value)))  # type: ignore[misc]
+        for value in (-5, 2.9, "7", 2**31, None)
+    ),
+    (changed(lambda s: s["param_groups"].append(s["param_groups"][0])), ("parameter groups",)),
+    (changed(lambda s: s["param_groups"][0]["params"].pop()), ("size",)),
+    (changed(lambda s: s["param_groups"][0].update(lr=-1.0)), ("Invalid learning rate: -1.0",)),
+    (changed(lambda s: s["param_groups"][0].update(betas=(0.9, 1.0))), ("betas[1]", "must be")),
+    (changed(lambda s: s["param_groups"][0].update(weight_decay_mask=[True])), ("weight_decay_mask", "1")),
+]
+
+
+@pytest.mark.parametrize("case", range(len(BAD)))
+def test_bad_checkpoints_are_refused(make: Make, case: int) -> None:
+    """The optimizer keeps its old state, and steps on."""
+    params, optimizer = trained(make)
+    change, texts = BAD[case]
+    saved = change(copy.deepcopy(trained(make, 1, lr=0.5)[1].state_dict()))
+    before = results(optimizer)
+    with raises_unchanged(optimizer, ValueError, *texts):
+        optimizer.load_state_dict(saved)
+    assert_same_bits(results(optimizer), before)
+    _, want = trained(make, 4)
+    train(optimizer, params, 1, first=3)
+    assert_same_bits(results(optimizer), results(want))
+
+
+BROKEN: dict[str, tuple[Callable[[dict[str, Any]], Any], tuple[str, ...]]] = {
+    "lost": (lambda s: s.pop("exp_avg_e4m3"), ("exp_avg", "uint8")),
+    "short": (lambda s: s.update(exp_avg_e4m3=s["exp_avg_e4m3"][:1]), ("exp_avg", "(3,)")),
+    "large": (lambda s: s["exp_avg_e4m3"].fill_(241), ("exp_avg_e4m3", "at most 240", "241")),
+    "large of nu": (lambda s: s["exp_avg_var_e5m3"].fill_(225), ("exp_avg_var_e5m3", "at most 224", "225")),
+    "another dtype": (lambda s: s.update(exp_avg_e4m3=torch.zeros(3)), ("exp_avg", "uint8")),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_broken_block_exponents_are_refused(backend: str, what: str) -> None:
+    """In a checkpoint, and by a step where somebody wrote them into the state."""
+    spoil, texts = BROKEN[what]
+    (p,) = params = parameters([(300,)], BF16)
+    optimizer = AdaBelief(params, master_weights="split8", state_format="8bit", backend=backend)
+    train(optimizer, params, 2)
+    saved = optimizer.state_dict()
+    spoil(saved["state"][0])
+    with raises_unchanged(optimizer, ValueError, "parameter 0 of group 0", *texts):
+        optimizer.load_state_dict(saved)
+    if "large" not in what:
+        spoil(optimizer.state[p])
+        with raises_unchanged(optimizer, RuntimeError, "parameter 0 of group 0", *texts):
+            optimizer.step()
+
+
+OTHERS = [torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, AdaBelief, AdamaxW]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+@pytest.mark.parametrize("rule", RULES)
+def test_the_state_of_another_optimizer_is_refused(rule: str, other: Any) -> None:
+    other_params = parameters()
+    source = other(other_params, lr=0.1, **({"momentum": 0.9} if other is torch.optim.SGD else {}))
+    train(source, other_params, 2)
+    keys = set(source.state_dict()["state"][0])
+    if RULES[rule].nu in keys:
+        return
+    _, optimizer = trained(RULES[rule].optimizer, backend="cpu")
+    before = results(optimizer)
+    with raises_unchanged(optimizer, ValueError, "parameter 0 of group 0", "no "):
+        optimizer.load_state_dict(source.state_dict())
+    assert_same_bits(results(optimizer), before)
+
+
+@pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", True])
+def test_a_seed_is_checked(seed: Any) -> None:
+    optimizer = AdaBelief(parameters(SHAPES, BF16), stochastic_rounding=True)
+    optimizer.seed = 7
+    with raises_with((TypeError, ValueError), "seed", repr(seed)):
+        optimizer.load_state_dict({**optimizer.state_dict(), "seed": seed})
+    with raises_with((TypeError, ValueError), "seed", repr(seed)):
+        optimizer.seed = seed
+    assert optimizer.seed == 7
