@@ -121,8 +121,10 @@ void run(const CpuStep& step, Task task, void (*step_chunks)(const Task&, int64_
     step_chunks(task, i * portion, minimum((i + 1) * portion, step.n_chunks));
   // Last, so that what is thrown before leaves them true.
   const auto* counters = reinterpret_cast<const Counter*>(step.counters);
-  for (int64_t i = 0; i < step.n_counters; ++i)
-    *reinterpret_cast<int64_t*>(counters[i].step) = sets[set_of_counter[i]].count;
+  for (int64_t i = 0; i < step.n_counters; ++i) {
+    int64_t& count = *reinterpret_cast<int64_t*>(counters[i].step);
+    count = next_count(count);
+  }
 }
 
 const Isa& isa_named(const std::string& name) {

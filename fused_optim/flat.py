@@ -18,7 +18,6 @@ from torch import Tensor
 from .memory import nbytes
 from .state import State
 from .storage import Part
-from .table import Operands
 
 ALIGN = 16
 """Slots start at multiples of this many elements: 32 bytes or more in every dtype."""
@@ -97,17 +96,18 @@ class FlatLayout:
 
     def __init__(self) -> None:
         self.buffers: list[FlatBuffers] = []
+        self.buffers_of: dict[Any, FlatBuffers] = {}
 
     def hold(self, params: Iterable[Tensor]) -> None:
         """Have exactly these parameters in flat buffers; if they are not, gather them anew."""
         params = list(params)
-        moved = [(b, p) for b in self.buffers for p in b.params if not b.in_slot(b.param, p, p)]
-        if not moved and {p for b in self.buffers for p in b.params} == set(params):
+        moved = [p for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
+        if not moved and self.buffers_of.keys() == set(params):
             return
-        if any((p.device, p.dtype) == (b.device, b.dtype) for b, p in moved):
+        if moved:
             warnings.warn(
-                "parameters were moved out of the flat buffers of flatten=True (p.data = ...); they are "
-                "gathered again, which costs a copy",
+                "parameters were moved out of the flat buffers of flatten=True (model.to(), p.data = ...); "
+                "they are gathered again, which costs a copy",
                 UserWarning,
                 stacklevel=7,
             )
@@ -115,22 +115,21 @@ class FlatLayout:
         for p in params:
             by_kind.setdefault((p.device, p.dtype), []).append(p)
         self.buffers = [FlatBuffers(members) for members in by_kind.values()]
+        self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
-    def take(
-        self, items: list[Operands], others: dict[Any, State], parts_of: Callable[[Tensor], list[Part]]
-    ) -> list[tuple[Tensor, Tensor]]:
-        """Move states and gradients into their slots. Returns parameters and the slots of their gradients.
+    def take_states(
+        self, stepped: dict[Any, State], others: dict[Any, State], parts_of: Callable[[Tensor], list[Part]]
+    ) -> None:
+        """Move states into their slots, and out of those of others.
 
         Args:
-            others: states of what is not stepped; they leave slots that are not theirs.
+            others: states of what is not stepped.
             parts_of: what a parameter keeps in its state.
         """
-        of = {p: b for b in self.buffers for p in b.params}
-        storages = {t.untyped_storage().data_ptr() for b in self.buffers for t in b.tensors()}
-        stepped = {o.source: o.state for o in items}
-        moves, grad_slots = [], []
+        storages = self._storages()
+        moves = []
         for p, state in {**others, **stepped}.items():
-            b = of.get(p)
+            b = self.buffers_of.get(p)
             parts = {} if b is None else {part.key: part for part in parts_of(p)}
             for key, t in state.items():
                 if b is None or key not in parts or not isinstance(t, Tensor):
@@ -139,14 +138,31 @@ class FlatLayout:
                     slot = b.slot(parts[key], p)
                     moves.append((slot, t))
                     state[key] = slot
-        for o in items:
-            b, grad = of.get(o.source), o.source.grad
-            if b is not None and grad is not None and grad.dtype == o.source.dtype:
-                grad_slots.append((o.source, b.slot(b.grad, o.source)))
-                o.grad_copy, o.slot = None, b.bounds(o.source)
         _move(moves)
-        take_grads(grad_slots)
-        return grad_slots
+
+    def takes_grad(self, p: Tensor) -> bool:
+        """Whether the gradient of ``p`` has a slot."""
+        return p in self.buffers_of and p.grad is not None and p.grad.dtype == p.dtype
+
+    def take_grads(self, params: list[Tensor]) -> None:
+        """Bring gradients into their slots; autograd and users make new ones elsewhere."""
+        storages = self._storages()
+        moves = []
+        for p in params:
+            assert p.grad is not None
+            if not self.takes_grad(p):
+                p.grad = _apart(p.grad, storages)
+                continue
+            b = self.buffers_of[p]
+            if not b.in_slot(b.grad, p, p.grad):
+                slot = b.slot(b.grad, p)
+                moves.append((p, slot, p.grad))
+        _move([(slot, grad) for _, slot, grad in moves])
+        for p, slot, _ in moves:
+            p.grad = slot
+
+    def _storages(self) -> set[int]:
+        return {t.untyped_storage().data_ptr() for b in self.buffers for t in b.tensors()}
 
 
 def _apart(t: Any, storages: set[int]) -> Any:
@@ -162,11 +178,3 @@ def _move(slots: list[tuple[Tensor, Tensor]]) -> None:
     sources = [_apart(t, storages) for _, t in slots]
     for (slot, _), source in zip(slots, sources):
         slot.copy_(source)
-
-
-def take_grads(slots: list[tuple[Tensor, Tensor]]) -> None:
-    """Bring gradients into their slots; autograd and users make new ones elsewhere."""
-    moved = [(p, slot) for p, slot in slots if p.grad is not None and p.grad.data_ptr() != slot.data_ptr()]
-    _move([(slot, p.grad) for p, slot in moved if p.grad is not None])
-    for p, slot in moved:
-        p.grad = slot

@@ -13,7 +13,7 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 
 from .addresses import Addresses, Answer
 from .backends import Backend, select
-from .flat import FlatLayout, take_grads
+from .flat import FlatLayout
 from .layout import (
     check_address,
     check_grad,
@@ -27,7 +27,7 @@ from .rounding import random_key
 from .rules import Rule
 from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
-from .table import GRAD_COLUMN, Batch, BatchKey, Operands
+from .table import GRAD_COLUMN, Batch, BatchKey, Operands, int64_tensor
 
 
 @dataclass(frozen=True)
@@ -66,10 +66,11 @@ class Plan:
     batches: list[tuple[Backend, Batch]]
     addresses: Addresses
     depends_on: list[Any]
-    grad_slots: list[tuple[Tensor, Tensor]]
-    """With ``flatten``: parameters and the slots of their gradients."""
-    grad_numbers: list[list[int]]
-    """For each batch's rows, the numbers of their gradients among all."""
+    followed: list[tuple[Tensor, Tensor]]
+    """For each batch the rows whose gradients are read where they lie, and these gradients' numbers."""
+    flat: FlatLayout | None
+    live: list[Tensor]
+    """Parameters that are stepped."""
     versioned: list[Tensor]
     """Parameters whose versions autograd counts."""
 
@@ -84,12 +85,13 @@ class Plan:
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
-        if answer is Answer.GRADS_MOVED and self.grad_slots:
-            take_grads(self.grad_slots)
+        moved = answer is Answer.GRADS_MOVED
+        if moved and self.flat is not None:
+            self.flat.take_grads(self.live)
             answer = self.addresses.ask(params, state)
-        if answer is Answer.GRADS_MOVED:
-            for (_, batch), numbers in zip(self.batches, self.grad_numbers):
-                batch.rows[:, GRAD_COLUMN] = self.addresses.grads[numbers]
+        if moved:
+            for (_, batch), (rows, numbers) in zip(self.batches, self.followed):
+                batch.rows[rows, GRAD_COLUMN] = self.addresses.grads[numbers]
                 batch.on_device.pop("rows", None)
         return answer is not Answer.CHANGED
 
@@ -117,21 +119,31 @@ def make_plan(
     others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in stepped}
     _share_steps(by_key, list(others.values()), backends)
     _warn_of_casts(items, state)
-    grad_slots = []
     if settings.flatten:
         flat.hold(p for group in groups for p in group["params"] if settings.can_be_flat(p))
-        grad_slots = flat.take(items, others, settings.parts_of)
+        flat.take_states({o.source: o.state for o in items}, others, settings.parts_of)
+        flat.take_grads([o.source for o in items])
+        for o in items:
+            if flat.takes_grad(o.source):
+                o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
     state.update({o.source: o.state for o in items})
     batches = [(backends[key.device], Batch(key, batch)) for key, batch in by_key.items()]
-    numbers = {o.source: i for i, o in enumerate(items)}
+    live = [o.source for o in items]
     return Plan(
         batches,
         Addresses([group["params"] for group in groups], state),
         _depends_on(groups, seed),
-        grad_slots,
-        [[numbers[batch.items[i].source] for i in batch.first_items] for _, batch in batches],
-        [o.source for o in items if not o.source.is_inference()],
+        [_followed(batch, {p: i for i, p in enumerate(live)}) for _, batch in batches],
+        flat if settings.flatten else None,
+        live,
+        [p for p in live if not p.is_inference()],
     )
+
+
+def _followed(batch: Batch, numbers: dict[Tensor, int]) -> tuple[Tensor, Tensor]:
+    firsts = [(row, batch.items[i]) for row, i in enumerate(batch.first_items)]
+    rows = [row for row, o in firsts if o.grad_copy is None]
+    return int64_tensor(rows), int64_tensor([numbers[o.source] for _, o in firsts if o.grad_copy is None])
 
 
 def _checked_operands(

@@ -216,11 +216,12 @@ def test_gradients_of_other_layouts(backend: str, rule: str, flatten: bool) -> N
 @fused
 @rules
 def test_large_and_many(backend: str, rule: str) -> None:
-    """A large prime, and two thousand tiny tensors in both layouts."""
+    """A large prime, and many tiny tensors in both layouts; an interpreted program takes 25 ms."""
+    many = 200 if backend == "triton" else 2000
     for shapes, format, flatten in (
         ([(200003,)], "fp32", False),
         ([(200003,)], "bf16", False),
-        ([(1 + i % 9,) for i in range(2000)], "fp32", rule == "adamaxw"),
+        ([(1 + i % 9,) for i in range(many)], "fp32", rule == "adamaxw"),
     ):
         model = Model(rule, backend, shapes, format, flatten=flatten)
         model.set_gradients()

@@ -83,11 +83,6 @@ def test_a_fused_step_makes_nothing_of_the_size_of_a_parameter(
     with Allocations() as allocations:
         optimizer.step()
     assert allocations.largest < 1000
-    assert optimizer.memory().step < 1000
-    eager = rule.optimizer(params, backend="eager", **options)
-    assert eager.memory().step == 0
-    eager.step()
-    assert eager.memory().step is None
 
 
 @pytest.mark.skipif(extension("_cpu")[0] is None, reason="needs the compiled module")
@@ -250,7 +245,6 @@ def test_a_parameter_in_another_order_has_the_bits_of_a_contiguous_one(make: Mak
         for seed in range(3):
             p.grad = torch.empty_like(p).copy_(gradient(torch.empty(p.shape, dtype=BF16), seed))
             optimizer.step()
-        assert (optimizer.memory().copies > 0) == lay_out
         return [p.detach().contiguous(), *(t for key, t in sorted(optimizer.state[p].items()))]
 
     assert_same_bits(run(True), run(False))
