@@ -19,7 +19,7 @@ from .flat import FlatLayout
 from .layout import check_no_overlap
 from .memory import Memory, memory_of, nbytes
 from .options import HyperparameterTable, WeightDecayMask
-from .plan import Plan, Settings, make_plan
+from .plan import Amp, Plan, Settings, make_plan
 from .reference import MAX_COUNT
 from .rules import RULES
 from .storage import check_formats, plain_format
@@ -172,11 +172,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             options.check_capture(self.param_groups)
         options.run_schedules(self.param_groups, self._count)
         self._hyper.read(self.param_groups)
-        plan = self._current_plan(capturing)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        plan = self._current_plan((scale is not None, found_inf is not None), capturing)
         inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
-        for backend, batch in plan.batches:
-            backend.load(batch, inputs[batch.key.device])
         try:
             for backend, batch in plan.batches:
                 for o in batch.copied:
@@ -194,17 +192,17 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._count = min(self._count + 1, MAX_COUNT)
         return loss
 
-    def _current_plan(self, capturing: bool) -> Plan:
+    def _current_plan(self, amp: Amp, capturing: bool) -> Plan:
         plan = self._plan
-        if plan is None or not plan.refresh(self.param_groups, self.state, self._seed):
+        if plan is None or not plan.refresh(self.param_groups, self.state, self._seed, amp):
             if capturing:
                 raise RuntimeError(
                     "a step that is captured into a CUDA graph must be like the one before it, which made "
-                    "the states and loaded the kernels: make a step with these parameters, gradients and "
-                    "states before the capture"
+                    "the states and loaded the kernels: make a step with these parameters, gradients, states, "
+                    "grad_scale and found_inf before the capture"
                 )
             self._plan = None
-            plan = make_plan(self.param_groups, self.state, self._settings, self._seed, self._flat)
+            plan = make_plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
             self._plan = plan
         return plan
 

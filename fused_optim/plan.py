@@ -30,6 +30,10 @@ from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import GRAD_COLUMN, Batch, BatchKey, Operands, int64_tensor
 
 
+Amp = tuple[bool, bool]
+"""Whether a step is given ``grad_scale`` and ``found_inf``."""
+
+
 @dataclass(frozen=True)
 class Settings:
     """What is the same for all of an optimizer's groups."""
@@ -78,10 +82,10 @@ class Plan:
     def devices(self) -> set[torch.device]:
         return {batch.key.device for _, batch in self.batches}
 
-    def refresh(self, groups: list[Group], state: dict[Any, Any], seed: int) -> bool:
+    def refresh(self, groups: list[Group], state: dict[Any, Any], seed: int, amp: Amp) -> bool:
         """Whether this plan still describes the optimizer. Gradients that have moved are followed: in
         the table, or into their slots in a flat buffer."""
-        if self.depends_on != _depends_on(groups, seed):
+        if self.depends_on != _depends_on(groups, seed, amp):
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
@@ -96,14 +100,14 @@ class Plan:
         return answer is not Answer.CHANGED
 
 
-def _depends_on(groups: list[Group], seed: int) -> list[Any]:
+def _depends_on(groups: list[Group], seed: int, amp: Amp) -> list[Any]:
     """What a plan depends on beside tensors."""
     masks = (group["weight_decay_mask"] for group in groups)
-    return [seed, [len(group["params"]) for group in groups], [mask and tuple(mask) for mask in masks]]
+    return [seed, amp, [len(group["params"]) for group in groups], [mask and tuple(mask) for mask in masks]]
 
 
 def make_plan(
-    groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int, flat: FlatLayout
+    groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int, amp: Amp, flat: FlatLayout
 ) -> Plan:
     """A plan for the tensors as they are now. Raises before anything is written.
 
@@ -115,6 +119,8 @@ def make_plan(
     by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
     for o in items:
         by_key[_batch_key(o, settings.rule)].append(o)
+    for key in by_key:
+        backends[key.device].load(key, *amp)
     stepped = {o.source for o in items}
     others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in stepped}
     _share_steps(by_key, list(others.values()), backends)
@@ -132,7 +138,7 @@ def make_plan(
     return Plan(
         batches,
         Addresses([group["params"] for group in groups], state),
-        _depends_on(groups, seed),
+        _depends_on(groups, seed, amp),
         [_followed(batch, {p: i for i, p in enumerate(live)}) for _, batch in batches],
         flat if settings.flatten else None,
         live,

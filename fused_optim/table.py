@@ -152,8 +152,6 @@ class Batch:
         self._chunks: dict[int, Tensor] = {}
         self.on_device: dict[str, Tensor] = {}
         """Where a GPU backend keeps its copies of the table; emptied when rows change."""
-        self.loaded: set[Any] = set()
-        """What a backend has loaded for this batch, in its own terms."""
 
     def tensors(self) -> list[Tensor]:
         """The table, on the host and on the device, and copies of what kernels cannot walk as it is."""

@@ -129,7 +129,7 @@ class Recursion:
         self.mu, self.nu = self.mu_format.encode(self.param, None), self.nu_format.encode(self.param, None)
         self.reference = RULES[rule].reference
         defaults = OPTIMIZERS[rule]([torch.nn.Parameter(self.param)]).defaults
-        hyper = Hyperparameters(0, 0, *defaults["betas"], defaults["eps"], defaults.get("eps_root", 0), 0, 0)
+        hyper = Hyperparameters(0, 0, *defaults["betas"], defaults["eps"], defaults.get("eps_root", 0), 0, 0, 0)
         columns = coefficients(torch.tensor([hyper], dtype=torch.float64), torch.tensor([1]), torch.float32)
         # What changes from step to step concerns the parameter alone.
         self.coefficients = Coefficients(*(column[0] for column in columns))

@@ -94,6 +94,7 @@ class Dies(Adam):
         os._exit(3)
 
 
+@pytest.mark.filterwarnings("ignore:os.fork")  # JAX, if another test has imported it
 @pytest.mark.parametrize(
     "make, status, why",
     [(Adam, "failed check", "differs from adamw in float64"), (Dies, "error", "BrokenProcessPool")],

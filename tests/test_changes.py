@@ -460,10 +460,10 @@ def test_out_of_memory_before_the_first_launch(
     """What is raised while the second batch is prepared finds the first not yet stepped."""
     real = ALL_BACKENDS[backend]
 
-    def load(batch: Any, inputs: Any) -> None:
-        if batch.key.param.dtype == torch.float64:
+    def load(key: Any, *amp: bool) -> None:
+        if key.param.dtype == torch.float64:
             raise MemoryError("of the test")
-        real.load(batch, inputs)
+        real.load(key, *amp)
 
     w = World("adamaxw", backend, flatten, "fp32")
     w.new_gradients("abcde")

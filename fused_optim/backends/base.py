@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..table import Batch
+from ..table import Batch, BatchKey
 
 
 class Inputs(NamedTuple):
@@ -40,15 +40,16 @@ class Backend:
     Attributes:
         name: what the user calls it.
         why_not: why it cannot step parameters on a device; None where it can.
-        load: brings in all that a step of a batch runs. It is called for all batches before the first
-            of them is stepped, so that a compiler's error leaves no step half made.
+        load: brings in all that steps of such a batch run, with and without ``grad_scale`` and
+            ``found_inf``. It is called for all batches before anything is written, so that a compiler's
+            error changes nothing.
         step: makes one step of a batch in place, step numbers included.
         steps_all_at_once: whether ``step`` makes all of a batch or nothing, whatever interrupts it.
     """
 
     name: str
     why_not: Callable[[torch.device], str | None]
-    load: Callable[[Batch, Inputs], None]
+    load: Callable[[BatchKey, bool, bool], None]
     step: Callable[[Batch, Inputs], None]
     steps_all_at_once: bool = True
 
@@ -87,5 +88,5 @@ def table_on(batch: Batch, chunk_size: int) -> DeviceTable:
     return DeviceTable(**{name: used_on_current_stream(batch.on_device[name]) for name in tables})
 
 
-def nothing_to_load(batch: Batch, inputs: Inputs) -> None:
+def nothing_to_load(key: BatchKey, scaled: bool, skippable: bool) -> None:
     """The ``load`` of a backend whose code came with its module."""

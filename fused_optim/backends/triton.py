@@ -71,21 +71,15 @@ def _step_options(key: BatchKey) -> dict[str, Any]:
     return _options(key.device, kernels.THREADS, registers)
 
 
-def _load(batch: Batch, inputs: Inputs) -> None:
-    kernels, key = _kernels()[0], batch.key
+@cache
+def _load(key: BatchKey, scaled: bool, skippable: bool) -> None:
+    kernels = _kernels()[0]
     assert kernels is not None
-    amp = inputs.grad_scale is not None, inputs.found_inf is not None
-    if amp in batch.loaded:
-        return
-    if key.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            "a CUDA graph is being captured, and kernels for this step were not loaded before; make a step "
-            "with grad_scale and found_inf as they are now before the capture"
-        )
     prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
     with _on(key.device):
-        kernels.load(key.param.working, *amp, _constants(key), prologue_options, _step_options(key))
-    batch.loaded.add(amp)
+        kernels.load(
+            key.param.working, scaled, skippable, _constants(key), prologue_options, _step_options(key)
+        )
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
