@@ -117,7 +117,7 @@ class Ours:
 
     def second_moment(self) -> Tensor:
         state = self.optimizer.state[self.param]
-        return self.format.decode(state[self.key], state.get(f"{self.key}_base"))
+        return self.format.decode(state[self.key], state.get(aux.key if (aux := self.format.aux_of(self.key)) else None))
 
 
 class Recursion:
