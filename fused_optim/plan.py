@@ -29,7 +29,6 @@ from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import GRAD_COLUMN, Batch, BatchKey, Operands, int64_tensor
 
-
 Amp = tuple[bool, bool]
 """Whether a step is given ``grad_scale`` and ``found_inf``."""
 

@@ -92,8 +92,8 @@ LOSSES = {
     "an exponent for each element": (
         "codecs.py",
         "tl.load(exponents, at.block_mask).to(tl.int32)",
-        "tl.max(tl.reshape(tl.load(tl.load(row + AUX).to(tl.pointer_type(tl.uint8)) + at.offset // BLOCK,"
-        " at.mask).to(tl.int32), [at.offset.shape[0] // BLOCK, BLOCK]), 1)",
+        ("tl.max(tl.reshape(tl.load(tl.load(row + AUX).to(tl.pointer_type(tl.uint8)) + at.offset // BLOCK,"
+        " at.mask).to(tl.int32), [at.offset.shape[0] // BLOCK, BLOCK]), 1)"),
         "byte loads where",
     ),
     "approximate division": ("rules.py", "return tl.div_rn(x, y)", "return x / y", "approximate"),
