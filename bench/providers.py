@@ -84,6 +84,7 @@ def _groups(groups: Groups) -> list[dict[str, Any]]:
 
 OUR_RULES: dict[str, tuple[str, dict[str, Any]]] = {
     "adabelief": ("AdaBelief", {"eps_root": EPS}),
+    "adamw": ("AdamW", {}),
     "adamaxw": ("AdamaxW", {}),
 }
 """By the reference's name: the optimizer's class, and options beside the common ones."""

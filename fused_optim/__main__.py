@@ -14,7 +14,7 @@ from importlib import metadata
 
 import torch
 
-from . import AdaBelief, AdamaxW, __version__
+from . import AdaBelief, AdamaxW, AdamW, __version__
 from .backends import BACKENDS, extension
 
 
@@ -53,7 +53,7 @@ def device_for(backend: str) -> tuple[torch.device, str | None]:
 
 def self_check(backend: str, device: torch.device) -> str | None:
     """Make one step of each optimizer and compare it with eager; None if all bits are equal."""
-    for optimizer_class in (AdaBelief, AdamaxW):
+    for optimizer_class in (AdaBelief, AdamaxW, AdamW):
         results = []
         for name, where in ((backend, device), ("eager", torch.device("cpu"))):
             rng = torch.Generator().manual_seed(0)

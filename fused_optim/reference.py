@@ -177,6 +177,14 @@ def adabelief(p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tu
     return apply_update(p, u, c), m, s
 
 
+def adamw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
+    """AdamW: ``eps_root`` goes under the root, not into the stored state."""
+    m = first_moment(g, m, c)
+    v = c.one_minus_beta2 * (g * g) + c.beta2 * v
+    u = corrected_first_moment(g, m, c) / (sqrt(v / c.bias_correction2 + c.eps_root) + c.eps)
+    return apply_update(p, u, c), m, v
+
+
 def adamaxw(p: Tensor, g: Tensor, m: Tensor, v: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
     """AdamaxW: Adam with an exponentially weighted infinity norm, decay decoupled."""
     m = first_moment(g, m, c)

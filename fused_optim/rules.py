@@ -36,5 +36,6 @@ RULES = {
     for rule in (
         Rule("adabelief", ("exp_avg", "exp_avg_var"), reference.adabelief),
         Rule("adamaxw", ("exp_avg", "exp_inf"), reference.adamaxw),
+        Rule("adamw", ("exp_avg", "exp_avg_sq"), reference.adamw),
     )
 }

@@ -88,3 +88,16 @@ def adamaxw_moments(g, m, v, c):
 @triton.jit
 def adamaxw(g, m, v, c):
     return divide(corrected(m, c.bias_correction1), v)
+
+
+@triton.jit
+def adamw_moments(g, m, v, c):
+    m = first_moment(g, m, c)
+    v = c.one_minus_beta2 * (g * g) + c.beta2 * v
+    return m, v
+
+
+@triton.jit
+def adamw(g, m, v, c):
+    m_hat = corrected_first_moment(g, m, c)
+    return divide(m_hat, square_root(corrected(v, c.bias_correction2) + c.eps_root) + c.eps)

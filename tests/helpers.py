@@ -18,7 +18,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import AdaBelief, AdamaxW
+from fused_optim import AdaBelief, AdamaxW, AdamW
 from fused_optim.reference import MAX_COUNT, Coefficients, Hyperparameters, coefficients
 from fused_optim.rounding import MU, NU, PARAM, Place, random_key
 from fused_optim.rules import RULES as REFERENCES
@@ -42,6 +42,7 @@ RULES = {
     "adabelief": Rule(AdaBelief, "adabelief", {}),
     "adabelief-nesterov": Rule(AdaBelief, "adabelief", {"nesterov": True}),
     "adamaxw": Rule(AdamaxW, "adamaxw", {}),
+    "adamw": Rule(AdamW, "adamw", {"nesterov": True}),
 }
 """The rules that every contract is tested of; a new one is a line here."""
 BACKENDS = ["eager", "cpu"]

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.reference import MAX_COUNT, bias_correction
+from fused_optim.rules import RULES as FUSED_RULES
 
 if hasattr(jax, "enable_x64"):
     from jax import enable_x64
@@ -106,7 +107,7 @@ def set_gradients(group: dict[str, Any], tree: Tree) -> None:
 
 def ours(optimizer: torch.optim.Optimizer, group: int) -> dict[str, dict[str, Tensor]]:
     """Parameters and both states of a group, by name."""
-    keys = ("exp_avg", "exp_inf" if isinstance(optimizer, AdamaxW) else "exp_avg_var")
+    keys = FUSED_RULES[optimizer.rule].states
     names, params = (optimizer.param_groups[group][key] for key in ("param_names", "params"))
     states = {key: {n: optimizer.state[p][key] for n, p in zip(names, params)} for key in keys}
     return {"params": {n: p.detach() for n, p in zip(names, params)}, **states}
@@ -215,6 +216,10 @@ class Oracle(NamedTuple):
 ORACLES = {
     "adabelief": Oracle(belief_chain(), optax.scale_by_belief(*BETAS)),
     "adabelief-nesterov": Oracle(belief_chain(nesterov=True), optax.scale_by_belief(*BETAS, nesterov=True)),
+    "adamw": Oracle(
+        optax.adamw(0.01, *BETAS, weight_decay=0.1, nesterov=True),
+        optax.scale_by_adam(*BETAS, nesterov=True),
+    ),
     "adamaxw": Oracle(optax.adamaxw(0.01, *BETAS, weight_decay=0.1), optax.scale_by_adamax(*BETAS)),
 }
 rules = pytest.mark.parametrize("rule", RULES)

@@ -8,8 +8,9 @@
 
 #include "adabelief.h"
 #include "adamaxw.h"
+#include "adamw.h"
 
-#define FUSED_OPTIM_RULES(X) X(AdaBelief) X(AdamaxW)
+#define FUSED_OPTIM_RULES(X) X(AdaBelief) X(AdamaxW) X(AdamW)
 
 namespace fused_optim {
 

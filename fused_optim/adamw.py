@@ -1,0 +1,87 @@
+"""AdamW."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any, final
+
+from torch import Tensor
+
+from .optimizer import FusedOptimizer
+from .options import Schedule, WeightDecayMask
+
+
+@final
+class AdamW(FusedOptimizer):
+    r"""Adam with decoupled weight decay, with the semantics of ``optax.adamw``, in one fused pass.
+
+    With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
+
+    .. math::
+        m_t &= (1-\beta_1) g_t + \beta_1 m_{t-1} \\
+        v_t &= (1-\beta_2) g_t^2 + \beta_2 v_{t-1} \\
+        u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{v_t / (1-\beta_2^t) + \varepsilon_{root}} + \varepsilon}
+               + \lambda p_{t-1} \\
+        p_t &= p_{t-1} - \eta u_t
+
+    With ``nesterov`` the numerator is
+    :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
+
+    Args:
+        params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.
+        lr: :math:`\eta`; a float, a tensor of one element, or a callable of the number of earlier steps.
+        betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
+        eps: :math:`\varepsilon`.
+        eps_root: :math:`\varepsilon_{root}`, under the root.
+        weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``. The
+            default is Optax's 1e-4, not torch's 1e-2.
+        nesterov: look one step ahead in the first moment.
+
+    State: ``step`` (int64), ``exp_avg`` and ``exp_avg_sq``. Checkpoints of ``torch.optim.AdamW`` load.
+
+    Raises:
+        ValueError, TypeError: an argument is out of range or of the wrong type; named.
+        RuntimeError: the backend that was named is not available; says why.
+
+    Example:
+        >>> import torch
+        >>> from fused_optim import AdamW
+        >>> model = torch.nn.Linear(3, 1)
+        >>> optimizer = AdamW(model.parameters(), lr=1e-3, weight_decay=0.01)
+        >>> model(torch.ones(2, 3)).sum().backward()
+        >>> optimizer.step()
+
+    Source: arXiv 1711.05101; ``optax.adamw``.
+    """
+
+    rule = "adamw"
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        eps_root: float = 0.0,
+        weight_decay: float | Schedule = 1e-4,
+        *,
+        nesterov: bool = False,
+        weight_decay_mask: WeightDecayMask | None = None,
+        decoupled_lr: bool = False,
+        maximize: bool = False,
+        state_format: str = "fp32",
+        master_weights: str | None = None,
+        stochastic_rounding: bool = False,
+        flatten: bool = False,
+        backend: str | None = None,
+    ) -> None:
+        numbers = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
+        super().__init__(
+            params,
+            {**numbers, "nesterov": nesterov, "maximize": maximize},
+            weight_decay_mask=weight_decay_mask,
+            decoupled_lr=decoupled_lr,
+            formats=(state_format, master_weights, stochastic_rounding),
+            flatten=flatten,
+            backend=backend,
+        )
