@@ -20,7 +20,7 @@ import torch
 from helpers import RULES, SHAPES, assert_same_bits
 from torch import Tensor
 
-from fused_optim import AdaBelief, AdamaxW
+from fused_optim import AdaBelief, AdamaxW, AdamW
 from fused_optim.reference import MAX_COUNT, bias_correction
 from fused_optim.rules import RULES as FUSED_RULES
 
@@ -177,11 +177,21 @@ def test_adabelief_has_the_bits_of_optax(nesterov: bool, eps_root: float) -> Non
             assert_same_vector(vector(list(ours(optimizer, i).values())), want, f"step {t}, variant {i}")
 
 
-def test_adamaxw_has_the_bits_of_optax() -> None:
+@pytest.mark.parametrize(
+    ("ours_is", "optax_is", "options"),
+    [
+        (AdamaxW, optax.adamaxw, {}),
+        (AdamW, optax.adamw, {}),
+        (AdamW, optax.adamw, {"nesterov": True, "eps_root": 1e-10}),
+    ],
+)
+def test_optimizers_with_decay_of_their_own_have_the_bits_of_optax(
+    ours_is: Any, optax_is: Any, options: dict[str, Any]
+) -> None:
     grads = random_gradients(3)
-    optimizer = AdamaxW(variant_groups(4), betas=BETAS, eps=1e-8, backend="eager")
+    optimizer = ours_is(variant_groups(4), betas=BETAS, eps=1e-8, backend="eager", **options)
     oracles = [
-        optax.adamaxw(lr, *BETAS, eps=1e-8, weight_decay=decay, mask=MASK if masked else None)
+        optax_is(lr, *BETAS, eps=1e-8, weight_decay=decay, mask=MASK if masked else None, **options)
         for (decay, _, masked), (lr, _) in VARIANTS
     ]
     params = [{k: jnp.asarray(v) for k, v in first_parameters(4).items()} for _ in VARIANTS]
