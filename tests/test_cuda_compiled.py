@@ -614,6 +614,7 @@ def test_registers(code: Code, arch: str) -> None:
     assert resource_problems(code.resources[arch]) == []
 
 
+@pytest.mark.kernels
 @pytest.mark.parametrize("arch", ARCHS)
 def test_accesses(code: Code, arch: str) -> None:
     assert access_problems(code.sass[arch]) == []
@@ -723,6 +724,7 @@ def test_lost_exactness_is_seen(tmp_path: Path, flags: list[str], found: list[st
         assert any(problem.endswith(f" {operation}") for problem in problems), operation
 
 
+@pytest.mark.kernels
 def test_lost_vectors_and_registers_are_seen(tmp_path: Path) -> None:
     cuobjdump(nvcc())
     shutil.copytree(CSRC, tmp_path / "csrc")
