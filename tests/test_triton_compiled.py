@@ -143,7 +143,6 @@ def test_on_an_emulated_gpu(version: str, capability: str, tests: str) -> None:
     run_on_emulated_gpu(version, capability, tests)
 
 
-@in_test_kernels
 def test_a_kernel_of_each_rule_on_an_emulated_gpu() -> None:
     """What ``make test`` runs of all this."""
     run_on_emulated_gpu("installed", "90", "sizes and split8:bf16:8bit or interrupted")
