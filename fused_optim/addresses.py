@@ -1,8 +1,8 @@
 """The one place that asks where tensors are.
 
 Kernels are given addresses, and torch tells nobody when a tensor is moved, replaced or freed. So each
-step asks all of them, through documented interfaces alone; 148 parameters with two moments take some
-XX us in C++ (``csrc/addresses.h``) and YY us here.
+step asks all of them, through documented interfaces alone: in C++ where it was built
+(``csrc/addresses.h``), else here.
 """
 
 from __future__ import annotations
