@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
-from .options import Schedule, WeightDecayMask
+from .options import FormatOptions, Schedule, WeightDecayMask
 
 
 @final
@@ -68,13 +68,7 @@ class AdamaxW(FusedOptimizer):
         flatten: bool = False,
         backend: str | None = None,
     ) -> None:
-        numbers = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        super().__init__(
-            params,
-            {**numbers, "maximize": maximize},
-            weight_decay_mask=weight_decay_mask,
-            decoupled_lr=decoupled_lr,
-            formats=(state_format, master_weights, stochastic_rounding),
-            flatten=flatten,
-            backend=backend,
-        )
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
+        defaults |= {"maximize": maximize}
+        formats = FormatOptions(state_format, master_weights, stochastic_rounding)
+        super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import Group, check_group, checked_count, names_of, whole_number
+from .options import Group, check_group, names_of, whole_number
 from .plan import Settings
-from .state import check_saved, checked_step, copy_state, in_formats, with_exponent_keys
+from .reference import MAX_COUNT
+from .state import check_saved, checked_step, in_formats, own, with_exponent_keys
 
 _ELSEWHERE = {
     *("foreach", "fused", "capturable", "differentiable", "buffer", "param_names"),
@@ -35,15 +36,11 @@ class Loaded:
 def snapshot(state_dict: dict[str, Any], count: int, seed: int | None) -> dict[str, Any]:
     """torch's state dict with tensors of its own, without callables, with count and seed."""
     state_dict["state"] = {
-        key: copy_state(state) if isinstance(state, dict) else state
+        key: {k: own(v) for k, v in state.items()} if isinstance(state, dict) else own(state)
         for key, state in state_dict["state"].items()
     }
     state_dict["param_groups"] = [
-        {
-            k: v.detach().clone() if isinstance(v, Tensor) else list(v) if isinstance(v, list) else v
-            for k, v in group.items()
-            if k != "schedules"
-        }
+        {k: list(v) if isinstance(v, list) else own(v) for k, v in group.items() if k != "schedules"}
         for group in state_dict["param_groups"]
     ]
     state_dict["count"] = count
@@ -72,9 +69,8 @@ def read(saved: dict[str, Any], own: list[Group], settings: Settings, decoupled_
             if together not in steps:
                 steps[together] = torch.tensor(number, dtype=torch.int64, device=p.device)
             states[p]["step"] = steps[together]
-    count = checked_count(saved.get("count", max(numbers)))
-    seed = saved.get("seed")
-    seed = None if seed is None else whole_number("seed", seed, 2**32)
+    count = whole_number("the saved 'count'", saved.get("count", max(numbers)), MAX_COUNT + 1)
+    seed = None if saved.get("seed") is None else whole_number("seed", saved["seed"], 2**32)
     for i, (group, ours) in enumerate(zip(saved["param_groups"], own)):
         if "weight_decay_mask" not in group:
             _warn_of_differences(group, ours, i)
@@ -85,7 +81,7 @@ def _converted(name: str, p: Tensor, state: dict[str, Any], settings: Settings) 
     if "step" not in state:
         raise ValueError(f"the saved state of parameter {name} has no 'step'; it has {sorted(state)}")
     keys = settings.rule.states
-    state = with_exponent_keys(copy_state(state), keys)
+    state = with_exponent_keys({k: own(v) for k, v in state.items()}, keys)
     check_saved(name, p, state, keys, settings.rule.name)
     return in_formats(state, p, keys, settings.formats_of(p), settings.dense_like(p))
 
@@ -136,17 +132,3 @@ def keep_schedules(old: list[Group], new: list[Group]) -> None:
             group["schedules"] = before["schedules"]
             for key, scheduled in group["schedules"].items():
                 scheduled.value = group[key]
-
-
-def unflatten(params: list[Tensor], state: dict[Any, Any]) -> None:
-    """Give parameters, gradients and states memory of their own."""
-
-    def own(t: Tensor) -> Tensor:
-        return t.detach().clone(memory_format=torch.preserve_format)
-
-    for p in params:
-        p.data = own(p)
-        if p.grad is not None:
-            p.grad = own(p.grad)
-        if p in state:
-            state[p].update({k: own(v) for k, v in state[p].items() if isinstance(v, Tensor) and k != "step"})

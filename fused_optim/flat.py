@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from .memory import nbytes
-from .state import State
 from .storage import Part
 
 ALIGN = 16
@@ -34,7 +33,7 @@ class FlatBuffers:
     def __init__(self, params: list[Tensor]) -> None:
         self.device, self.dtype = params[0].device, params[0].dtype
         self.params = params
-        self.param, self.grad = (Part(key, self.dtype, 1) for key in ("param", "grad"))
+        self.param, self.grad = Part("param", self.dtype), Part("grad", self.dtype)
         self._index = {p: i for i, p in enumerate(params)}
         self._starts: dict[int, list[int]] = {}
         self._buffers: dict[Part, Tensor] = {}
@@ -50,36 +49,29 @@ class FlatBuffers:
         starts, i = self._starts[part.block], self._index[p]
         return starts[i], starts[i + 1]
 
-    def _buffer(self, part: Part) -> Tensor:
-        if part not in self._buffers:
-            end = self._bounds(part, self.params[-1])[1]
-            with torch.inference_mode(False):
-                self._buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
-        return self._buffers[part]
-
     def slot(self, part: Part, p: Tensor) -> Tensor:
         """The slot of ``p`` in the buffer of ``self.param``, ``self.grad`` or a part of the state."""
-        start, buffer = self._bounds(part, p)[0], self._buffer(part)
         shape, stride = (p.shape, p.stride()) if part.block == 1 else ((part.numel(p.numel()),), (1,))
-        # Not a view to autograd: in-place operations on one slot are nothing to the others.
         with torch.inference_mode(False):
-            return buffer.new_empty(0).set_(buffer.untyped_storage(), start, shape, stride)
+            if part not in self._buffers:
+                end = self._bounds(part, self.params[-1])[1]
+                self._buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
+            # Not a view to autograd: in-place operations on one slot are nothing to the others.
+            storage = self._buffers[part].untyped_storage()
+            slot = torch.empty(0, dtype=part.dtype, device=self.device)
+            return slot.set_(storage, self._bounds(part, p)[0], shape, stride)
 
     def in_slot(self, part: Part, p: Tensor, t: Tensor) -> bool:
         """Whether ``t`` is the slot of ``p`` in the buffer of ``part``."""
-        buffer, start = self._buffer(part), self._bounds(part, p)[0]
-        return (
-            t.dtype == buffer.dtype
-            and t.device == buffer.device
-            and (t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size())
-            and (part.block > 1 or t.stride() == p.stride())
+        slot = self.slot(part, p)
+        return (t.dtype, t.device, t.stride()) == (slot.dtype, slot.device, slot.stride()) and (
+            t.numel() == 0 or t.data_ptr() == slot.data_ptr()
         )
 
     def bounds(self, p: Tensor) -> tuple[int, int]:
         """Where the slot of ``p`` starts and ends, in real elements."""
-        pairs = 2 if self.dtype.is_complex else 1
         start, end = self._bounds(self.param, p)
-        return start * pairs, end * pairs
+        return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
 
     def tensors(self) -> list[Tensor]:
         return list(self._buffers.values())
@@ -87,8 +79,7 @@ class FlatBuffers:
     @property
     def padding_bytes(self) -> int:
         """Memory of the buffers that is no tensor's."""
-        used = sum(nbytes(self.slot(part, p)) for part in self._buffers for p in self.params)
-        return nbytes(*self._buffers.values()) - used
+        return nbytes(*self.tensors()) - nbytes(*(self.slot(b, p) for b in self._buffers for p in self.params))
 
 
 class FlatLayout:
@@ -117,28 +108,18 @@ class FlatLayout:
         self.buffers = [FlatBuffers(members) for members in by_kind.values()]
         self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
-    def take_states(
-        self, stepped: dict[Any, State], others: dict[Any, State], parts_of: Callable[[Tensor], list[Part]]
-    ) -> None:
+    def take_states(self, states: dict[Any, dict[str, Any]], parts_of: Callable[[Tensor], list[Part]]) -> None:
         """Move states into their slots, and out of those of others.
 
         Args:
-            others: states of what is not stepped.
             parts_of: what a parameter keeps in its state.
         """
-        storages = self._storages()
         moves = []
-        for p, state in {**others, **stepped}.items():
-            b = self.buffers_of.get(p)
-            parts = {} if b is None else {part.key: part for part in parts_of(p)}
-            for key, t in state.items():
-                if b is None or key not in parts or not isinstance(t, Tensor):
-                    state[key] = _apart(t, storages)
-                elif not b.in_slot(parts[key], p, t):
-                    slot = b.slot(parts[key], p)
-                    moves.append((slot, t))
-                    state[key] = slot
-        _move(moves)
+        for p, state in states.items():
+            parts = {part.key: part for part in parts_of(p)} if p in self.buffers_of else {}
+            moves += [(p, parts.get(k), t, state, k) for k, t in state.items() if isinstance(t, Tensor)]
+        for (*_, state, key), t in zip(moves, self._placed([move[:3] for move in moves])):
+            state[key] = t
 
     def takes_grad(self, p: Tensor) -> bool:
         """Whether the gradient of ``p`` has a slot."""
@@ -146,35 +127,27 @@ class FlatLayout:
 
     def take_grads(self, params: list[Tensor]) -> None:
         """Bring gradients into their slots; autograd and users make new ones elsewhere."""
-        storages = self._storages()
-        moves = []
-        for p in params:
-            assert p.grad is not None
-            if not self.takes_grad(p):
-                p.grad = _apart(p.grad, storages)
+        moves = [(p, self.buffers_of[p].grad if self.takes_grad(p) else None, p.grad) for p in params]
+        for p, grad in zip(params, self._placed(moves)):
+            if p.grad is not grad:
+                p.grad = grad
+
+    def _placed(self, moves: list[tuple[Any, Part | None, Any]]) -> list[Tensor]:
+        """Each of the tensors, given as (parameter, part, tensor), copied into its slot where it is not
+        there, or out of all slots if it has none: the part is None then."""
+        storages = {t.untyped_storage().data_ptr() for b in self.buffers for t in b.tensors()}
+        placed, copies = [], []
+        for p, part, t in moves:
+            b = self.buffers_of.get(p)
+            if part is not None and b is not None and b.in_slot(part, p, t):
+                placed.append(t)
                 continue
-            b = self.buffers_of[p]
-            if not b.in_slot(b.grad, p, p.grad):
-                slot = b.slot(b.grad, p)
-                moves.append((p, slot, p.grad))
-        _move([(slot, grad) for _, slot, grad in moves])
-        for p, slot, _ in moves:
-            p.grad = slot
-
-    def _storages(self) -> set[int]:
-        return {t.untyped_storage().data_ptr() for b in self.buffers for t in b.tensors()}
-
-
-def _apart(t: Any, storages: set[int]) -> Any:
-    """A tensor that does not lie in one of these storages."""
-    if isinstance(t, Tensor) and t.untyped_storage().data_ptr() in storages:
-        return t.clone(memory_format=torch.preserve_format)
-    return t
-
-
-def _move(slots: list[tuple[Tensor, Tensor]]) -> None:
-    """Copy tensors into slots, given as (slot, tensor); they may be one another's slots."""
-    storages = {slot.untyped_storage().data_ptr() for slot, _ in slots}
-    sources = [_apart(t, storages) for _, t in slots]
-    for (slot, _), source in zip(slots, sources):
-        slot.copy_(source)
+            if t.untyped_storage().data_ptr() in storages:
+                t = t.clone(memory_format=torch.preserve_format)  # it may lie in another's slot
+            if part is not None and b is not None:
+                copies.append((b.slot(part, p), t))
+                t = copies[-1][0]
+            placed.append(t)
+        for slot, t in copies:
+            slot.copy_(t)
+        return placed

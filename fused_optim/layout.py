@@ -15,17 +15,25 @@ LOWEST_ADDRESS = 1 << 40
 Real addresses are above on most systems; where they are not, the storage is asked too."""
 
 
+def span(t: Tensor) -> int:
+    """Elements from the first to the last, gaps included."""
+    return 1 + sum((n - 1) * s for n, s in zip(t.shape, t.stride())) if t.numel() else 0
+
+
+def _may_collide(t: Tensor) -> bool:
+    """Whether a stride is so small that elements might share memory."""
+    reach = 0
+    for stride, size in sorted(zip(t.stride(), t.shape)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += (size - 1) * stride
+    return False
+
+
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill their memory with no gaps and no overlap, in any order."""
-    expected = 1
-    for stride, size in sorted(zip(t.stride(), t.shape)):
-        if size == 0:
-            return True
-        if size != 1:
-            if stride != expected:
-                return False
-            expected *= size
-    return True
+    return t.numel() == 0 or (span(t) == t.numel() and not _may_collide(t))
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:
@@ -71,6 +79,22 @@ def freed(t: Tensor) -> bool:
     return t.data_ptr() == 0 or t.untyped_storage().data_ptr() == 0
 
 
+def check_kind(name: str, p: Tensor, flatten: bool) -> None:
+    """Raise where a new parameter is of a kind that cannot be stepped at all, naming it."""
+    if is_uninitialized(p):
+        return
+    if p.device.type != "meta" and p.untyped_storage().device.type == "meta":
+        raise TypeError(
+            f"parameter {name} has no memory of its own to step ({type(p).__name__}); make the optimizer for "
+            "real parameters: a FakeTensor's FakeTensorMode, say, must have ended before the model is made"
+        )
+    if flatten and p.device.type == "cpu" and not is_lazy(p) and p.untyped_storage().is_shared():
+        raise ValueError(
+            f"parameter {name} lies in shared memory, which flatten=True would move it out of; give "
+            "flatten=False, or call share_memory() on what optimizer.unflatten() leaves"
+        )
+
+
 def check_address(what: str, t: Tensor) -> None:
     """Raise a ValueError where a kernel cannot read what lies there, naming it."""
     if freed(t):
@@ -86,38 +110,28 @@ def check_address(what: str, t: Tensor) -> None:
         )
 
 
-def check_parameter(name: str, p: Tensor) -> None:
-    """Raise what is wrong with a parameter that has a gradient, naming it."""
+def check_stepped(name: str, p: Tensor) -> None:
+    """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
     if plain_format(p.dtype) is None:
         raise NotImplementedError(
             f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
             "float16, complex64 and complex128"
         )
     check_address(f"parameter {name}", p)
-
-
-def check_grad(name: str, p: Tensor, g: Tensor) -> None:
-    """Raise what is wrong with a gradient, naming its parameter."""
+    g, problem = p.grad, None
+    assert g is not None
     if g.layout != torch.strided:
-        raise RuntimeError(
-            f"the gradient of parameter {name} is sparse, which is not supported; "
-            "give a dense one (p.grad.to_dense())"
+        problem = "is sparse, which is not supported; give a dense one (p.grad.to_dense())"
+    elif g.shape != p.shape:
+        problem = f"has shape {tuple(g.shape)}, its parameter {tuple(p.shape)}; they must be equal"
+    elif g.device != p.device:
+        problem = f"is on {g.device}, its parameter on {p.device}; they must be on the same device"
+    elif g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
+        problem = (
+            f"has dtype {g.dtype}, its parameter {p.dtype}; both must be real floating-point or both complex"
         )
-    if g.shape != p.shape:
-        raise RuntimeError(
-            f"the gradient of parameter {name} has shape {tuple(g.shape)}, "
-            f"its parameter {tuple(p.shape)}; they must be equal"
-        )
-    if g.device != p.device:
-        raise RuntimeError(
-            f"the gradient of parameter {name} is on {g.device}, its parameter on {p.device}; "
-            "they must be on the same device"
-        )
-    if g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
-        raise RuntimeError(
-            f"the gradient of parameter {name} has dtype {g.dtype}, its parameter {p.dtype}; "
-            "both must be real floating-point or both complex"
-        )
+    if problem is not None:
+        raise RuntimeError(f"the gradient of parameter {name} {problem}")
     check_address(f"the gradient of parameter {name}", g)
 
 
@@ -126,36 +140,24 @@ def check_no_overlap(
 ) -> None:
     """Raise a ValueError that names two tensors which share memory, or one whose own elements do."""
     spans = []
-    for name, p in named:
-        if is_uninitialized(p) or p.layout is not torch.strided or p.numel() == 0 or p.data_ptr() == 0:
+    for name, t in named:
+        if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
-        last = sum((n - 1) * s for n, s in zip(p.shape, p.stride()))
-        if _strides_collide(p) and len(set(_offsets(p).tolist())) != p.numel():
+        if _may_collide(t) and len(_offsets(t).unique()) != t.numel():
             raise ValueError(
                 f"{name} overlaps itself: several of its elements share memory (strides "
-                f"{p.stride()}); give a tensor with memory of its own, p.contiguous()"
+                f"{t.stride()}); give a tensor with memory of its own, p.contiguous()"
             )
-        start = p.data_ptr()
-        spans.append((str(p.device), start, start + (last + 1) * p.element_size(), name, p))
-    spans.sort(key=lambda span: span[:3])
-    for i, (device, _, end, name, p) in enumerate(spans):
+        start = t.data_ptr()
+        spans.append((str(t.device), start, start + span(t) * t.element_size(), name, t))
+    spans.sort(key=lambda entry: entry[:3])
+    for i, (device, _, end, name, t) in enumerate(spans):
         for k in range(i + 1, len(spans)):
             other_device, other_start, _, other_name, other = spans[k]
             if other_device != device or other_start >= end:
                 break
-            if (is_dense(p) and is_dense(other)) or _share_a_byte(p, other):
+            if (is_dense(t) and is_dense(other)) or torch.isin(_bytes(t), _bytes(other)).any():
                 raise ValueError(f"{name} and {other_name} overlap in memory; {advice}")
-
-
-def _strides_collide(t: Tensor) -> bool:
-    """Whether a stride is so small that elements might share memory."""
-    reach = 0
-    for stride, size in sorted(zip(t.stride(), t.shape)):
-        if size > 1:
-            if stride <= reach:
-                return True
-            reach += (size - 1) * stride
-    return False
 
 
 def _offsets(t: Tensor) -> Tensor:
@@ -166,9 +168,7 @@ def _offsets(t: Tensor) -> Tensor:
     return offsets.reshape(-1)
 
 
-def _share_a_byte(a: Tensor, b: Tensor) -> bool:
-    def addresses(t: Tensor) -> Tensor:
-        byte = torch.arange(t.element_size(), device="cpu")
-        return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + byte).reshape(-1)
-
-    return bool(torch.isin(addresses(a), addresses(b)).any())
+def _bytes(t: Tensor) -> Tensor:
+    """The addresses of all of its elements' bytes."""
+    in_element = torch.arange(t.element_size(), device="cpu")
+    return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + in_element).reshape(-1)

@@ -16,12 +16,12 @@ from torch import Tensor
 from . import checkpoint, options
 from .backends import Inputs, check_name, select
 from .flat import FlatLayout
-from .layout import check_no_overlap
+from .layout import check_kind, check_no_overlap
 from .memory import Memory, memory_of, nbytes
-from .options import HyperparameterTable, WeightDecayMask
-from .plan import Amp, Plan, Settings, make_plan
+from .plan import Plan, Settings
 from .reference import MAX_COUNT
 from .rules import RULES
+from .state import own
 from .storage import check_formats, plain_format
 
 
@@ -64,29 +64,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         self,
         params: Any,
         defaults: dict[str, Any],
-        *,
-        weight_decay_mask: WeightDecayMask | None,
+        formats: options.FormatOptions,
+        weight_decay_mask: options.WeightDecayMask | None,
         decoupled_lr: bool,
-        formats: tuple[str, str | None, bool],
         flatten: bool,
         backend: str | None,
     ) -> None:
         check_name(backend)
-        options.check_mask_type(weight_decay_mask)
-        self._settings = Settings(
-            RULES[self.rule], options.checked_formats(*formats), options.flag("flatten", flatten), backend
-        )
+        formats.check()
+        self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
-        self._mask, self._mask_used = weight_decay_mask, 0
+        self._mask = weight_decay_mask
         self._count = 0
         self._seed = 0
         self._reset()
         super().__init__(params, {**defaults, "differentiable": False})
-        if isinstance(weight_decay_mask, (list, tuple)) and self._mask_used != len(weight_decay_mask):
-            raise ValueError(
-                f"weight_decay_mask has {len(weight_decay_mask)} entries for {self._mask_used} parameters"
-            )
-        options.check_mask_names(weight_decay_mask, self.param_groups)
+        options.check_mask(weight_decay_mask, self.param_groups)
         for device in {p.device for p in self._params() if p.device.type != "meta"}:
             select(backend, device)
         if flatten:
@@ -96,7 +89,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Forget all that can be worked out again."""
         self._plan: Plan | None = None
         self._flat = FlatLayout()
-        self._hyper = HyperparameterTable()
+        self._hyper = options.HyperparameterTable()
         self._captured: list[Any] = []
 
     def _params(self) -> list[Tensor]:
@@ -126,28 +119,22 @@ class FusedOptimizer(torch.optim.Optimizer):
         group = {**self.defaults, **param_group}
         options.complete_group(group, index, self._count, self._decoupled_lr)
         options.check_twice(group["params"], self.param_groups)
-        mask_used = self._mask_used
+        earlier = len(self._params())
         super().add_param_group(group)
         try:
-            self._complete_added(self.param_groups[index], index)
+            added, mask = self.param_groups[index], group.get("weight_decay_mask")
+            added["weight_decay_mask"] = (
+                options.mask_of(self._mask, added, earlier) if mask is None else options.mask_of(mask, added, 0)
+            )
+            for name, p in zip(options.names_of(self.param_groups, index), added["params"]):
+                check_kind(name, p, self._settings.flatten)
+                if plain_format(p.dtype) is not None:
+                    check_formats(name, p.dtype, *self._settings.formats)
+            named = [(f"parameter {name}", p) for name, p, _ in options.numbered(self.param_groups)]
+            check_no_overlap(named)
         except Exception:
             self.param_groups.pop()
-            self._mask_used = mask_used
             raise
-
-    def _complete_added(self, group: dict[str, Any], index: int) -> None:
-        """What needs the group's parameters as torch has listed them."""
-        mask = group.get("weight_decay_mask")
-        if mask is None and isinstance(self._mask, (list, tuple)):
-            first = self._mask_used
-            self._mask_used += len(group["params"])
-            mask = self._mask[first : self._mask_used]
-        group["weight_decay_mask"] = options.mask_of(self._mask if mask is None else mask, group)
-        for name, p in zip(options.names_of(self.param_groups, index), group["params"]):
-            options.check_kind(name, p, self._settings.flatten)
-            if plain_format(p.dtype) is not None:
-                check_formats(name, p.dtype, *self._settings.formats)
-        check_no_overlap([(f"parameter {name}", p) for name, p in options.named(self.param_groups)])
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -173,26 +160,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         options.run_schedules(self.param_groups, self._count)
         self._hyper.read(self.param_groups)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        plan = self._current_plan((scale is not None, found_inf is not None), capturing)
-        inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
-        try:
-            for backend, batch in plan.batches:
-                for o in batch.copied:
-                    o.load_copies()
-                try:
-                    backend.step(batch, inputs[batch.key.device])
-                finally:
-                    for o in batch.copied:
-                        o.store_copies()
-        finally:
-            # A backward pass through an older graph must notice, whatever interrupted the loop.
-            torch.autograd.graph.increment_version(plan.versioned)
-        if capturing:
-            self._keep_captured(plan)
-        self._count = min(self._count + 1, MAX_COUNT)
-        return loss
-
-    def _current_plan(self, amp: Amp, capturing: bool) -> Plan:
+        amp = (scale is not None, found_inf is not None)
         plan = self._plan
         if plan is None or not plan.refresh(self.param_groups, self.state, self._seed, amp):
             if capturing:
@@ -202,9 +170,23 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "grad_scale and found_inf before the capture"
                 )
             self._plan = None
-            plan = make_plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
+            plan = Plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
             self._plan = plan
-        return plan
+        inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
+        try:
+            for backend, batch in plan.batches:
+                batch.load_copies()
+                try:
+                    backend.step(batch, inputs[batch.key.device])
+                finally:
+                    batch.store_copies()
+        finally:
+            # A backward pass through an older graph must notice, whatever interrupted the loop.
+            torch.autograd.graph.increment_version(plan.versioned)
+        if capturing:
+            self._keep_captured(plan)
+        self._count = min(self._count + 1, MAX_COUNT)
+        return loss
 
     def _keep_captured(self, plan: Plan) -> None:
         """Keep for good what a CUDA graph reads, and do not use it again: what was uploaded
@@ -220,7 +202,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         For code that saves or shares single parameters, and so meets the whole of ``flatten=True``'s
         buffers: ``safetensors.torch.save_model``, ``torch.save`` of a part, ``share_memory_()``.
         """
-        checkpoint.unflatten(self._params(), self.state)
+        for p in self._params():
+            p.data, p.grad = own(p), own(p.grad)
+            state = self.state.get(p, {})
+            state.update({key: own(value) for key, value in state.items() if key != "step"})
         self._settings = replace(self._settings, flatten=False)
         self._plan, self._flat = None, FlatLayout()
 
@@ -291,7 +276,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_mask_used", "_count", "_seed")
+        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

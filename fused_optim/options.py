@@ -1,5 +1,4 @@
-"""Hyperparameters: what a group holds, checked; schedules and masks; and the table of numbers that
-a step reads.
+"""Hyperparameters: what a group holds, checked; schedules and masks; the table of numbers that a step reads.
 
 A group is a plain dict, as everywhere in ``torch.optim``. What belongs to it lives in it: its
 numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``reference_lr`` (what
@@ -9,18 +8,17 @@ numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``r
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import is_lazy as is_uninitialized
 
 from .backends import to_device, used_on_current_stream
-from .layout import is_lazy
-from .reference import MAX_COUNT, Hyperparameters
+from .reference import Hyperparameters
 from .storage import MASTER_WEIGHTS, STATE_FORMATS
 
 Schedule = Callable[[int], Any]
@@ -35,8 +33,6 @@ OF_THE_OPTIMIZER = (
 
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
-    "eps": "Invalid eps value",
-    "weight_decay": "Invalid weight_decay value",
     "betas[0]": "Invalid beta parameter at index 0",
     "betas[1]": "Invalid beta parameter at index 1",
 }
@@ -49,20 +45,17 @@ class FormatOptions(NamedTuple):
     master_weights: str | None
     stochastic_rounding: bool
 
-
-def checked_formats(state_format: Any, master_weights: Any, stochastic_rounding: Any) -> FormatOptions:
-    for name, value, choices in (
-        ("state_format", state_format, STATE_FORMATS),
-        ("master_weights", master_weights, MASTER_WEIGHTS),
-    ):
-        if value not in choices:
-            raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
-    if flag("stochastic_rounding", stochastic_rounding) and master_weights is not None:
-        raise ValueError(
-            f"stochastic_rounding=True is for parameters without a master, got master_weights={master_weights!r}; "
-            "give one of the two"
-        )
-    return FormatOptions(state_format, master_weights, stochastic_rounding)
+    def check(self) -> None:
+        for name, choices in (("state_format", STATE_FORMATS), ("master_weights", MASTER_WEIGHTS)):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
+                )
+        if flag("stochastic_rounding", self.stochastic_rounding) and self.master_weights is not None:
+            raise ValueError(
+                "stochastic_rounding=True is for parameters without a master, got "
+                f"master_weights={self.master_weights!r}; give one of the two"
+            )
 
 
 @dataclass
@@ -85,9 +78,8 @@ def number(name: str, value: Any, where: str = "", below: float = math.inf) -> f
     if not 0 <= result < below:
         limits = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
         given = "an integer too large for a float" if result == math.inf != value else repr(value)
-        raise ValueError(
-            f"{_TORCHS_WORDS.get(name, f'Invalid {name} value')}: {given}; {name}{where} must be {limits}"
-        )
+        words = _TORCHS_WORDS.get(name, f"Invalid {name} value")
+        raise ValueError(f"{words}: {given}; {name}{where} must be {limits}")
     return result
 
 
@@ -98,10 +90,8 @@ def flag(name: str, value: Any) -> bool:
 
 
 def whole_number(name: str, value: Any, below: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise TypeError(f"{name} must be an integer, got {value!r} of type {type(value).__name__}")
-    if not 0 <= value < below:
-        raise ValueError(f"{name} must be in [0, {below}), got {value}")
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < below:
+        raise ValueError(f"{name} must be an integer in [0, {below}), got {value!r}")
     return value
 
 
@@ -116,25 +106,35 @@ def names_of(groups: list[Group], index: int) -> list[str]:
     return [repr(name) for name in names] if len(names) == n else [f"{j} of group {index}" for j in range(n)]
 
 
-def named(groups: list[Group]) -> list[tuple[str, Tensor]]:
-    return [pair for i, group in enumerate(groups) for pair in zip(names_of(groups, i), group["params"])]
+def numbered(groups: list[Group]) -> Iterator[tuple[str, Tensor, int]]:
+    """Every parameter: its name for error texts, itself, and its row in :class:`HyperparameterTable`."""
+    for i, group in enumerate(groups):
+        mask, params = group["weight_decay_mask"], group["params"]
+        if mask is not None and len(mask) != len(params):
+            raise ValueError(
+                f"weight_decay_mask of group {i} has {len(mask)} entries for {len(params)} parameters"
+            )
+        for j, (name, p) in enumerate(zip(names_of(groups, i), params)):
+            yield name, p, 2 * i + (mask is not None and not mask[j])
 
 
-def _tensor_lr(lr: Tensor, where: str) -> float | None:
-    """The value of a learning rate on the CPU; None for one on a GPU, which is not waited for."""
-    if lr.numel() != 1 or not lr.is_floating_point():
-        raise ValueError(
-            f"Tensor lr must be 1-element: lr{where} must be a number or a floating-point tensor of one "
-            f"element, got a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype}"
-        )
-    return lr.item() if lr.device.type == "cpu" else None
+def lr_value(lr: Any, where: str = "") -> float | None:
+    """A checked learning rate as a float; None for one on a GPU, which is not waited for."""
+    if isinstance(lr, Tensor):
+        if lr.numel() != 1 or not lr.is_floating_point():
+            raise ValueError(
+                f"Tensor lr must be 1-element: lr{where} must be a number or a floating-point tensor of one "
+                f"element, got a tensor of shape {tuple(lr.shape)} and dtype {lr.dtype}"
+            )
+        if lr.device.type != "cpu":
+            return None
+        lr = lr.item()
+    return number("lr", lr, where)
 
 
 def check_group(group: Group, where: str = "") -> None:
     """Raise what is wrong with a group's hyperparameters, naming it."""
-    lr = _tensor_lr(group["lr"], where) if isinstance(group["lr"], Tensor) else group["lr"]
-    if not (lr is None and isinstance(group["lr"], Tensor)):
-        number("lr", lr, where)
+    lr_value(group["lr"], where)
     betas = group["betas"]
     if not isinstance(betas, (tuple, list)) or len(betas) != 2:
         kind = ValueError if isinstance(betas, (tuple, list)) else TypeError
@@ -156,10 +156,8 @@ def check_group(group: Group, where: str = "") -> None:
 def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
     value = schedule(count)
     if not isinstance(value, (Real, str)):
-        try:
+        with suppress(TypeError, ValueError, RuntimeError):  # number() says what is wrong
             value = float(value)
-        except (TypeError, ValueError, RuntimeError):
-            pass  # number() says what is wrong
     return number(f"{key} at count {count}", value)
 
 
@@ -195,30 +193,12 @@ def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> 
 
 def check_twice(params: list[Any], groups: list[Group]) -> None:
     """Raise a ValueError where a new group has a parameter twice, or one of an older group."""
-    seen = {id(p): name for name, p in named(groups)}
+    seen = {id(p): name for name, p, _ in numbered(groups)}
     for j, p in enumerate(params):
-        name = f"{j} of group {len(groups)}"
-        if isinstance(p, tuple):
-            name, p = repr(p[0]), p[1]
+        name, p = (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"{j} of group {len(groups)}", p)
         if id(p) in seen:
             raise ValueError(f"parameters {seen[id(p)]} and {name} are the same tensor; give it once")
         seen[id(p)] = name
-
-
-def check_kind(name: str, p: Tensor, flatten: bool) -> None:
-    """Raise where a parameter is of a kind that cannot be stepped at all."""
-    if is_uninitialized(p):
-        return
-    if p.device.type != "meta" and p.untyped_storage().device.type == "meta":
-        raise TypeError(
-            f"parameter {name} has no memory of its own to step ({type(p).__name__}); make the optimizer for "
-            "real parameters: a FakeTensor's FakeTensorMode, say, must have ended before the model is made"
-        )
-    if flatten and p.device.type == "cpu" and not is_lazy(p) and p.untyped_storage().is_shared():
-        raise ValueError(
-            f"parameter {name} lies in shared memory, which flatten=True would move it out of; give "
-            "flatten=False, or call share_memory() on what optimizer.unflatten() leaves"
-        )
 
 
 def run_schedules(groups: list[Group], count: int) -> None:
@@ -234,27 +214,15 @@ def run_schedules(groups: list[Group], count: int) -> None:
         group[key] = scheduled.value = value
 
 
-def check_mask_type(mask: Any) -> None:
-    if not (mask is None or callable(mask) or isinstance(mask, (Mapping, list, tuple))):
-        raise TypeError(
-            "weight_decay_mask must be a callable of (name, parameter), a mapping from name to "
-            f"bool or a list of bools, got {type(mask).__name__}"
-        )
+def mask_of(mask: Any, group: Group, earlier: int) -> list[bool] | None:
+    """Which of a group's parameters decay, as a list; None for all.
 
-
-def check_mask_names(mask: Any, groups: list[Group]) -> None:
-    """Raise a ValueError where a mapping names what is no parameter."""
-    known = {name for group in groups for name in group.get("param_names", ())}
-    unknown = sorted(set(mask) - known) if isinstance(mask, Mapping) else []
-    if unknown:
-        raise ValueError(f"weight_decay_mask names {unknown[0]!r}, which is no parameter's name")
-
-
-def mask_of(mask: Any, group: Group) -> list[bool] | None:
-    """Which of a group's parameters decay, as a list; None for all."""
+    Args:
+        mask: the group's, or the optimizer's; a list begins with the ``earlier`` parameters of other groups.
+    """
+    n, names = len(group["params"]), group.get("param_names")
     if mask is None:
         return None
-    n, names = len(group["params"]), group.get("param_names")
     if callable(mask):
         mask = [mask(name, p) for name, p in zip(names or map(str, range(n)), group["params"])]
     elif isinstance(mask, Mapping):
@@ -267,20 +235,27 @@ def mask_of(mask: Any, group: Group) -> list[bool] | None:
         if missing:
             raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}")
         mask = [mask[name] for name in names]
+    elif isinstance(mask, (list, tuple)):
+        mask = mask[earlier : earlier + n]
+    else:
+        raise TypeError(
+            "weight_decay_mask must be a callable of (name, parameter), a mapping from name to "
+            f"bool or a list of bools, got {type(mask).__name__}"
+        )
     if len(mask) != n:
         raise ValueError(f"weight_decay_mask has {len(mask)} entries for {n} parameters")
     return [bool(m) for m in mask]
 
 
-def decays(groups: list[Group]) -> list[list[bool]]:
-    """Of each group's parameters, which decay."""
-    result = []
-    for i, group in enumerate(groups):
-        mask, n = group["weight_decay_mask"], len(group["params"])
-        if mask is not None and len(mask) != n:
-            raise ValueError(f"weight_decay_mask of group {i} has {len(mask)} entries for {n} parameters")
-        result.append([True] * n if mask is None else list(mask))
-    return result
+def check_mask(mask: Any, groups: list[Group]) -> None:
+    """Raise a ValueError where the optimizer's mask has entries that are no parameter's."""
+    n = sum(len(group["params"]) for group in groups)
+    if isinstance(mask, (list, tuple)) and len(mask) != n:
+        raise ValueError(f"weight_decay_mask has {len(mask)} entries for {n} parameters")
+    names = {name for group in groups for name in group.get("param_names", ())}
+    unknown = sorted(set(mask) - names) if isinstance(mask, Mapping) else []
+    if unknown:
+        raise ValueError(f"weight_decay_mask names {unknown[0]!r}, which is no parameter's name")
 
 
 class HyperparameterTable:
@@ -294,31 +269,30 @@ class HyperparameterTable:
 
     def read(self, groups: list[Group]) -> None:
         """Take the groups' numbers as they are now; they are checked where they have changed."""
-        read: list[tuple[Any, ...]] = []
-        device_lrs = []
+        keys = ("eps", "eps_root", "weight_decay", "reference_lr", "maximize", "nesterov", "differentiable")
+        read = []
         for i, group in enumerate(groups):
-            lr = group["lr"]
-            if isinstance(lr, Tensor):
-                value = _tensor_lr(lr, where_of(i))
-                if value is None:
-                    device_lrs.append((2 * i, lr))
-                lr = value or 0.0
             betas = group["betas"]
-            read.append(
-                (lr, tuple(betas) if isinstance(betas, list) else betas, group.get("reference_lr"))
-                + tuple(map(group.get, ("eps", "eps_root", "weight_decay", "maximize", "nesterov")))
-                + (group.get("differentiable"),)
-            )
+            betas = tuple(betas) if isinstance(betas, list) else betas
+            read.append((lr_value(group["lr"], where_of(i)), betas, *map(group.get, keys)))
         if read != self._read:
             rows = []
-            for i, (group, (lr, *_)) in enumerate(zip(groups, read)):
-                check_group({**group, "lr": lr}, where_of(i))
-                for decay in (group["weight_decay"], 0.0):
-                    rows.append(_row(group, float(lr), decay))
-            if rows != self._rows:
-                self._rows, self.on_device = rows, {}
-            self._read = read
-        self._device_lrs = device_lrs
+            for i, (group, (lr, betas, *_)) in enumerate(zip(groups, read)):
+                check_group(group, where_of(i))
+                row = Hyperparameters(
+                    lr=lr or 0.0,
+                    weight_decay=group["weight_decay"],
+                    beta1=betas[0],
+                    beta2=betas[1],
+                    eps=group["eps"],
+                    eps_root=group.get("eps_root", 0.0),
+                    initial_lr=group.get("reference_lr", 0.0),
+                    maximize=group["maximize"],
+                    nesterov=group.get("nesterov", False),
+                )
+                rows += [row, row._replace(weight_decay=0.0)]
+            self._read, self._rows, self.on_device = read, rows, {}
+        self._device_lrs = [(2 * i, groups[i]["lr"]) for i, (lr, *_) in enumerate(read) if lr is None]
 
     def on(self, device: torch.device) -> Tensor:
         """The table in the memory of ``device``, uploaded where it changed."""
@@ -331,36 +305,15 @@ class HyperparameterTable:
         return table
 
 
-def _row(group: Group, lr: float, decay: float) -> Hyperparameters:
-    return Hyperparameters(
-        lr=lr,
-        weight_decay=decay,
-        beta1=group["betas"][0],
-        beta2=group["betas"][1],
-        eps=group["eps"],
-        eps_root=group.get("eps_root", 0.0),
-        initial_lr=group.get("reference_lr", 0.0),
-        maximize=group["maximize"],
-        nesterov=group.get("nesterov", False),
-    )
-
-
 def check_capture(groups: list[Group]) -> None:
     """Raise what would freeze in a CUDA graph that is being captured."""
     for i, group in enumerate(groups):
-        frozen = next(iter(group.get("schedules", ())), None)
-        if frozen is None and isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu":
-            frozen = "lr"
-        if frozen is not None:
+        frozen = list(group.get("schedules", ()))
+        if isinstance(group["lr"], Tensor) and group["lr"].device.type == "cpu":
+            frozen.append("lr")
+        if frozen:
             raise RuntimeError(
-                f"{frozen} of group {i} would freeze at its present value in the CUDA graph that is "
+                f"{frozen[0]} of group {i} would freeze at its present value in the CUDA graph that is "
                 "being captured; give lr as a tensor on the GPU and fill it between replays, and "
                 "weight_decay as a number"
             )
-
-
-def checked_count(count: Any) -> int:
-    """A saved number of ``step()`` calls."""
-    if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MAX_COUNT:
-        raise ValueError(f"the saved 'count' must be an integer from 0 to {MAX_COUNT}, got {count!r}")
-    return count

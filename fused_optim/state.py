@@ -69,15 +69,13 @@ def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense:
     Args:
         dense: memory that is laid out as the states must be, of the parameter's dtype.
     """
-    parts = state_parts(keys, formats, param.dtype)
     obsolete = {"master", "remainder", *(key + suffix for key in keys for suffix in BLOCK_FORMATS)}
-    kept = {k: v for k, v in state.items() if k not in obsolete or k in {part.key for part in parts}}
-    made = {
+    return {
+        **{k: v for k, v in state.items() if k not in obsolete},
         **_moment(keys[0], formats.mu, state, dense),
         **_moment(keys[1], formats.nu, state, dense),
         **_remainder(formats.param, state, param, dense),
     }
-    return {**kept, **made}
 
 
 def _moment(key: str, format: Format, state: State, dense: Tensor) -> dict[str, Tensor]:
@@ -119,42 +117,32 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
     return {key: empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
 
 
-def copy_state(state: State) -> State:
-    """The state with tensors of its own."""
-    return {
-        k: v.detach().clone(memory_format=torch.preserve_format) if isinstance(v, Tensor) else v
-        for k, v in state.items()
-    }
+def own(value: Any) -> Any:
+    """A tensor with memory of its own; of anything else the thing itself."""
+    return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
 
 
 def check_state(
     name: str, p: Tensor, state: State, keys: Keys, error: type[Exception], advice: str = ""
 ) -> None:
     """Raise where something in the state of ``p`` is not what a moment or master can be."""
-
-    def refuse(key: str, right: str) -> None:
+    kind, right = Tensor.is_floating_point, "a floating-point tensor"
+    moment = (Tensor.is_complex, "a complex tensor") if p.is_complex() else (kind, right)
+    rights = {key: (moment[0], f"{moment[1]}, like the parameter's {p.dtype}") for key in keys}
+    rights |= {
+        "master": (kind, right),
+        "remainder": (lambda t: t.dtype in REMAINDERS, "a tensor of dtype int16 or int8"),
+    }
+    for key, (is_right, right) in rights.items():
+        if key not in state:
+            continue
         value = state[key]
-        given = f"dtype {value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-        raise error(f"the state {key!r} of parameter {name} must be {right}, got {given}")
-
-    kind = "complex" if p.is_complex() else "floating-point"
-    for key in keys:
-        value = state.get(key)
-        if isinstance(value, Tensor) and value.dtype == torch.uint8:
+        if key in keys and isinstance(value, Tensor) and value.dtype == torch.uint8:
             _check_exponents(name, p, state, key, error)
-        elif key in state and not (
-            isinstance(value, Tensor)
-            and (value.is_complex() if p.is_complex() else value.is_floating_point())
-        ):
-            refuse(key, f"a {kind} tensor, like the parameter's {p.dtype}")
-    master, remainder = state.get("master"), state.get("remainder")
-    if "master" in state and not (isinstance(master, Tensor) and master.is_floating_point()):
-        refuse("master", "a floating-point tensor")
-    if "remainder" in state and not (isinstance(remainder, Tensor) and remainder.dtype in REMAINDERS):
-        refuse("remainder", "a tensor of dtype int16 or int8")
-    for key in (*keys, "master", "remainder"):
-        value = state.get(key)
-        if value is not None and value.shape != p.shape:
+        elif not isinstance(value, Tensor) or not is_right(value):
+            given = f"dtype {value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
+            raise error(f"the state {key!r} of parameter {name} must be {right}, got {given}")
+        if value.shape != p.shape:
             raise error(
                 f"the state {key!r} of parameter {name} has shape {tuple(value.shape)}, "
                 f"the parameter {tuple(p.shape)}{advice}"

@@ -60,7 +60,9 @@ class Operands:
     formats: Formats
     hyper_row: int
     random_key: int
-    slot: tuple[int, int] | None = None
+    number: int = 0
+    """Among the parameters that are stepped."""
+    slot: tuple[int, int] = (0, 0)
     """With ``flatten``: (start, end) in its flat buffers, in real elements, padding included."""
 
     @property
@@ -87,21 +89,6 @@ class Operands:
         step: Tensor = self.state["step"]
         return step
 
-    @property
-    def copies(self) -> bool:
-        return self.dense is not self.source or self.grad_copy is not None
-
-    def load_copies(self) -> None:
-        if self.dense is not self.source:
-            self.dense.copy_(self.source)
-        if self.grad_copy is not None:
-            assert self.source.grad is not None
-            self.grad_copy.copy_(self.source.grad)
-
-    def store_copies(self) -> None:
-        if self.dense is not self.source:
-            self.source.copy_(self.dense)
-
 
 def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
@@ -124,40 +111,53 @@ class Batch:
     def __init__(self, key: BatchKey, items: list[Operands]) -> None:
         self.key = key
         self.items = items
-        self.copied = [o for o in items if o.copies]
-        self.first_items: list[int] = []
-        """The number of each row's first item."""
-        rows: list[int] = []
-        counter_of: dict[int, int] = {}
-        counters: list[int] = []
+        self._copied = [o for o in items if o.dense is not o.source]
+        self._copied_grads = [o for o in items if o.grad_copy is not None]
+        rows: list[list[int]] = []
+        firsts: list[Operands] = []
+        counters: dict[int, tuple[int, int, int]] = {}
         in_order = Formats(key.param, key.mu, key.nu).index_dependent
-        previous: Operands | None = None
-        first = 0
         for i, o in enumerate(items):
-            counter = counter_of.setdefault(id(o.step), len(counter_of))
-            if 2 * counter == len(counters):
-                counters += (o.step.data_ptr(), o.hyper_row)
-            start = 0 if o.slot is None else o.slot[0]
-            if previous is not None and not in_order and _continues(previous, o):
-                rows[-len(ROW_COLUMNS)] = start - first + o.stored[0].numel()
+            counter = counters.setdefault(id(o.step), (len(counters), o.step.data_ptr(), o.hyper_row))[0]
+            numel = o.stored[0].numel()
+            if i and not in_order and _continues(items[i - 1], o):
+                rows[-1][0] = o.slot[0] - firsts[-1].slot[0] + numel
             else:
-                self.first_items.append(i)
-                first = start
+                firsts.append(o)
                 addresses = (0 if t is None else t.data_ptr() for t in _in_row(o))
-                rows += (o.stored[0].numel(), counter, *addresses, o.random_key)
-            previous = o
-        self.rows = int64_tensor(rows).view(-1, len(ROW_COLUMNS))
+                rows.append([numel, counter, *addresses, o.random_key])
+        self.rows = int64_tensor([x for row in rows for x in row]).view(-1, len(ROW_COLUMNS))
+        self.counters = int64_tensor([x for _, *pair in counters.values() for x in pair]).view(-1, 2)
+        followed = [(row, o.number) for row, o in enumerate(firsts) if o.grad_copy is None]
+        self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
-        self.counters = int64_tensor(counters).view(-1, 2)
         self._chunks: dict[int, Tensor] = {}
         self.on_device: dict[str, Tensor] = {}
         """Where a GPU backend keeps its copies of the table; emptied when rows change."""
 
+    def load_copies(self) -> None:
+        """Fill the dense copies of what kernels cannot walk as it is."""
+        for o in self._copied:
+            o.dense.copy_(o.source)
+        for o in self._copied_grads:
+            assert o.grad_copy is not None and o.source.grad is not None
+            o.grad_copy.copy_(o.source.grad)
+
+    def store_copies(self) -> None:
+        for o in self._copied:
+            o.source.copy_(o.dense)
+
+    def follow(self, grads: Tensor) -> None:
+        """Take the addresses of gradients that have moved: those of all parameters that are stepped."""
+        if self._followed:
+            rows, numbers = self._followed
+            self.rows[rows, GRAD_COLUMN] = grads[numbers]
+            self.on_device.pop("rows", None)
+
     def tensors(self) -> list[Tensor]:
-        """The table, on the host and on the device, and copies of what kernels cannot walk as it is."""
-        copies = [
-            t for o in self.copied for t in (o.grad_copy, o.dense) if t is not None and t is not o.source
-        ]
+        """The table, on the host and on the device, and the dense copies."""
+        copies = [o.dense for o in self._copied]
+        copies += [o.grad_copy for o in self._copied_grads if o.grad_copy is not None]
         return [self.rows, self.counters, *self._chunks.values(), *self.on_device.values(), *copies]
 
     def chunks(self, size: int) -> Tensor:
@@ -186,9 +186,7 @@ def _in_row(o: Operands) -> tuple[Tensor | None, ...]:
 
 def _continues(a: Operands, b: Operands) -> bool:
     """Whether ``b`` follows ``a`` in the same flat buffers and steps just like it."""
-    if a.slot is None or b.slot is None or a.slot[1] != b.slot[0]:
-        return False
-    if a.hyper_row != b.hyper_row or a.step is not b.step:
+    if a.slot[1] != b.slot[0] or a.hyper_row != b.hyper_row or a.step is not b.step:
         return False
     elements = b.slot[0] - a.slot[0]
     return all(
