@@ -7,7 +7,6 @@ step asks all of them, through documented interfaces alone: in C++ where it was 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import IntEnum
 from itertools import chain
 from operator import is_
@@ -29,20 +28,18 @@ class Answer(IntEnum):
     GRADS_MOVED = 2
 
 
-def _same(a: Iterable[Any], b: list[Any]) -> bool:
-    """Whether both are the very same objects."""
-    a = list(a)
-    return len(a) == len(b) and all(map(is_, a, b))
+def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]]:
+    """What must be the very same objects: parameters, and the states' keys, values and these's items."""
+    states = list(state.values())
+    dicts = [s for s in states if isinstance(s, dict)]
+    names, values = chain.from_iterable(dicts), chain.from_iterable(map(dict.values, dicts))
+    return [list(chain.from_iterable(param_lists)), list(state), states, list(names), list(values)]
 
 
 def _kinds(tensors: list[Tensor]) -> list[Any]:
     """All that says how to read what lies at an address."""
-    return [
-        [t.dtype for t in tensors],
-        [t.shape for t in tensors],
-        list(map(Tensor.stride, tensors)),
-        [is_lazy(t) for t in tensors if may_be_lazy(t)],
-    ]
+    lazy = [is_lazy(t) for t in tensors if may_be_lazy(t)]
+    return [[t.dtype for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors], lazy]
 
 
 class Addresses:
@@ -54,64 +51,45 @@ class Addresses:
     """
 
     def __init__(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> None:
-        self.params = list(chain.from_iterable(param_lists))
-        grads = [p.grad for p in self.params]
-        self._has_grad = [g is not None for g in grads]
-        self._keys, self._states = list(state), list(state.values())
-        dicts = [s for s in self._states if isinstance(s, dict)]
-        self._lengths = list(map(len, dicts))
-        self._names = list(chain.from_iterable(dicts))
-        self._values = list(chain.from_iterable(map(dict.values, dicts)))
-        held = {id(v): v for v in self._values if isinstance(v, Tensor)}
-        self._tensors = list(held.values())
-        self._fixed = [p for p, has in zip(self.params, self._has_grad) if has] + self._tensors
-        self._places = list(map(Tensor.data_ptr, self._fixed))
-        self._kinds = _kinds(self._fixed)
-        live_grads = [g for g in grads if g is not None]
-        self._grad_kinds = _kinds(live_grads)
-        self.grads = int64_tensor(list(map(Tensor.data_ptr, live_grads)))
+        self._objects = _objects(param_lists, state)
+        self._params, *dicts, values = self._objects
+        held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
+        self._fixed = [*(p for p in self._params if p.grad is not None), *held]
+        self._seen = self._look()
+        self.grads = int64_tensor(self._seen[-1])
         """The addresses of the gradients that there are; kept up to date."""
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone, and the objects stay here, where Python's garbage collector
         # sees them.
-        self._known = (self.params, self._tensors, self._keys, self._states, self._names, self._values)
-        native = cpu and cpu.Addresses(self.params, self._tensors, self.grads.data_ptr())
+        self._known = (self._params, held, *dicts, values)
+        native = cpu and cpu.Addresses(self._params, held, self.grads.data_ptr())
         self._native = native if native and native.works() else None
+
+    def _look(self) -> list[Any]:
+        """What parameters and states are like and where, what gradients are like, and last, where."""
+        grads = [p.grad for p in self._params]
+        live = [g for g in grads if g is not None]
+        if any(g.layout is not torch.strided for g in live):
+            return []
+        fixed = [_kinds(self._fixed), list(map(Tensor.data_ptr, self._fixed))]
+        return [*fixed, [g is None for g in grads], _kinds(live), list(map(Tensor.data_ptr, live))]
 
     def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> Answer:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
         if self._native is not None:
             return Answer(self._native.ask(*self._known, param_lists, state))
-        return self.ask_in_python(param_lists, state)
-
-    def ask_in_python(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> Answer:
-        """What ``csrc/addresses.h`` does where it was built."""
-        grads = [p.grad for p in self.params]
-        dicts = [s for s in self._states if isinstance(s, dict)]
-        if not (
-            _same(chain.from_iterable(param_lists), self.params)
-            and [g is not None for g in grads] == self._has_grad
-            and _same(state, self._keys)
-            and _same(state.values(), self._states)
-            and list(map(len, dicts)) == self._lengths
-            and _same(chain.from_iterable(dicts), self._names)
-            and _same(chain.from_iterable(map(dict.values, dicts)), self._values)
-        ):
+        for now, before in zip(_objects(param_lists, state), self._objects):
+            if len(now) != len(before) or not all(map(is_, now, before)):
+                return Answer.CHANGED
+        seen = self._look()
+        if seen[:-1] != self._seen[:-1]:
             return Answer.CHANGED
-        live = [g for g in grads if g is not None]
-        if any(g.layout is not torch.strided for g in live):
-            return Answer.CHANGED
-        places = list(map(Tensor.data_ptr, live))
-        if (
-            list(map(Tensor.data_ptr, self._fixed)) != self._places
-            or _kinds(self._fixed) != self._kinds
-            or _kinds(live) != self._grad_kinds
-        ):
-            return Answer.CHANGED
-        before = self.grads.tolist()
+        places, before = seen[-1], self._seen[-1]
         if places == before:
             return Answer.SAME
-        if any((a ^ b) % 16 for a, b in zip(places, before)) or any(map(freed, live)):
+        grads = (p.grad for p in self._params if p.grad is not None)
+        if any((a ^ b) % 16 for a, b in zip(places, before)) or any(map(freed, grads)):
             return Answer.CHANGED
+        self._seen = seen
         self.grads.copy_(int64_tensor(places))
         return Answer.GRADS_MOVED

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .memory import nbytes
 from .storage import Part
 
 ALIGN = 16
@@ -79,7 +78,8 @@ class FlatBuffers:
     @property
     def padding_bytes(self) -> int:
         """Memory of the buffers that is no tensor's."""
-        return nbytes(*self.tensors()) - nbytes(*(self.slot(b, p) for b in self._buffers for p in self.params))
+        used = sum(self.slot(part, p).nbytes for part in self._buffers for p in self.params)
+        return sum(t.nbytes for t in self.tensors()) - used
 
 
 class FlatLayout:

@@ -6,7 +6,7 @@ backend makes the step. A step goes: closure, hyperparameters, plan, launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -17,7 +17,6 @@ from . import checkpoint, options
 from .backends import Inputs, check_name, select
 from .flat import FlatLayout
 from .layout import check_kind, check_no_overlap
-from .memory import Memory, memory_of, nbytes
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
 from .rules import RULES
@@ -209,25 +208,32 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._settings = replace(self._settings, flatten=False)
         self._plan, self._flat = None, FlatLayout()
 
-    def memory(self) -> Memory:
-        """Bytes of parameters, gradients, moments, master weights and metadata as they are now.
+    def memory(self) -> dict[str, int]:
+        """Bytes that are in use now, by purpose: ``parameters``, ``gradients``, ``moments`` (block exponents
+        included), ``master`` (the remainders of split parameters) and ``metadata`` (step numbers, tables of
+        addresses, padding of flat buffers, dense copies).
 
         Example:
             >>> import torch
             >>> from fused_optim import AdamaxW
-            >>> model = torch.nn.Linear(64, 64, bias=False, dtype=torch.bfloat16)
-            >>> optimizer = AdamaxW(model.parameters(), state_format="8bit", master_weights="split8")
-            >>> model(torch.ones(2, 64, dtype=torch.bfloat16)).sum().backward()
+            >>> weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+            >>> optimizer = AdamaxW([weight], state_format="8bit", master_weights="split8")
+            >>> weight.sum().backward()
             >>> optimizer.step()
-            >>> memory = optimizer.memory()
-            >>> {part: round(memory.per_parameter()[part], 2) for part in ("parameters", "moments", "master")}
-            {'parameters': 2.0, 'moments': 2.02, 'master': 1.0}
+            >>> {part: n // weight.numel() for part, n in optimizer.memory().items()}
+            {'parameters': 2, 'gradients': 2, 'moments': 2, 'master': 1, 'metadata': 0}
         """
-        beside = [*self._hyper.on_device.values()]
+        params, held = self._params(), [item for state in self.state.values() for item in state.items()]
+        metadata = [t for key, t in held if key == "step"] + list(self._hyper.on_device.values())
         for _, batch in self._plan.batches if self._plan else ():
-            beside += batch.tensors()
-        padding = sum(buffers.padding_bytes for buffers in self._flat.buffers)
-        return memory_of(self._params(), self.state, nbytes(*beside) + padding)
+            metadata += batch.tensors()
+        return {
+            "parameters": _nbytes(params),
+            "gradients": _nbytes(p.grad for p in params if p.grad is not None),
+            "moments": _nbytes(t for key, t in held if key not in ("step", "remainder")),
+            "master": _nbytes(t for key, t in held if key == "remainder"),
+            "metadata": _nbytes(metadata) + sum(b.padding_bytes for b in self._flat.buffers),
+        }
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a
@@ -284,3 +290,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_settings" in state:
             self._reset()
         self._plan = None
+
+
+def _nbytes(tensors: Iterable[Any]) -> int:
+    """Bytes of the tensors' elements, each tensor counted once."""
+    return sum(t.nbytes for t in {id(t): t for t in tensors if isinstance(t, Tensor)}.values())

@@ -149,10 +149,10 @@ def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Setting
             check_address(f"state {key!r} of parameter {name}", old[key])
     made = in_formats(old, p, keys, settings.formats_of(p), dense)
     step = old.get("step")
-    if not isinstance(step, Tensor) or (step.dtype, step.dim(), step.device) != (torch.int64, 0, p.device):
-        if "step" in old:
-            number = checked_step(name, step, RuntimeError)
-            made["step"] = torch.tensor(number, dtype=torch.int64, device=p.device)
+    right = isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == (torch.int64, 0, p.device)
+    if "step" in old and not right:
+        number = checked_step(name, step, RuntimeError)
+        made["step"] = torch.tensor(number, dtype=torch.int64, device=p.device)
     return made
 
 
