@@ -36,12 +36,6 @@ def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[lis
     return [list(chain.from_iterable(param_lists)), list(state), states, list(names), list(values)]
 
 
-def _kinds(tensors: list[Tensor]) -> list[Any]:
-    """All that says how to read what lies at an address."""
-    lazy = [is_lazy(t) for t in tensors if may_be_lazy(t)]
-    return [[t.dtype for t in tensors], [t.shape for t in tensors], [t.stride() for t in tensors], lazy]
-
-
 class Addresses:
     """The tensors of an optimizer and where they are.
 
@@ -55,6 +49,7 @@ class Addresses:
         self._params, *dicts, values = self._objects
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
         self._fixed = [*(p for p in self._params if p.grad is not None), *held]
+        self._may_be_lazy = [t for t in self._fixed if may_be_lazy(t)]
         self._seen = self._look()
         self.grads = int64_tensor(self._seen[-1])
         """The addresses of the gradients that there are; kept up to date."""
@@ -66,13 +61,17 @@ class Addresses:
         self._native = native if native and native.works() else None
 
     def _look(self) -> list[Any]:
-        """What parameters and states are like and where, what gradients are like, and last, where."""
+        """What parameters, states and gradients are like and where they are; last, where gradients are."""
         grads = [p.grad for p in self._params]
-        live = [g for g in grads if g is not None]
-        if any(g.layout is not torch.strided for g in live):
+        tensors = [*self._fixed, *(g for g in grads if g is not None)]
+        try:
+            strides, places = list(map(Tensor.stride, tensors)), list(map(Tensor.data_ptr, tensors))
+        except RuntimeError:  # a sparse gradient has none
             return []
-        fixed = [_kinds(self._fixed), list(map(Tensor.data_ptr, self._fixed))]
-        return [*fixed, [g is None for g in grads], _kinds(live), list(map(Tensor.data_ptr, live))]
+        kinds = [[t.dtype for t in tensors], [t.shape for t in tensors], strides]
+        lazy = [is_lazy(t) for p in self._may_be_lazy for t in (p, p.grad) if t is not None]
+        n = len(self._fixed)
+        return [[g is None for g in grads], *kinds, lazy, places[:n], places[n:]]
 
     def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> Answer:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
