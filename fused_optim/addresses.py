@@ -12,7 +12,6 @@ from itertools import chain
 from operator import is_
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from .backends import extension

@@ -35,7 +35,7 @@ class FlatBuffers:
         self.param, self.grad = Part("param", self.dtype), Part("grad", self.dtype)
         self._index = {p: i for i, p in enumerate(params)}
         self._starts: dict[int, list[int]] = {}
-        self._buffers: dict[Part, Tensor] = {}
+        self.buffers: dict[Part, Tensor] = {}
         for p in params:
             slot = self.slot(self.param, p)
             slot.copy_(p.detach())
@@ -52,11 +52,11 @@ class FlatBuffers:
         """The slot of ``p`` in the buffer of ``self.param``, ``self.grad`` or a part of the state."""
         shape, stride = (p.shape, p.stride()) if part.block == 1 else ((part.numel(p.numel()),), (1,))
         with torch.inference_mode(False):
-            if part not in self._buffers:
+            if part not in self.buffers:
                 end = self._bounds(part, self.params[-1])[1]
-                self._buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
+                self.buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
             # Not a view to autograd: in-place operations on one slot are nothing to the others.
-            storage = self._buffers[part].untyped_storage()
+            storage = self.buffers[part].untyped_storage()
             slot = torch.empty(0, dtype=part.dtype, device=self.device)
             return slot.set_(storage, self._bounds(part, p)[0], shape, stride)
 
@@ -71,15 +71,6 @@ class FlatBuffers:
         """Where the slot of ``p`` starts and ends, in real elements."""
         start, end = self._bounds(self.param, p)
         return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
-
-    def tensors(self) -> list[Tensor]:
-        return list(self._buffers.values())
-
-    @property
-    def padding_bytes(self) -> int:
-        """Memory of the buffers that is no tensor's."""
-        used = sum(self.slot(part, p).nbytes for part in self._buffers for p in self.params)
-        return sum(t.nbytes for t in self.tensors()) - used
 
 
 class FlatLayout:
@@ -108,6 +99,15 @@ class FlatLayout:
         self.buffers = [FlatBuffers(members) for members in by_kind.values()]
         self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
+    @property
+    def padding_bytes(self) -> int:
+        """Memory of the buffers that is no tensor's."""
+        slots = [b.slot(part, p) for b in self.buffers for part in b.buffers for p in b.params]
+        return sum(t.nbytes for t in self._tensors()) - sum(t.nbytes for t in slots)
+
+    def _tensors(self) -> list[Tensor]:
+        return [t for b in self.buffers for t in b.buffers.values()]
+
     def take_states(self, states: dict[Any, dict[str, Any]], parts_of: Callable[[Tensor], list[Part]]) -> None:
         """Move states into their slots, and out of those of others.
 
@@ -135,7 +135,7 @@ class FlatLayout:
     def _placed(self, moves: list[tuple[Any, Part | None, Any]]) -> list[Tensor]:
         """Each of the tensors, given as (parameter, part, tensor), copied into its slot where it is not
         there, or out of all slots if it has none: the part is None then."""
-        storages = {t.untyped_storage().data_ptr() for b in self.buffers for t in b.tensors()}
+        storages = {t.untyped_storage().data_ptr() for t in self._tensors()}
         placed, copies = [], []
         for p, part, t in moves:
             b = self.buffers_of.get(p)

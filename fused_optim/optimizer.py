@@ -6,7 +6,7 @@ backend makes the step. A step goes: closure, hyperparameters, plan, launch.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +20,7 @@ from .layout import check_kind, check_no_overlap
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
 from .rules import RULES
-from .state import own
+from .state import bytes_in_use, own
 from .storage import check_formats, plain_format
 
 
@@ -30,23 +30,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     Args:
         params: parameters, named parameters, or dicts of groups, of any mix of float32, float64,
             bfloat16, float16, complex64 and complex128, of any shape and layout.
-        defaults: what a group holds unless it says otherwise. ``lr`` and ``weight_decay`` may be callables
-            of the number of earlier ``step()`` calls.
+        defaults: what a group holds unless it says otherwise.
         weight_decay_mask: which parameters decay: a callable of (name, parameter), a mapping from name to
-            bool, or a list of bools in parameter order. Unnamed parameters are named by their number in
-            their group.
+            bool, or a list of bools. Parameters without a name have their number in their group for one.
         decoupled_lr: scale weight decay by ``lr / reference_lr`` (the group's first lr) in place of ``lr``
             (Loshchilov and Hutter).
         maximize: ascend.
-        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` (2 bytes each) or ``"8bit"`` (1 byte
-            each, and one for every 128 elements), rounded so that their mean is right.
-        master_weights: what keeps the bits of a bfloat16 parameter that its 16 cannot hold: None,
-            ``"split16"`` (16 bits beside the parameter, together the exact float32) or ``"split8"`` (8 bits,
-            a float32 of 24 bits). float32 and float64 parameters need none and have none.
+        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` or ``"8bit"`` (2 and 1 bytes each),
+            rounded so that their mean is right.
+        master_weights: what keeps the bits that a bfloat16 parameter cannot hold: None, ``"split16"`` (16
+            beside the parameter, together the exact float32) or ``"split8"`` (8, a float32 of 24 bits).
         stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
             to nearest, where small updates are lost; see :attr:`seed`.
-        flatten: move parameters, gradients and states into one contiguous buffer each; the tensors become
-            views of them. Results are the same; see :meth:`unflatten`.
+        flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
+            tensors become views of them until :meth:`unflatten`.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
 
     Moments are float32 for 16-bit parameters and ``state_format="fp32"``, else of the parameter's dtype.
@@ -105,13 +102,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._seed = options.whole_number("seed", seed, 2**32)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; ``lr`` and
-        ``weight_decay`` may be callables, as in the constructor.
-
-        Raises:
-            ValueError, TypeError: a hyperparameter is out of range, or a parameter is
-                given twice or overlaps another in memory. Nothing is added then.
-        """
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`. What is wrong with its
+        hyperparameters or parameters is a ValueError or TypeError as in the constructor, and nothing is
+        added then."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         index = len(self.param_groups)
@@ -122,9 +115,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             added, mask = self.param_groups[index], group.get("weight_decay_mask")
-            added["weight_decay_mask"] = (
-                options.mask_of(self._mask, added, earlier) if mask is None else options.mask_of(mask, added, 0)
-            )
+            mask, earlier = (self._mask, earlier) if mask is None else (mask, 0)
+            added["weight_decay_mask"] = options.mask_of(mask, added, earlier)
             for name, p in zip(options.names_of(self.param_groups, index), added["params"]):
                 check_kind(name, p, self._settings.flatten)
                 if plain_format(p.dtype) is not None:
@@ -137,16 +129,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one optimization step.
-
-        Args:
-            closure: reevaluates the model and returns the loss.
-
-        Returns:
-            What the closure returned, else None.
+        """Make one optimization step, and return what ``closure`` returned, if there is one.
 
         Raises:
-            ValueError, TypeError, RuntimeError: a hyperparameter, parameter or gradient
+            ValueError, TypeError, RuntimeError: a hyperparameter, parameter, gradient or state
                 is wrong; the text names it. Nothing has changed then.
         """
         loss = None
@@ -223,39 +209,27 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> {part: n // weight.numel() for part, n in optimizer.memory().items()}
             {'parameters': 2, 'gradients': 2, 'moments': 2, 'master': 1, 'metadata': 0}
         """
-        params, held = self._params(), [item for state in self.state.values() for item in state.items()]
-        metadata = [t for key, t in held if key == "step"] + list(self._hyper.on_device.values())
+        tables = [*self._hyper.on_device.values()]
         for _, batch in self._plan.batches if self._plan else ():
-            metadata += batch.tensors()
-        return {
-            "parameters": _nbytes(params),
-            "gradients": _nbytes(p.grad for p in params if p.grad is not None),
-            "moments": _nbytes(t for key, t in held if key not in ("step", "remainder")),
-            "master": _nbytes(t for key, t in held if key == "remainder"),
-            "metadata": _nbytes(metadata) + sum(b.padding_bytes for b in self._flat.buffers),
-        }
+            tables += batch.tensors()
+        return bytes_in_use(self._params(), self.state, tables, self._flat.padding_bytes)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a
-        snapshot, in which every tensor is a copy. Each parameter has a ``step`` of its own in it.
-
-        Beside torch's keys it has ``"count"``, the number of ``step()`` calls that schedules see, and
-        with ``stochastic_rounding`` the ``"seed"``. Callables are left out.
-        """
+        snapshot, in which every tensor is a copy. Beside torch's keys it has ``"count"``, the number of
+        ``step()`` calls that schedules see, and with ``stochastic_rounding`` the ``"seed"``. Callables are
+        left out."""
         seed = self._seed if self._settings.formats.stochastic_rounding else None
         return checkpoint.snapshot(super().state_dict(), self._count, seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what :meth:`state_dict` returned, here or from another optimizer with the
-        same state keys (``torch.optim.Adamax`` for AdamaxW, ``torch.optim.AdamW`` for AdamW,
-        AdaBelief ports for AdaBelief).
+        """Load what :meth:`state_dict` returned, here or from another optimizer with the same state keys.
 
         Moments take this optimizer's format and layout, ``step`` becomes an integer, and
         nothing aliases ``state_dict``. What another optimizer did otherwise is warned of.
 
         Raises:
-            ValueError: a state lacks a key or has another shape; names both. The
-                optimizer keeps its old state.
+            ValueError: a state lacks a key or has another shape; names both, and nothing has changed.
         """
         old = self.param_groups
         loaded: list[checkpoint.Loaded] = []
@@ -290,8 +264,3 @@ class FusedOptimizer(torch.optim.Optimizer):
         if "_settings" in state:
             self._reset()
         self._plan = None
-
-
-def _nbytes(tensors: Iterable[Any]) -> int:
-    """Bytes of the tensors' elements, each tensor counted once."""
-    return sum(t.nbytes for t in {id(t): t for t in tensors if isinstance(t, Tensor)}.values())

@@ -192,3 +192,19 @@ def checked_step(name: str, step: Any, error: type[Exception]) -> int:
             f"the state 'step' of parameter {name} must be an integer from 0 to {MAX_COUNT}, got {step!r}"
         )
     return result
+
+
+def bytes_in_use(
+    params: list[Tensor], states: dict[Any, State], tables: list[Tensor], padding: int
+) -> dict[str, int]:
+    """Bytes by purpose; a tensor that several hold is counted once."""
+    held = [item for state in states.values() for item in state.items() if isinstance(item[1], Tensor)]
+    parts = {
+        "parameters": params,
+        "gradients": [p.grad for p in params if p.grad is not None],
+        "moments": [t for key, t in held if key not in ("step", "remainder")],
+        "master": [t for key, t in held if key == "remainder"],
+        "metadata": [*tables, *(t for key, t in held if key == "step")],
+    }
+    counted = {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
+    return {**counted, "metadata": counted["metadata"] + padding}
