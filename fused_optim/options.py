@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy as is_uninitialized
 
-from .backends import to_device, used_on_current_stream
+from .backends import uploaded
 from .layout import is_lazy
 from .reference import MAX_COUNT, Hyperparameters
 from .storage import MASTER_WEIGHTS, STATE_FORMATS
@@ -322,10 +322,10 @@ class HyperparameterTable:
 
     def on(self, device: torch.device) -> Tensor:
         """The table in the memory of ``device``, uploaded where it changed."""
-        if device not in self.on_device:
-            table = torch.tensor(self._rows, dtype=torch.float64, device="cpu")
-            self.on_device[device] = to_device(table, device)
-        table = used_on_current_stream(self.on_device[device])
+        rows = self._rows
+        table = uploaded(
+            self.on_device, device, device, lambda: torch.tensor(rows, dtype=torch.float64, device="cpu")
+        )
         for row, lr in self._device_lrs:
             table[row : row + 2, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
         return table

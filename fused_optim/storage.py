@@ -39,8 +39,8 @@ class Format:
     name: str  # the codec's, in every language
     dtype: torch.dtype  # of what lies in memory
     working: torch.dtype  # the precision that the arithmetic is done in
-    decode: Callable[[Tensor, Tensor | None], Tensor]  # (stored, aux) -> values
-    encode: Callable[[Tensor, Place | None], Encoded]  # (values, place); to nearest where the place is None
+    decode: Callable[..., Tensor]  # (stored, aux) -> values
+    encode: Callable[..., Encoded]  # (values, place) -> (stored, aux); to nearest where the place is None
     operands: tuple[int, ...]  # which of PARAM, MU and NU may be stored so
     # What asks for it: a value of ``state_format`` for a moment, of ``master_weights`` for a parameter, or
     # "stochastic_rounding". Formats that have none are taken by dtype.
@@ -65,10 +65,9 @@ class Format:
         """The remainder that makes of ``param``, as it is, the value nearest to the float32 ``master``;
         zero where that is none of the values which ``param`` is rounded from."""
         assert self.aux is not None
-        difference = bits_of(master) - bits_of(param.to(torch.float32))
-        if self.aux.dtype == torch.int8:
-            difference = (difference + 0x80) >> 8
         info = torch.iinfo(self.aux.dtype)
+        shift = 16 - info.bits
+        difference = (bits_of(master) - bits_of(param.to(torch.float32)) + (1 << shift >> 1)) >> shift
         near = (difference >= info.min) & (difference <= info.max + 1)
         return torch.where(near, difference.clamp(max=info.max), 0).to(self.aux.dtype)
 
@@ -111,41 +110,36 @@ def _encode_bf16_dither(values: Tensor, place: Place | None) -> Encoded:
     return round_to_bf16(values, _dither(values, place, 16)), None
 
 
-def _encode_bf16_stochastic(values: Tensor, place: Place | None) -> Encoded:
-    assert place is not None
+def _encode_bf16_stochastic(values: Tensor, place: Place) -> Encoded:
     return round_to_bf16(values, random_words(_index(values), place)), None
 
 
-def _decode_split(stored: Tensor, remainder: Tensor | None) -> Tensor:
+def _decode_split(stored: Tensor, remainder: Tensor) -> Tensor:
     """A zero has a negative remainder only where somebody wrote it to the parameter. The remainder then
     counts as 0, since the sum would be a NaN."""
-    assert remainder is not None
     high = bits_of(stored.to(torch.float32))
     low = remainder.to(torch.int64) << 16 - torch.iinfo(remainder.dtype).bits
     written = (high & 0x7FFFFFFF == 0) & (low < 0)
     return float_of(high + torch.where(written, 0, low))
 
 
-def _split(b: Tensor, dtype: torch.dtype) -> Encoded:
-    """Bits as a bfloat16, rounded half away from zero, and the highest bits of what is left."""
+def _encode_split(values: Tensor, word: Tensor | int, dtype: torch.dtype) -> Encoded:
+    """A bfloat16, rounded half away from zero, and the remainder, whose lowest bits are cut off after
+    ``word`` was added."""
+    shift = 16 - torch.iinfo(dtype).bits
+    b = torch.where(values.isnan(), 0x7FC00000, bits_of(values))
+    # The largest finite values are cut: no dither carries them to infinity.
+    b = (b + torch.where(b & 0x7FFFFFFF >= 0x7F7FFF00, 0, word)) >> shift << shift
     high = (b + 0x8000) >> 16
-    low = b - (high << 16)
-    return high.to(torch.int16).view(torch.bfloat16), (low >> 16 - torch.iinfo(dtype).bits).to(dtype)
-
-
-def _canonical_bits(values: Tensor) -> Tensor:
-    return torch.where(values.isnan(), 0x7FC00000, bits_of(values))
+    return high.to(torch.int16).view(torch.bfloat16), ((b - (high << 16)) >> shift).to(dtype)
 
 
 def _encode_split16(values: Tensor, place: Place | None) -> Encoded:
-    return _split(_canonical_bits(values), torch.int16)
+    return _encode_split(values, 0, torch.int16)
 
 
 def _encode_split8(values: Tensor, place: Place | None) -> Encoded:
-    b = _canonical_bits(values)
-    # The largest finite values are cut: no dither carries them to infinity.
-    r = torch.where(b & 0x7FFFFFFF >= 0x7F7FFF00, 0, _dither(values, place, 8))
-    return _split((b + r) & ~0xFF, torch.int8)
+    return _encode_split(values, _dither(values, place, 8), torch.int8)
 
 
 _E4M3_ORDERS, _E5M3_ORDERS = 14, 30  # binary orders from a block's exponent to its largest value's
@@ -185,8 +179,7 @@ def _encode_e5m3(values: Tensor, place: Place | None) -> Encoded:
     return _finished(code, magnitude, each, 254).to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e5m3(stored: Tensor, exponent: Tensor | None) -> Tensor:
-    assert exponent is not None
+def _decode_e5m3(stored: Tensor, exponent: Tensor) -> Tensor:
     code, each = stored.to(torch.int64), _of_elements(exponent, stored.shape)
     value = torch.where(code == 0, 0.0, float_of((code + 8 * each) << 20))
     return _with_special(value, code, 254)
@@ -207,8 +200,7 @@ def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
     return (_finished(code, magnitude, each, 126) | sign).to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e4m3(stored: Tensor, exponent: Tensor | None) -> Tensor:
-    assert exponent is not None
+def _decode_e4m3(stored: Tensor, exponent: Tensor) -> Tensor:
     code, each = stored.to(torch.int64) & 0x7F, _of_elements(exponent, stored.shape)
     one = (each + 1) << 23
     subnormal = float_of((code << 20) + one) - float_of(one)
@@ -243,18 +235,14 @@ FORMATS = {
 }  # fmt: skip
 
 # What else there is to know of formats follows from the records.
-
 _CHOSEN = {(operand, f.choice): f for f in FORMATS.values() for operand in f.operands}
 _PLAIN = {f.dtype: f for f in FORMATS.values() if f.plain}
-
 STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in FORMATS.values() if f.choice and MU in f.operands))
 MASTER_WEIGHTS = (None, *(f.choice for f in FORMATS.values() if f.aux and PARAM in f.operands))
-
+# Formats that split a float32, by the dtype of the remainder.
 REMAINDERS = {f.aux.dtype: f for f in FORMATS.values() if f.aux and PARAM in f.operands}
-"""Formats that split a float32, by the dtype of the ``remainder``."""
-
+# Formats of moments with block exponents, by the suffix of the key of these.
 BLOCK_FORMATS = {f.aux.key: f for f in FORMATS.values() if f.aux and f.aux.block > 1}
-"""Moments with block exponents, by the suffix of the key of these."""
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 """A complex number is two independent real ones."""
@@ -310,9 +298,7 @@ def check_formats(
             f"{name} has dtype {dtype}; give it an optimizer of its own with state_format='fp32'"
         )
     if formats_of(dtype, "fp32", master_weights, stochastic_rounding).param.dtype != plain.dtype:
-        asked = (
-            f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
-        )
+        why = f"master_weights={master_weights!r} splits a float32 into a bfloat16 parameter and a remainder"
         if stochastic_rounding:
-            asked = "stochastic_rounding is for bfloat16 parameters"
-        raise ValueError(f"{asked}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")
+            why = "stochastic_rounding is for bfloat16 parameters"
+        raise ValueError(f"{why}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")
