@@ -1,5 +1,5 @@
-"""``python -m fused_optim``: what is installed, which backends are ready, and whether each
-gives eager's bits.
+"""``python -m fused_optim``: what is installed, which backends are ready, and whether each gives
+eager's bits.
 
 The exit code is 1 if a backend that says it is ready fails its check.
 """
@@ -18,85 +18,66 @@ from . import AdaBelief, AdamaxW, AdamW, __version__
 from .backends import BACKENDS, extension
 
 
-def version_of(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "not installed"
-
-
-def compiler(command: str, *arguments: str) -> str:
-    """The last line of what a compiler says of its version, or that there is none."""
+def compiler(command: str, line: int) -> str:
+    """A line of what a compiler says of its version, or that there is none."""
     if shutil.which(command) is None:
         return "not on the PATH"
-    said = subprocess.run([command, *arguments], capture_output=True, text=True, check=False)
+    said = subprocess.run([command, "--version"], capture_output=True, text=True, check=False)
     lines = said.stdout.strip().splitlines()
-    return lines[-1 if command == "nvcc" else 0] if lines else f"{command} fails: {said.stderr.strip()}"
+    return lines[line] if lines else f"{command} fails: {said.stderr.strip()}"
 
 
-def device_for(backend: str) -> tuple[torch.device, str | None]:
+def device_for(name: str) -> tuple[torch.device, str | None]:
     """Where a backend would run here, and why it cannot."""
-    cpu = torch.device("cpu")
-    gpu = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
-    reason = None
-    for device in (gpu, cpu) if backend != "cpu" else (cpu,):
-        if device is not None:
-            why_not = BACKENDS[backend].why_not(device)
-            if why_not is None:
-                return device, None
-            reason = reason or why_not
-    if gpu is None and backend in ("triton", "cuda"):
-        module = BACKENDS[backend].why_not(torch.device("cuda"))
-        reason = module or "torch sees no GPU"
-    return gpu or cpu, reason
+    why_not, gpu_seen = BACKENDS[name].why_not, torch.cuda.is_available()
+    cpu, gpu = torch.device("cpu"), torch.device("cuda", torch.cuda.current_device() if gpu_seen else 0)
+    reasons = {cpu: why_not(cpu)}
+    if name != "cpu":
+        reasons = {gpu: why_not(gpu) or (None if gpu_seen else "torch sees no GPU"), **reasons}
+    device = next((device for device, reason in reasons.items() if reason is None), next(iter(reasons)))
+    return device, reasons[device]
 
 
-def self_check(backend: str, device: torch.device) -> str | None:
-    """Make one step of each optimizer and compare it with eager; None if all bits are equal."""
+def check(name: str, device: torch.device) -> str:
+    """Make one step of each optimizer, compare it with eager's, and say what came of it."""
     for optimizer_class in (AdaBelief, AdamaxW, AdamW):
         results = []
-        for name, where in ((backend, device), ("eager", torch.device("cpu"))):
+        for backend, where in ((name, device), ("eager", torch.device("cpu"))):
             rng = torch.Generator().manual_seed(0)
             p = torch.randn(4099, generator=rng).to(where).requires_grad_()
             p.grad = torch.randn(4099, generator=rng).to(where)
-            optimizer = optimizer_class([p], weight_decay=0.1, backend=name)
-            optimizer.step()
+            optimizer = optimizer_class([p], weight_decay=0.1, backend=backend)
+            try:
+                optimizer.step()
+            except Exception as error:  # noqa: BLE001 (whatever it is, the backend fails its check)
+                return f"FAILS: {type(error).__name__}: {error}"
             results.append([p.detach().cpu(), *(v.cpu() for v in optimizer.state[p].values())])
         if not all(map(torch.equal, *results)):
-            return f"{optimizer_class.__name__} differs from eager"
-    return None
+            return f"FAILS: {optimizer_class.__name__} differs from eager"
+    return f"ready on {device}, same bits as eager"
 
 
 def main() -> int:
     print(f"fused_optim {__version__}")
     print(f"  python     {platform.python_version()} on {platform.platform()}")
     print(f"  torch      {torch.__version__}")
-    print(f"  triton     {version_of('triton')}")
-    print(f"  c++        {compiler('c++', '--version')}")
-    print(f"  nvcc       {compiler('nvcc', '--version')}")
-    cpu, _ = extension("_cpu")
-    if cpu is not None:
+    triton = next((found.version for found in metadata.distributions(name="triton")), "not installed")
+    print(f"  triton     {triton}")
+    print(f"  c++        {compiler('c++', 0)}")
+    print(f"  nvcc       {compiler('nvcc', -1)}")
+    if cpu := extension("_cpu")[0]:
         threads = torch.get_num_threads() if cpu.openmp else "1 (built without OpenMP)"
         print(f"  _cpu       instruction set {cpu.isas()[0]}, threads {threads}, built with {cpu.compiler}")
-    cuda, _ = extension("_cuda")
-    if cuda is not None:
+    if cuda := extension("_cuda")[0]:
         print(f"  _cuda      sm_{cuda.archs.replace(',', ', sm_')} and PTX, built with {cuda.compiler}")
     if torch.cuda.is_available():
         print(f"  gpu        {torch.cuda.get_device_name()}")
-
-    failed = False
     print("backends")
+    failed = False
     for name in BACKENDS:
         device, reason = device_for(name)
-        if reason is not None:
-            print(f"  {name:10} not ready: {reason}")
-            continue
-        try:
-            problem = self_check(name, device)
-        except Exception as error:  # noqa: BLE001 (whatever it is, the backend fails its check)
-            problem = f"{type(error).__name__}: {error}"
-        failed |= problem is not None
-        verdict = f"ready on {device}, same bits as eager" if problem is None else f"FAILS: {problem}"
+        verdict = check(name, device) if reason is None else f"not ready: {reason}"
+        failed |= verdict.startswith("FAILS")
         print(f"  {name:10} {verdict}")
     return int(failed)
 

@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
-from .options import FormatOptions, Schedule, WeightDecayMask
+from .options import Schedule, WeightDecayMask
 
 
 @final
@@ -78,5 +78,5 @@ class AdaBelief(FusedOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         defaults |= {"nesterov": nesterov, "maximize": maximize}
-        formats = FormatOptions(state_format, master_weights, stochastic_rounding)
+        formats = (state_format, master_weights, stochastic_rounding)
         super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)

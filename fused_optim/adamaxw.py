@@ -8,7 +8,7 @@ from typing import Any, final
 from torch import Tensor
 
 from .optimizer import FusedOptimizer
-from .options import FormatOptions, Schedule, WeightDecayMask
+from .options import Schedule, WeightDecayMask
 
 
 @final
@@ -70,5 +70,5 @@ class AdamaxW(FusedOptimizer):
     ) -> None:
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         defaults |= {"maximize": maximize}
-        formats = FormatOptions(state_format, master_weights, stochastic_rounding)
+        formats = (state_format, master_weights, stochastic_rounding)
         super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)

@@ -60,14 +60,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         self,
         params: Any,
         defaults: dict[str, Any],
-        formats: options.FormatOptions,
+        formats: tuple[str, str | None, bool],
         weight_decay_mask: options.WeightDecayMask | None,
         decoupled_lr: bool,
         flatten: bool,
         backend: str | None,
     ) -> None:
         check_name(backend)
-        formats.check()
+        options.check_choices(*formats)
         self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
         self._mask = weight_decay_mask
@@ -219,7 +219,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         snapshot, in which every tensor is a copy. Beside torch's keys it has ``"count"``, the number of
         ``step()`` calls that schedules see, and with ``stochastic_rounding`` the ``"seed"``. Callables are
         left out."""
-        seed = self._seed if self._settings.formats.stochastic_rounding else None
+        seed = self._seed if self._settings.formats[2] else None
         return checkpoint.snapshot(super().state_dict(), self._count, seed)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

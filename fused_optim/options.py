@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from numbers import Real
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from .backends import to_device, used_on_current_stream
+from .backends import uploaded
 from .reference import Hyperparameters
 from .storage import MASTER_WEIGHTS, STATE_FORMATS
 
@@ -36,26 +36,6 @@ _TORCHS_WORDS = {
     "betas[0]": "Invalid beta parameter at index 0",
     "betas[1]": "Invalid beta parameter at index 1",
 }
-
-
-class FormatOptions(NamedTuple):
-    """The arguments of :func:`~.storage.formats_of` after the dtype."""
-
-    state_format: str
-    master_weights: str | None
-    stochastic_rounding: bool
-
-    def check(self) -> None:
-        for name, choices in (("state_format", STATE_FORMATS), ("master_weights", MASTER_WEIGHTS)):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(repr, choices))}, got {getattr(self, name)!r}"
-                )
-        if flag("stochastic_rounding", self.stochastic_rounding) and self.master_weights is not None:
-            raise ValueError(
-                "stochastic_rounding=True is for parameters without a master, got "
-                f"master_weights={self.master_weights!r}; give one of the two"
-            )
 
 
 @dataclass
@@ -93,6 +73,19 @@ def whole_number(name: str, value: Any, below: int) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < below:
         raise ValueError(f"{name} must be an integer in [0, {below}), got {value!r}")
     return value
+
+
+def check_choices(state_format: Any, master_weights: Any, stochastic_rounding: Any) -> None:
+    """Raise what is wrong with the arguments of :func:`~.storage.formats_of` after the dtype."""
+    if state_format not in STATE_FORMATS:
+        raise ValueError(f"state_format must be one of {STATE_FORMATS}, got {state_format!r}")
+    if master_weights not in MASTER_WEIGHTS:
+        raise ValueError(f"master_weights must be one of {MASTER_WEIGHTS}, got {master_weights!r}")
+    if flag("stochastic_rounding", stochastic_rounding) and master_weights is not None:
+        raise ValueError(
+            "stochastic_rounding=True is for parameters without a master, got "
+            f"master_weights={master_weights!r}; give one of the two"
+        )
 
 
 def where_of(index: int) -> str:
@@ -296,10 +289,10 @@ class HyperparameterTable:
 
     def on(self, device: torch.device) -> Tensor:
         """The table in the memory of ``device``, uploaded where it changed."""
-        if device not in self.on_device:
-            table = torch.tensor(self._rows, dtype=torch.float64, device="cpu")
-            self.on_device[device] = to_device(table, device)
-        table = used_on_current_stream(self.on_device[device])
+        rows = self._rows
+        table = uploaded(
+            self.on_device, device, device, lambda: torch.tensor(rows, dtype=torch.float64, device="cpu")
+        )
         for row, lr in self._device_lrs:
             table[row : row + 2, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
         return table

@@ -15,7 +15,7 @@ from .addresses import Addresses, Answer
 from .backends import Backend, select
 from .flat import FlatLayout
 from .layout import check_address, check_no_overlap, check_stepped, dense_like, gradient_is_native
-from .options import FormatOptions, Group, numbered
+from .options import Group, numbered
 from .rounding import random_key
 from .rules import Rule
 from .state import State, check_state, checked_step, in_formats, state_parts
@@ -31,7 +31,8 @@ class Settings:
     """What is the same for all of an optimizer's groups."""
 
     rule: Rule
-    formats: FormatOptions
+    formats: tuple[str, str | None, bool]
+    """The arguments of :func:`~.storage.formats_of` after the dtype."""
     flatten: bool
     backend: str | None
 

@@ -2,19 +2,17 @@
 
 This file is the definition. Every other backend must give the same bits.
 
-A rule takes tensors in the working precision (float32, or float64 for float64
-parameters) and returns the new parameter and states; it writes nothing. ``c`` holds
-the coefficients of :class:`Coefficients`, each a 0-dim tensor of the working
-precision on the same device. 0-dim tensors, not Python numbers: PyTorch multiplies
-by a rounded reciprocal when a CUDA tensor is divided by a Python number.
+A rule takes tensors in the working precision (float64 for float64 parameters, else float32) and returns
+the new parameter and states; it writes nothing. ``c`` holds :class:`Coefficients`, each a 0-dim tensor of
+the working precision on the same device. 0-dim tensors, not Python numbers: PyTorch multiplies by a
+rounded reciprocal when a CUDA tensor is divided by a Python number.
 
-Every line is one correctly rounded operation after another, in the order written:
-no ``lerp``, ``addcmul`` or ``add(alpha=)``, which may round once where this rounds
-twice.
+Every line is one correctly rounded operation after another, in the order written: no ``lerp``,
+``addcmul`` or ``add(alpha=)``, which may round once where this rounds twice.
 
 Sources: Optax ``scale_by_belief``, ``scale_by_adamax``, ``add_decayed_weights``,
-``scale_by_learning_rate``; arXiv 2010.07468 (AdaBelief), 1412.6980 section 7.1
-(Adamax), 1711.05101 (decoupled weight decay).
+``scale_by_learning_rate``; arXiv 2010.07468 (AdaBelief), 1412.6980 section 7.1 (Adamax), 1711.05101
+(decoupled weight decay).
 """
 
 from __future__ import annotations
@@ -24,13 +22,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-MAX_COUNT = 2**31 - 1
-"""The step number saturates here, as Optax's int32 count does."""
+MAX_COUNT = 2**31 - 1  # the step number saturates here, as Optax's int32 count does
 
 
 class Hyperparameters(NamedTuple):
-    """One parameter group's numbers, before any rounding: floats, or float64 tensors of one
-    value for each row. The order is the column order of the table that every backend reads."""
+    """One parameter group's numbers, before any rounding: floats, or float64 tensors of one value for
+    each row. The order is the column order of the table that every backend reads."""
 
     lr: Any
     weight_decay: Any
@@ -38,18 +35,14 @@ class Hyperparameters(NamedTuple):
     beta2: Any
     eps: Any
     eps_root: Any
-    initial_lr: Any
-    """0 for weight decay times lr; else weight decay times ``lr / initial_lr``."""
-    maximize: Any
-    """1 to ascend, 0 to descend."""
-    nesterov: Any
-    """1 for Nesterov's look-ahead in the first moment, in rules that have it; else 0."""
+    initial_lr: Any  # 0 for weight decay times lr; else weight decay times ``lr / initial_lr``
+    maximize: Any  # 1 to ascend, 0 to descend
+    nesterov: Any  # 1 for Nesterov's look-ahead in the first moment, in rules that have it; else 0
 
 
 class Coefficients(NamedTuple):
-    """What a rule multiplies and divides by: :class:`Hyperparameters` at one step
-    number, rounded once to the working precision. The order is the column order of
-    the table that the kernels read."""
+    """What a rule multiplies and divides by: :class:`Hyperparameters` at one step number, rounded once to
+    the working precision. The order is the column order of the table that the kernels read."""
 
     beta1: Tensor
     one_minus_beta1: Tensor
@@ -58,60 +51,46 @@ class Coefficients(NamedTuple):
     eps: Tensor
     eps_root: Tensor
     bias_correction1: Tensor
-    bias_correction1_next: Tensor
-    """Of the step after this one: Nesterov's look-ahead."""
+    bias_correction1_next: Tensor  # of the step after this one: Nesterov's look-ahead
     bias_correction2: Tensor
     neg_lr: Tensor
-    decay: Tensor
-    """Weight decay, times ``lr / initial_lr`` with ``decoupled_lr``."""
+    decay: Tensor  # weight decay, times ``lr / initial_lr`` with ``decoupled_lr``
+    # Where ``decay`` times the parameter goes: 0 nowhere, 1 into the update, which is times lr,
+    # 2 (``decoupled_lr``) into the parameter.
     decay_kind: Tensor
-    """Where ``decay`` times the parameter goes: 0 nowhere, 1 into the update, which is times
-    lr, 2 (``decoupled_lr``) into the parameter."""
+    # ``grad_scale``, 1 for none; negative to ascend: dividing by it gives the negative quotient, bit for bit.
     grad_divisor: Tensor
-    """``grad_scale``, 1 for none; negative to ascend: dividing by the negative number gives
-    the negative quotient, bit for bit."""
     nesterov: Tensor
 
 
-def integer_power(base: Tensor, exponent: Tensor) -> Tensor:
-    """``base ** exponent`` in float64 by repeated squaring, lowest bit first.
-
-    The same multiplications in the same order in every backend, so that host and
-    device agree bit for bit; a library ``pow`` does not.
-    """
-    result = torch.ones_like(base)
-    for bit in range(MAX_COUNT.bit_length()):
-        result = torch.where((exponent >> bit) & 1 == 1, result * base, result)
-        base = base * base
-    return result
-
-
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - beta ** count``: ``beta`` rounded to ``dtype``, the power taken in float64."""
-    power = integer_power(beta.to(dtype).to(torch.float64), count)
+    """``1 - beta ** count``: ``beta`` rounded to ``dtype``, the power taken in float64.
+
+    By repeated squaring, lowest bit first: the same multiplications in the same order in every backend, so
+    that host and device agree bit for bit. A library ``pow`` does not.
+    """
+    square = beta.to(dtype).to(torch.float64)
+    power = torch.ones_like(square)
+    for bit in range(MAX_COUNT.bit_length()):
+        power = torch.where((count >> bit) & 1 == 1, power * square, power)
+        square = square * square
     return 1 - power.to(dtype)
 
 
 def coefficients(
     hyper: Tensor, count: Tensor, dtype: torch.dtype, grad_scale: Tensor | None = None
 ) -> Coefficients:
-    """The coefficients of a step.
+    """The coefficients of a step, of shape ``[n]`` in the working precision ``dtype``.
 
     Args:
         hyper: float64 ``[n, len(Hyperparameters)]``.
         count: int64 ``[n]``, the step number, 1 at the first step.
-        dtype: the working precision.
         grad_scale: one float32.
-
-    Returns:
-        Coefficients of shape ``[n]`` in ``dtype``.
     """
     h = Hyperparameters(*hyper.unbind(1))
     count_next = (count + 1).clamp(max=MAX_COUNT)
     corrections = bias_correction(
-        torch.stack([h.beta1, h.beta1, h.beta2]),
-        torch.stack([count, count_next, count]),
-        dtype,
+        torch.stack([h.beta1, h.beta1, h.beta2]), torch.stack([count, count_next, count]), dtype
     )
     decoupled = h.initial_lr != 0
     scale = torch.ones_like(h.lr) if grad_scale is None else grad_scale.to(torch.float64)
@@ -137,9 +116,9 @@ def coefficients(
 def sqrt(x: Tensor) -> Tensor:
     """The correctly rounded square root.
 
-    ``torch.sqrt`` on CPU is off by one unit for 15% of float32 values and 1% of
-    float64 values (torch 2.13.0). Rounding a float64 root of a float32 value is
-    exact; the complex root of a positive real is the correctly rounded real one.
+    ``torch.sqrt`` on CPU is off by one unit for 15% of float32 values and 1% of float64 values (torch
+    2.13.0). Rounding a float64 root of a float32 value is exact; the complex root of a positive real is the
+    correctly rounded real one.
     """
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
@@ -159,8 +138,8 @@ def corrected_first_moment(g: Tensor, m: Tensor, c: Coefficients) -> Tensor:
 
 
 def apply_update(p: Tensor, u: Tensor, c: Coefficients) -> Tensor:
-    """Weight decay and the step, shared by every rule. Decay is selected, not "add
-    zero": they differ for infinite and NaN parameters and for signed zeros."""
+    """Weight decay and the step, shared by every rule. Decay is selected, not "add zero": they differ for
+    infinite and NaN parameters and for signed zeros."""
     decay = c.decay * p
     u = torch.where(c.decay_kind == 1, u + decay, u)
     new = p + c.neg_lr * u

@@ -1,8 +1,7 @@
 """The update rules that there are: one line each.
 
-A new rule is a function in ``reference.py`` (the definition) and, under the same name
-and in two parts, in ``kernels/rules.py`` and ``csrc/rules/``; and a line here and in
-``csrc/rules/all.h``.
+A new rule is a function in ``reference.py`` (the definition) and, under the same name and in two parts, in
+``kernels/rules.py`` and ``csrc/rules/``; and a line here and in ``csrc/rules/all.h``.
 """
 
 from __future__ import annotations
@@ -17,18 +16,11 @@ from . import reference
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule.
+    """An update rule."""
 
-    Attributes:
-        name: the function's name in every language.
-        states: keys in ``optimizer.state[p]`` of the rule's two moments, in the
-            order of the reference's arguments.
-        reference: ``(p, g, mu, nu, coefficients) -> (p, mu, nu)``.
-    """
-
-    name: str
-    states: tuple[str, str]
-    reference: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    name: str  # the function's name in every language
+    states: tuple[str, str]  # keys of mu and nu in ``optimizer.state[p]``
+    reference: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (p, g, mu, nu, coefficients) -> (p, mu, nu)
 
 
 RULES = {

@@ -1,5 +1,5 @@
-"""How values lie in memory. A rule sees the working precision only; a format says how
-to get there (``decode``) and back (``encode``).
+"""How values lie in memory. A rule sees the working precision only; a format says how to get there
+(``decode``) and back (``encode``).
 
 A new format is a record in ``FORMATS``, a load/store pair in ``kernels/codecs.py`` and one in
 ``csrc/codecs.h`` under the same name. This file is the definition; see ``docs/formats.md``.
@@ -17,21 +17,16 @@ from torch import Tensor
 
 from .rounding import MASK, MU, NU, PARAM, Place, dither, random_words
 
-BLOCK = 128
-"""Elements that share one exponent in the 8-bit formats."""
-
-Encoded = tuple[Tensor, Tensor | None]
-"""What lies in memory, and the format's auxiliary tensor if it has one."""
+BLOCK = 128  # elements that share one exponent in the 8-bit formats
+Encoded = tuple[Tensor, Tensor | None]  # what lies in memory, and the format's auxiliary tensor
 
 
 class Part(NamedTuple):
-    """One tensor of ``optimizer.state[p]``."""
+    """One tensor of ``optimizer.state[p]``: of the parameter's shape where ``block`` is 1, else a vector."""
 
     key: str
     dtype: torch.dtype
-    block: int = 1
-    """Elements of the parameter for each element of this tensor: with 1 it has the parameter's
-    shape, else it is a vector."""
+    block: int = 1  # elements of the parameter for each element of this tensor
 
     def numel(self, parameter_numel: int) -> int:
         return -(-parameter_numel // self.block)
@@ -39,35 +34,23 @@ class Part(NamedTuple):
 
 @dataclass(frozen=True)
 class Format:
-    """One way to store values. All that Python knows of a format is said here.
+    """One way to store values. All that Python knows of a format is said here."""
 
-    Attributes:
-        name: the codec's name in every language.
-        dtype: what lies in memory.
-        working: the precision that the arithmetic is done in.
-        decode: ``(stored, aux) -> values``.
-        encode: ``(values, place) -> (stored, aux)``; with None for the place, to nearest.
-        operands: which of PARAM, MU and NU may be stored so.
-        choice: what asks for it: a value of ``state_format`` for a moment, of ``master_weights`` for a
-            parameter, or "stochastic_rounding". Formats that have none are taken by dtype.
-        aux: a second tensor in the parameter's state. The key of a moment's is a suffix to the moment's
-            own key, and says which format the moment has.
-        index_dependent: whether an element's bits depend on its index in its parameter.
-        low_precision: whether kernels have a shorter way for it where all new values are finite.
-        max_exponent: the block exponent of a block with the largest float32 in it.
-    """
-
-    name: str
-    dtype: torch.dtype
-    working: torch.dtype
-    decode: Callable[[Tensor, Tensor | None], Tensor]
-    encode: Callable[[Tensor, Place | None], Encoded]
-    operands: tuple[int, ...]
+    name: str  # the codec's, in every language
+    dtype: torch.dtype  # of what lies in memory
+    working: torch.dtype  # the precision that the arithmetic is done in
+    decode: Callable[..., Tensor]  # (stored, aux) -> values
+    encode: Callable[..., Encoded]  # (values, place) -> (stored, aux); to nearest where the place is None
+    operands: tuple[int, ...]  # which of PARAM, MU and NU may be stored so
+    # What asks for it: a value of ``state_format`` for a moment, of ``master_weights`` for a parameter, or
+    # "stochastic_rounding". Formats that have none are taken by dtype.
     choice: str | None = None
+    # A second tensor in the parameter's state. Of a moment's the key is a suffix to the moment's own key,
+    # and says which format the moment has.
     aux: Part | None = None
-    index_dependent: bool = False
-    low_precision: bool = False
-    max_exponent: int | None = None
+    index_dependent: bool = False  # whether an element's bits depend on its index in its parameter
+    low_precision: bool = False  # whether kernels have a shorter way where all new values are finite
+    max_exponent: int | None = None  # the block exponent of a block with the largest float32 in it
 
     @property
     def plain(self) -> bool:
@@ -82,10 +65,9 @@ class Format:
         """The remainder that makes of ``param``, as it is, the value nearest to the float32 ``master``;
         zero where that is none of the values which ``param`` is rounded from."""
         assert self.aux is not None
-        difference = bits_of(master) - (_half_bits(param) << 16)
-        if self.aux.dtype == torch.int8:
-            difference = (difference + 0x80) >> 8
         info = torch.iinfo(self.aux.dtype)
+        shift = 16 - info.bits
+        difference = (bits_of(master) - bits_of(param.to(torch.float32)) + (1 << shift >> 1)) >> shift
         near = (difference >= info.min) & (difference <= info.max + 1)
         return torch.where(near, difference.clamp(max=info.max), 0).to(self.aux.dtype)
 
@@ -96,20 +78,8 @@ def bits_of(x: Tensor) -> Tensor:
 
 
 def float_of(bits: Tensor) -> Tensor:
-    """The float32 values of bits given as int64."""
-    return _signed(bits).to(torch.int32).view(torch.float32)
-
-
-def _signed(bits: Tensor) -> Tensor:
-    return (bits ^ 1 << 31) - (1 << 31)
-
-
-def _half_bits(x: Tensor) -> Tensor:
-    return x.view(torch.int16).to(torch.int64) & 0xFFFF
-
-
-def _half_of(bits: Tensor, dtype: torch.dtype) -> Tensor:
-    return ((bits ^ 0x8000) - 0x8000).to(torch.int16).view(dtype)
+    """The float32 values of the low 32 bits of int64."""
+    return bits.to(torch.int32).view(torch.float32)
 
 
 def _index(values: Tensor) -> Tensor:
@@ -132,73 +102,54 @@ def round_to_bf16(values: Tensor, word: Tensor) -> Tensor:
     value becomes infinite only where rounding to nearest makes it so."""
     b = bits_of(values)
     word = torch.where(b & 0x7FFFFFFF >= 0x7F7F0000, 0x8000, word)
-    return _half_of(torch.where(values.isnan(), 0x7FC0, (b + word) >> 16), torch.bfloat16)
+    rounded = torch.where(values.isnan(), 0x7FC0, (b + word) >> 16)
+    return rounded.to(torch.int16).view(torch.bfloat16)
 
 
 def _encode_bf16_dither(values: Tensor, place: Place | None) -> Encoded:
     return round_to_bf16(values, _dither(values, place, 16)), None
 
 
-def _encode_bf16_stochastic(values: Tensor, place: Place | None) -> Encoded:
-    assert place is not None
+def _encode_bf16_stochastic(values: Tensor, place: Place) -> Encoded:
     return round_to_bf16(values, random_words(_index(values), place)), None
 
 
-def _joined(stored: Tensor, remainder: Tensor) -> Tensor:
-    """The float32 of a bfloat16 and the remainder, int64. A zero has a negative remainder only where
-    somebody wrote it to the parameter. The remainder then counts as 0, since the sum would be a NaN."""
-    half = _half_bits(stored)
-    written = (half & 0x7FFF == 0) & (remainder < 0)
-    return float_of(((half << 16) + torch.where(written, 0, remainder)) & MASK)
+def _decode_split(stored: Tensor, remainder: Tensor) -> Tensor:
+    """A zero has a negative remainder only where somebody wrote it to the parameter. The remainder then
+    counts as 0, since the sum would be a NaN."""
+    high = bits_of(stored.to(torch.float32))
+    low = remainder.to(torch.int64) << 16 - torch.iinfo(remainder.dtype).bits
+    written = (high & 0x7FFFFFFF == 0) & (low < 0)
+    return float_of(high + torch.where(written, 0, low))
 
 
-def _decode_split16(stored: Tensor, remainder: Tensor | None) -> Tensor:
-    assert remainder is not None
-    return _joined(stored, remainder.to(torch.int64))
-
-
-def _split(b: Tensor) -> tuple[Tensor, Tensor]:
-    """Bits as a bfloat16, rounded half away from zero, and what is left: int64 in 16 bits."""
+def _encode_split(values: Tensor, word: Tensor | int, dtype: torch.dtype) -> Encoded:
+    """A bfloat16, rounded half away from zero, and the remainder, whose lowest bits are cut off after
+    ``word`` was added."""
+    shift = 16 - torch.iinfo(dtype).bits
+    b = torch.where(values.isnan(), 0x7FC00000, bits_of(values))
+    # The largest finite values are cut: no dither carries them to infinity.
+    b = (b + torch.where(b & 0x7FFFFFFF >= 0x7F7FFF00, 0, word)) >> shift << shift
     high = (b + 0x8000) >> 16
-    return _half_of(high, torch.bfloat16), b - (high << 16)
-
-
-def _canonical_bits(values: Tensor) -> Tensor:
-    return torch.where(values.isnan(), 0x7FC00000, bits_of(values))
+    return high.to(torch.int16).view(torch.bfloat16), ((b - (high << 16)) >> shift).to(dtype)
 
 
 def _encode_split16(values: Tensor, place: Place | None) -> Encoded:
-    param, remainder = _split(_canonical_bits(values))
-    return param, remainder.to(torch.int16)
-
-
-def _decode_split8(stored: Tensor, remainder: Tensor | None) -> Tensor:
-    assert remainder is not None
-    return _joined(stored, remainder.to(torch.int64) << 8)
+    return _encode_split(values, 0, torch.int16)
 
 
 def _encode_split8(values: Tensor, place: Place | None) -> Encoded:
-    b = _canonical_bits(values)
-    # The largest finite values are cut: no dither carries them to infinity.
-    r = torch.where(b & 0x7FFFFFFF >= 0x7F7FFF00, 0, _dither(values, place, 8))
-    param, remainder = _split((b + r) & ~0xFF)
-    return param, (remainder >> 8).to(torch.int8)
+    return _encode_split(values, _dither(values, place, 8), torch.int8)
 
 
-def _blocks(x: Tensor) -> Tensor:
-    """``x`` in rows of one block, the last filled up with zeros."""
-    x = x.reshape(-1)
-    return torch.nn.functional.pad(x, (0, -x.numel() % BLOCK)).view(-1, BLOCK)
-
-
-_E4M3_ORDERS, _E5M3_ORDERS = 14, 30
-"""Binary orders from a block's exponent to its largest value's."""
+_E4M3_ORDERS, _E5M3_ORDERS = 14, 30  # binary orders from a block's exponent to its largest value's
 
 
 def _block_exponent(magnitude: Tensor, orders: int) -> Tensor:
     """For each block the exponent that is ``orders`` below that of its largest finite value."""
-    finite = torch.where(magnitude < 0x7F800000, magnitude, 0)
-    return ((_blocks(finite).amax(1) >> 23) - orders).clamp(min=0)
+    finite = torch.where(magnitude < 0x7F800000, magnitude, 0).reshape(-1)
+    blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
+    return ((blocks.amax(1) >> 23) - orders).clamp(min=0)
 
 
 def _of_elements(exponent: Tensor, shape: torch.Size) -> Tensor:
@@ -206,25 +157,32 @@ def _of_elements(exponent: Tensor, shape: torch.Size) -> Tensor:
     return exponent.to(torch.int64).repeat_interleave(BLOCK)[: shape.numel()].view(shape)
 
 
+def _finished(code: Tensor, magnitude: Tensor, each: Tensor, infinity: int) -> Tensor:
+    """Codes, none above that of the largest float32, which is 2039 with an exponent of 0; infinities and
+    NaNs have the two last."""
+    code = torch.minimum(code, 2039 - 8 * each)
+    code = torch.where(magnitude == 0x7F800000, infinity, code)
+    return torch.where(magnitude > 0x7F800000, infinity + 1, code)
+
+
+def _with_special(value: Tensor, code: Tensor, infinity: int) -> Tensor:
+    value = torch.where(code == infinity, torch.inf, value)
+    return torch.where(code == infinity + 1, torch.nan, value)
+
+
 def _encode_e5m3(values: Tensor, place: Place | None) -> Encoded:
     magnitude = bits_of(values) & 0x7FFFFFFF
     exponent = _block_exponent(magnitude, _E5M3_ORDERS)
     each = _of_elements(exponent, values.shape)
     code = ((magnitude + _dither(values, place, 20)) >> 20) - 8 * each
-    # 2039 is the largest finite float32's.
-    code = torch.minimum(code.clamp(1, 248), 2039 - 8 * each)
-    code = torch.where(magnitude == 0, 0, code)
-    code = torch.where(magnitude == 0x7F800000, 254, code)
-    code = torch.where(magnitude > 0x7F800000, 255, code)
-    return code.to(torch.uint8), exponent.to(torch.uint8)
+    code = torch.where(magnitude == 0, 0, code.clamp(1, 248))
+    return _finished(code, magnitude, each, 254).to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e5m3(code: Tensor, exponent: Tensor | None) -> Tensor:
-    assert exponent is not None
-    b = (code.to(torch.int64) + 8 * _of_elements(exponent, code.shape)) << 20
-    b = torch.where(code == 0, 0, b)
-    b = torch.where(code == 254, 0x7F800000, b)
-    return float_of(torch.where(code == 255, 0x7FC00000, b))
+def _decode_e5m3(stored: Tensor, exponent: Tensor) -> Tensor:
+    code, each = stored.to(torch.int64), _of_elements(exponent, stored.shape)
+    value = torch.where(code == 0, 0.0, float_of((code + 8 * each) << 20))
+    return _with_special(value, code, 254)
 
 
 def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
@@ -236,23 +194,18 @@ def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
     one = (each + 1) << 23
     subnormal = bits_of(values.abs() + float_of(one)) - one
     scaled = torch.where(magnitude < one, subnormal, magnitude - (each << 23))
-    code = (scaled + _dither(values, place, 20)) >> 20
-    code = torch.minimum(code.clamp(max=120), 2039 - 8 * each)
-    code = torch.where(magnitude == 0x7F800000, 126, code)
-    code = torch.where(magnitude > 0x7F800000, 127, code)
+    code = ((scaled + _dither(values, place, 20)) >> 20).clamp(max=120)
     # A NaN has no sign here: devices give the NaN of an operation different ones.
     sign = torch.where(magnitude > 0x7F800000, 0, b >> 24 & 0x80)
-    return (code | sign).to(torch.uint8), exponent.to(torch.uint8)
+    return (_finished(code, magnitude, each, 126) | sign).to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e4m3(stored: Tensor, exponent: Tensor | None) -> Tensor:
-    assert exponent is not None
+def _decode_e4m3(stored: Tensor, exponent: Tensor) -> Tensor:
     code, each = stored.to(torch.int64) & 0x7F, _of_elements(exponent, stored.shape)
     one = (each + 1) << 23
     subnormal = float_of((code << 20) + one) - float_of(one)
     value = torch.where(code < 8, subnormal, float_of((code + 8 * each) << 20))
-    value = torch.where(code == 126, torch.inf, value)
-    value = torch.where(code == 127, torch.nan, value)
+    value = _with_special(value, code, 126)
     return torch.where(stored > 0x7F, -value, value)
 
 
@@ -266,9 +219,9 @@ FORMATS = {
         Format("fp64", _F64, _F64, *_plain(_F64, _F64), (PARAM, MU, NU)),
         Format("bf16", _BF16, _F32, *_plain(_BF16, _F32), (PARAM,), low_precision=True),
         Format("fp16", _F16, _F32, *_plain(_F16, _F32), (PARAM,)),
-        Format("split16", _BF16, _F32, _decode_split16, _encode_split16, (PARAM,), "split16",
+        Format("split16", _BF16, _F32, _decode_split, _encode_split16, (PARAM,), "split16",
                Part("remainder", torch.int16), low_precision=True),
-        Format("split8", _BF16, _F32, _decode_split8, _encode_split8, (PARAM,), "split8",
+        Format("split8", _BF16, _F32, _decode_split, _encode_split8, (PARAM,), "split8",
                Part("remainder", torch.int8), index_dependent=True, low_precision=True),
         Format("bf16_stochastic", _BF16, _F32, _from_bf16, _encode_bf16_stochastic, (PARAM,),
                "stochastic_rounding", index_dependent=True, low_precision=True),
@@ -282,18 +235,14 @@ FORMATS = {
 }  # fmt: skip
 
 # What else there is to know of formats follows from the records.
-
 _CHOSEN = {(operand, f.choice): f for f in FORMATS.values() for operand in f.operands}
 _PLAIN = {f.dtype: f for f in FORMATS.values() if f.plain}
-
 STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in FORMATS.values() if f.choice and MU in f.operands))
 MASTER_WEIGHTS = (None, *(f.choice for f in FORMATS.values() if f.aux and PARAM in f.operands))
-
+# Formats that split a float32, by the dtype of the remainder.
 REMAINDERS = {f.aux.dtype: f for f in FORMATS.values() if f.aux and PARAM in f.operands}
-"""Formats that split a float32, by the dtype of the ``remainder``."""
-
+# Formats of moments with block exponents, by the suffix of the key of these.
 BLOCK_FORMATS = {f.aux.key: f for f in FORMATS.values() if f.aux and f.aux.block > 1}
-"""Moments with block exponents, by the suffix of the key of these."""
 
 REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
 """A complex number is two independent real ones."""
@@ -320,7 +269,6 @@ class Formats(NamedTuple):
 
     @property
     def index_dependent(self) -> bool:
-        """Whether an element's bits depend on its index in its parameter."""
         return any(format.index_dependent for format in self)
 
 
@@ -350,9 +298,7 @@ def check_formats(
             f"{name} has dtype {dtype}; give it an optimizer of its own with state_format='fp32'"
         )
     if formats_of(dtype, "fp32", master_weights, stochastic_rounding).param.dtype != plain.dtype:
-        asked = (
-            f"master_weights={master_weights!r} splits a float32 between a bfloat16 parameter and a remainder"
-        )
+        why = f"master_weights={master_weights!r} splits a float32 into a bfloat16 parameter and a remainder"
         if stochastic_rounding:
-            asked = "stochastic_rounding is for bfloat16 parameters"
-        raise ValueError(f"{asked}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")
+            why = "stochastic_rounding is for bfloat16 parameters"
+        raise ValueError(f"{why}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")

@@ -7,37 +7,24 @@ from __future__ import annotations
 
 import torch
 
-from .base import Backend, Inputs, to_device, used_on_current_stream
+from .base import Backend, Inputs, uploaded
 from .eager import EAGER
 from .native import CPU, CUDA, extension
 from .triton import TRITON
 
-__all__ = [
-    "BACKENDS",
-    "Backend",
-    "Inputs",
-    "check_name",
-    "extension",
-    "select",
-    "to_device",
-    "used_on_current_stream",
-]
+__all__ = ["BACKENDS", "Backend", "Inputs", "check_name", "extension", "select", "uploaded"]
 
 BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}
 """In order of preference."""
 
 
 def check_name(name: str | None) -> None:
-    """Raise a ValueError where ``name`` is no backend's."""
     if name is not None and name not in BACKENDS:
         raise ValueError(f"backend must be None or one of {sorted(BACKENDS)}, got {name!r}")
 
 
 def select(name: str | None, device: torch.device) -> Backend:
-    """The backend for parameters on ``device``.
-
-    Args:
-        name: a backend's name, or None for the best that the device has.
+    """The backend of this name, or for None the best that the device has.
 
     Raises:
         RuntimeError: the named backend is not available for the device; says why.

@@ -8,43 +8,40 @@ from torch import Tensor
 from ..reference import MAX_COUNT, Coefficients, coefficients
 from ..rounding import MU, NU, PARAM, Place
 from ..table import Batch, int64_tensor
-from .base import Backend, Inputs, nothing_to_load, to_device
+from .base import Backend, Inputs, uploaded
 
 
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
-    key = batch.key
-    rule, working = key.rule, key.param.working
-    if "hyper_row" not in batch.on_device:
-        rows = int64_tensor([o.hyper_row for o in batch.items])
-        batch.on_device["hyper_row"] = to_device(rows, key.device)
-    hyper_row = batch.on_device["hyper_row"]
-    count = (torch.stack([o.step for o in batch.items]) + 1).clamp(max=MAX_COUNT)
-    columns = coefficients(inputs.hyper[hyper_row], count, working, inputs.grad_scale)
-    for o, t, *row in zip(batch.items, count, *columns):
+    key, items = batch.key, batch.items
+    hyper_row = uploaded(
+        batch.on_device, "hyper_row", key.device, lambda: int64_tensor([o.hyper_row for o in items])
+    )
+    count = (torch.stack([o.step for o in items]) + 1).clamp(max=MAX_COUNT)
+    columns = coefficients(inputs.hyper[hyper_row], count, key.param.working, inputs.grad_scale)
+    for o, t, *row in zip(items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
         stored, aux = o.stored, o.aux
         p, mu, nu = (f.decode(x, a) for f, x, a in zip(o.formats, stored, aux))
         writes = [(o.step, t)]
-        for f, operand, values, x, a in zip(
-            o.formats, (PARAM, MU, NU), rule.reference(p, g, mu, nu, c), stored, aux
-        ):
-            new, new_aux = f.encode(values, Place(t, o.random_key, operand))
-            writes += [(x, new)] if a is None or new_aux is None else [(x, new), (a, new_aux)]
+        new = key.rule.reference(p, g, mu, nu, c)
+        for f, operand, values, x, a in zip(o.formats, (PARAM, MU, NU), new, stored, aux):
+            encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))
+            writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
         _write(writes, None if inputs.found_inf is None else inputs.found_inf != 0)
 
 
 def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
     """All or nothing of one parameter: what interrupts it is raised when all is written."""
-    new = [value if skip is None else torch.where(skip, target, value) for target, value in writes]
+    new = [(target, value if skip is None else torch.where(skip, target, value)) for target, value in writes]
     try:
-        for (target, _), value in zip(writes, new):
+        for target, value in new:
             target.copy_(value)
     except BaseException:
-        for (target, _), value in zip(writes, new):
+        for target, value in new:
             target.copy_(value)
         raise
 
 
-EAGER = Backend("eager", lambda device: None, nothing_to_load, step, steps_all_at_once=False)
+EAGER = Backend("eager", lambda device: None, step, steps_all_at_once=False)

@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from ..table import Batch
-from .base import Backend, Inputs, nothing_to_load, table_on
+from .base import Backend, Inputs, table_on
 
-CPU_CHUNK = 16384
-"""Elements that a thread takes at once: 256 KiB of float32 operands, the L2 of a small core."""
+CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
 
 
 @cache
@@ -25,10 +24,9 @@ def extension(name: str) -> tuple[ModuleType | None, str]:
     try:
         return importlib.import_module(f"fused_optim.{name}"), ""
     except ModuleNotFoundError:
-        kind = name.removeprefix("_")
         return None, (
             f"fused_optim.{name} was not built when the package was installed; "
-            f"install with FUSED_OPTIM_BUILD={kind} to build it or see why it fails"
+            f"install with FUSED_OPTIM_BUILD={name[1:]} to build it or see why it fails"
         )
     except ImportError as error:
         return None, f"fused_optim.{name} does not load: {error}"
@@ -81,21 +79,20 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     cuda = extension("_cuda")[0]
     assert cuda is not None
     key, device = batch.key, batch.key.device
-    table = table_on(batch, cuda.chunk_size())
-    coefficients = torch.empty(
-        len(batch.counters) * cuda.coefficients_bytes(key.param.name), dtype=torch.uint8, device=device
-    )
+    rows, chunks, counters = table_on(batch, cuda.chunk_size())
+    size = len(counters) * cuda.coefficients_bytes(key.param.name)
+    coefficients = torch.empty(size, dtype=torch.uint8, device=device)
     cuda.step(
         rule=key.rule.name,
         param=key.param.name,
         grad=key.grad.name,
         mu=key.mu.name,
         nu=key.nu.name,
-        rows=table.rows.data_ptr(),
-        chunks=table.chunks.data_ptr(),
-        n_chunks=len(table.chunks),
-        counters=table.counters.data_ptr(),
-        n_counters=len(table.counters),
+        rows=rows.data_ptr(),
+        chunks=chunks.data_ptr(),
+        n_chunks=len(chunks),
+        counters=counters.data_ptr(),
+        n_counters=len(counters),
         hyper=inputs.hyper.data_ptr(),
         coefficients=coefficients.data_ptr(),
         grad_scale=_address(inputs.grad_scale),
@@ -105,5 +102,5 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     )
 
 
-CPU = Backend("cpu", _cpu_why_not, nothing_to_load, _cpu_step)
-CUDA = Backend("cuda", _cuda_why_not, nothing_to_load, _cuda_step)
+CPU = Backend("cpu", _cpu_why_not, _cpu_step)
+CUDA = Backend("cuda", _cuda_why_not, _cuda_step)
