@@ -64,11 +64,9 @@ class Coefficients(NamedTuple):
 
 
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
-    """``1 - beta ** count``: ``beta`` rounded to ``dtype``, the power taken in float64.
-
-    By repeated squaring, lowest bit first: the same multiplications in the same order in every backend, so
-    that host and device agree bit for bit. A library ``pow`` does not.
-    """
+    """``1 - beta ** count``: ``beta`` rounded to ``dtype``, the power taken in float64 by repeated squaring,
+    lowest bit first. These multiplications in this order have the same bits in every backend, which a
+    library's ``pow`` has not."""
     square = beta.to(dtype).to(torch.float64)
     power = torch.ones_like(square)
     for bit in range(MAX_COUNT.bit_length()):
@@ -80,13 +78,8 @@ def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
 def coefficients(
     hyper: Tensor, count: Tensor, dtype: torch.dtype, grad_scale: Tensor | None = None
 ) -> Coefficients:
-    """The coefficients of a step, of shape ``[n]`` in the working precision ``dtype``.
-
-    Args:
-        hyper: float64 ``[n, len(Hyperparameters)]``.
-        count: int64 ``[n]``, the step number, 1 at the first step.
-        grad_scale: one float32.
-    """
+    """The coefficients of ``hyper``, float64 ``[n, len(Hyperparameters)]``, at the step numbers ``count``,
+    int64 ``[n]`` and 1 at the first step, in the working precision ``dtype``."""
     h = Hyperparameters(*hyper.unbind(1))
     count_next = (count + 1).clamp(max=MAX_COUNT)
     corrections = bias_correction(
@@ -114,12 +107,9 @@ def coefficients(
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root.
-
-    ``torch.sqrt`` on CPU is off by one unit for 15% of float32 values and 1% of float64 values (torch
-    2.13.0). Rounding a float64 root of a float32 value is exact; the complex root of a positive real is the
-    correctly rounded real one.
-    """
+    """The correctly rounded square root. ``torch.sqrt`` on CPU is off by one unit for 15% of float32 values
+    and 1% of float64 values (torch 2.13.0). Rounding a float64 root of a float32 value is exact; the complex
+    root of a positive real is the correctly rounded real one."""
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
     if x.device.type != "cpu":
@@ -147,8 +137,7 @@ def apply_update(p: Tensor, u: Tensor, c: Coefficients) -> Tensor:
 
 
 def adabelief(p: Tensor, g: Tensor, m: Tensor, s: Tensor, c: Coefficients) -> tuple[Tensor, Tensor, Tensor]:
-    """AdaBelief: the step is large where the gradient is as predicted. ``eps_root`` goes into the
-    stored state, every step."""
+    """AdaBelief: large steps where gradients are as predicted; each step adds ``eps_root`` to the state."""
     m = first_moment(g, m, c)
     e = g - m
     s = (c.one_minus_beta2 * (e * e) + c.beta2 * s) + c.eps_root

@@ -1,8 +1,4 @@
-"""The update rules that there are: one line each.
-
-A new rule is a function in ``reference.py`` (the definition) and, under the same name and in two parts, in
-``kernels/rules.py`` and ``csrc/rules/``; and a line here and in ``csrc/rules/all.h``.
-"""
+"""The update rules that there are: one line each. ``docs/design.md`` says what else a new one takes."""
 
 from __future__ import annotations
 

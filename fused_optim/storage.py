@@ -1,8 +1,6 @@
 """How values lie in memory. A rule sees the working precision only; a format says how to get there
-(``decode``) and back (``encode``).
-
-A new format is a record in ``FORMATS``, a load/store pair in ``kernels/codecs.py`` and one in
-``csrc/codecs.h`` under the same name. This file is the definition; see ``docs/formats.md``.
+(``decode``) and back (``encode``). This file is the definition; ``docs/formats.md`` describes the formats,
+and ``docs/design.md`` says what a new one takes.
 """
 
 from __future__ import annotations

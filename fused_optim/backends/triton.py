@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 from contextlib import AbstractContextManager, nullcontext
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -45,12 +45,9 @@ def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
         return constants, {}, {}
     rocm = torch.version.hip is not None
     warp_size = torch.cuda.get_device_properties(key.device).warp_size if rocm else 32
-    sizes = (
-        (kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS),
-        (kernels.THREADS, kernels.registers(*formats[:3])),
-    )
-    options = (kernels.launch_options("hip" if rocm else "cuda", warp_size, *size) for size in sizes)
-    return constants, *options
+    options = partial(kernels.launch_options, "hip" if rocm else "cuda", warp_size)
+    step_options = options(kernels.THREADS, kernels.registers(*formats[:3]))
+    return constants, options(kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS), step_options
 
 
 def _on(device: torch.device) -> AbstractContextManager[Any]:
