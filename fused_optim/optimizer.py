@@ -7,6 +7,7 @@ backend makes the step. A step goes: closure, hyperparameters, plan, launch.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -36,8 +37,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         decoupled_lr: scale weight decay by ``lr / reference_lr`` (the group's first lr) in place of ``lr``
             (Loshchilov and Hutter).
         maximize: ascend.
-        state_format: how moments are stored: ``"fp32"``, ``"bf16"`` or ``"8bit"`` (2 and 1 bytes each),
-            rounded so that their mean is right.
+        state_format: how moments are stored: ``"fp32"`` (float64 for such parameters), ``"bf16"`` or
+            ``"8bit"`` (2 and 1 bytes each), rounded so that their mean is right.
         master_weights: what keeps the bits that a bfloat16 parameter cannot hold: None, ``"split16"`` (16
             beside the parameter, together the exact float32) or ``"split8"`` (8, a float32 of 24 bits).
         stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
@@ -45,16 +46,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
             tensors become views of them until :meth:`unflatten`.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
-
-    Moments are float32 for 16-bit parameters and ``state_format="fp32"``, else of the parameter's dtype.
     """
 
     rule: str
     """The subclass's name in :data:`~.rules.RULES`."""
 
     _step_supports_amp_scaling = True
-    """``torch.amp.GradScaler`` hands over ``grad_scale`` and ``found_inf`` and lets the
-    step unscale and skip, with no wait for the device."""
+    """``torch.amp.GradScaler`` lets the step unscale and skip, with no wait for the device."""
 
     def __init__(
         self,
@@ -71,8 +69,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
         self._mask = weight_decay_mask
-        self._count = 0
-        self._seed = 0
+        self._count = self._seed = 0
         self._reset()
         super().__init__(params, {**defaults, "differentiable": False})
         options.check_mask(weight_decay_mask, self.param_groups)
@@ -93,8 +90,8 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def seed(self) -> int:
-        """Of the random bits of ``stochastic_rounding``, in [0, 2^32); 0 unless set, so that the
-        replicas of data-parallel training round alike. Saved in the state dict."""
+        """Of the random bits of ``stochastic_rounding``, in [0, 2^32); 0 unless set, so that replicas of
+        data-parallel training round alike. Saved in the state dict."""
         return self._seed
 
     @seed.setter
@@ -115,14 +112,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         super().add_param_group(group)
         try:
             added, mask = self.param_groups[index], group.get("weight_decay_mask")
-            mask, earlier = (self._mask, earlier) if mask is None else (mask, 0)
-            added["weight_decay_mask"] = options.mask_of(mask, added, earlier)
-            for name, p in zip(options.names_of(self.param_groups, index), added["params"]):
+            given = (self._mask, added, earlier) if mask is None else (mask, added, 0)
+            added["weight_decay_mask"] = options.mask_of(*given)
+            named = [(name, p) for name, p, _ in options.numbered(self.param_groups)]
+            for name, p in named[earlier:]:
                 check_kind(name, p, self._settings.flatten)
                 if plain_format(p.dtype) is not None:
                     check_formats(name, p.dtype, *self._settings.formats)
-            named = [(f"parameter {name}", p) for name, p, _ in options.numbered(self.param_groups)]
-            check_no_overlap(named)
+            check_no_overlap([(f"parameter {name}", p) for name, p in named])
         except Exception:
             self.param_groups.pop()
             raise
@@ -150,9 +147,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.refresh(self.param_groups, self.state, self._seed, amp):
             if capturing:
                 raise RuntimeError(
-                    "a step that is captured into a CUDA graph must be like the one before it, which made "
-                    "the states and loaded the kernels: make a step with these parameters, gradients, states, "
-                    "grad_scale and found_inf before the capture"
+                    "a step that is captured into a CUDA graph must be like the one before it: make a step with "
+                    "these parameters, gradients, states, grad_scale and found_inf before the capture"
                 )
             self._plan = None
             plan = Plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
@@ -169,24 +165,17 @@ class FusedOptimizer(torch.optim.Optimizer):
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             torch.autograd.graph.increment_version(plan.versioned)
         if capturing:
-            self._keep_captured(plan)
+            # The graph reads these at each replay. What was uploaded gets its values then, and not before,
+            # so that other steps need tables of their own.
+            self._captured += [plan, self._hyper.on_device, *(batch.on_device for _, batch in plan.batches)]
+            for owner in (self._hyper, *(batch for _, batch in plan.batches)):
+                owner.on_device = {}
         self._count = min(self._count + 1, MAX_COUNT)
         return loss
 
-    def _keep_captured(self, plan: Plan) -> None:
-        """Keep for good what a CUDA graph reads, and do not use it again: what was uploaded
-        during the capture gets its values when the graph is replayed, and not before."""
-        self._captured += [plan, self._hyper.on_device, *(batch.on_device for _, batch in plan.batches)]
-        self._hyper.on_device = {}
-        for _, batch in plan.batches:
-            batch.on_device = {}
-
     def unflatten(self) -> None:
-        """Give every parameter, gradient and state memory of its own, and step them so from now on.
-
-        For code that saves or shares single parameters, and so meets the whole of ``flatten=True``'s
-        buffers: ``safetensors.torch.save_model``, ``torch.save`` of a part, ``share_memory_()``.
-        """
+        """Give every parameter, gradient and state memory of its own, for code that saves or shares single
+        parameters: ``safetensors.torch.save_model``, ``torch.save`` of a part, ``share_memory_()``."""
         for p in self._params():
             p.data, p.grad = own(p), own(p.grad)
             state = self.state.get(p, {})
@@ -245,15 +234,10 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._seed = self._seed if loaded[0].seed is None else loaded[0].seed
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.
-        handles = [
-            self.register_load_state_dict_pre_hook(check),
-            self.register_load_state_dict_post_hook(install, prepend=True),
-        ]
-        try:
+        with ExitStack() as hooks:
+            hooks.callback(self.register_load_state_dict_pre_hook(check).remove)
+            hooks.callback(self.register_load_state_dict_post_hook(install, prepend=True).remove)
             super().load_state_dict(state_dict)
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def __getstate__(self) -> dict[str, Any]:
         own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed")
