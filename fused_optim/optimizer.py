@@ -90,8 +90,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def seed(self) -> int:
-        """Of the random bits of ``stochastic_rounding``, in [0, 2^32); 0 unless set, so that replicas of
-        data-parallel training round alike. Saved in the state dict."""
+        """Of ``stochastic_rounding``, in [0, 2^32). Saved; 0 unless set, so that data-parallel replicas agree."""
         return self._seed
 
     @seed.setter
@@ -124,6 +123,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @torch.compiler.disable  # in a compiled train step this call is a graph break
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one optimization step, and return what ``closure`` returned, if there is one.
