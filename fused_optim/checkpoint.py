@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ _DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay")
 """What others call decay that is not added to the gradient."""
 
 
-@dataclass
-class Loaded:
+class Loaded(NamedTuple):
     """What a state dict holds, in this optimizer's formats."""
 
     groups: list[Group]
@@ -49,47 +47,39 @@ def snapshot(state_dict: dict[str, Any], count: int, seed: int | None) -> dict[s
     return state_dict
 
 
-def read(saved: dict[str, Any], own: list[Group], settings: Settings, decoupled_lr: bool) -> Loaded:
+def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled_lr: bool) -> Loaded:
     """Raises a ValueError that names what cannot be loaded; changes nothing."""
-    groups = [_complete(group, own, i, decoupled_lr) for i, group in enumerate(saved["param_groups"])]
+    groups = [_complete(group, ours, i, decoupled_lr) for i, group in enumerate(saved["param_groups"])]
     states: dict[Tensor, dict[str, Any]] = {}
     steps: dict[Any, Tensor] = {}
-    numbers = [0]
-    for i, (group, ours) in enumerate(zip(groups, own)):
-        for j, (name, key, p) in enumerate(zip(names_of(own, i), group["params"], ours["params"])):
-            state = saved["state"].get(key)
-            if not state:
+    keys, numbers = settings.rule.states, [0]
+    for i, (group, our) in enumerate(zip(groups, ours)):
+        decays = group["weight_decay_mask"] or [True] * len(our["params"])
+        for name, key, p, decay in zip(names_of(ours, i), group["params"], our["params"], decays):
+            if not saved["state"].get(key):
                 continue
-            state = {"step": group["step"], **state} if "step" in group else state
-            states[p] = _converted(name, p, state, settings)
-            number = checked_step(name, state["step"], ValueError)
-            numbers.append(number)
+            state = {k: own(v) for k, v in saved["state"][key].items()}
+            state = with_exponent_keys({"step": group.get("step"), **state}, keys)
+            check_saved(name, p, state, keys, settings.rule.name)
+            states[p] = in_formats(state, p, keys, settings.formats_of(p), settings.dense_like(p))
+            numbers.append(checked_step(name, state["step"], ValueError))
             # Equal numbers are one tensor: see plan.py, of what is stepped together.
-            together = (i, p.device, number, group["weight_decay_mask"] and group["weight_decay_mask"][j])
+            together = (i, p.device, numbers[-1], decay)
             if together not in steps:
-                steps[together] = torch.tensor(number, dtype=torch.int64, device=p.device)
+                steps[together] = torch.tensor(numbers[-1], dtype=torch.int64, device=p.device)
             states[p]["step"] = steps[together]
     count = whole_number("the saved 'count'", saved.get("count", max(numbers)), MAX_COUNT + 1)
     seed = None if saved.get("seed") is None else whole_number("seed", saved["seed"], 2**32)
-    for i, (group, ours) in enumerate(zip(saved["param_groups"], own)):
+    for i, (group, our) in enumerate(zip(saved["param_groups"], ours)):
         if "weight_decay_mask" not in group:
-            _warn_of_differences(group, ours, i)
+            _warn_of_differences(group, our, i)
     return Loaded(groups, states, count, seed)
 
 
-def _converted(name: str, p: Tensor, state: dict[str, Any], settings: Settings) -> dict[str, Any]:
-    if "step" not in state:
-        raise ValueError(f"the saved state of parameter {name} has no 'step'; it has {sorted(state)}")
-    keys = settings.rule.states
-    state = with_exponent_keys({k: own(v) for k, v in state.items()}, keys)
-    check_saved(name, p, state, keys, settings.rule.name)
-    return in_formats(state, p, keys, settings.formats_of(p), settings.dense_like(p))
-
-
-def _complete(group: Group, own: list[Group], index: int, decoupled_lr: bool) -> Group:
+def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -> Group:
     """A saved group, with what another optimizer's lacks taken from ours."""
-    ours = own[index] if index < len(own) else {}
-    complete = {**{k: v for k, v in ours.items() if k not in ("params", "param_names", "schedules")}, **group}
+    our = ours[index] if index < len(ours) else {}
+    complete = {**{k: v for k, v in our.items() if k not in ("params", "param_names", "schedules")}, **group}
     if decoupled_lr and "reference_lr" not in group and "initial_lr" in group:
         complete["reference_lr"] = float(group["initial_lr"])
     mask, n = complete.get("weight_decay_mask"), len(group["params"])
@@ -101,34 +91,27 @@ def _complete(group: Group, own: list[Group], index: int, decoupled_lr: bool) ->
     return complete
 
 
-def _warn_of_differences(group: Group, ours: Group, index: int) -> None:
+def _warn_of_differences(group: Group, our: Group, index: int) -> None:
     """Say what another optimizer did that this one does not."""
-    unknown = [
-        f"{key}={value!r}"
-        for key, value in group.items()
-        if key not in ours and key not in (*_ELSEWHERE, *_DECOUPLED, "params", "step") and value
-    ]
+    known, texts = {*our, *_ELSEWHERE, *_DECOUPLED, "params", "step"}, []
+    unknown = [f"{key}={value!r}" for key, value in group.items() if key not in known and value]
     if unknown:
-        warnings.warn(
-            f"saved group {index} has options that this optimizer does not have, so steps will differ from "
-            f"those of the optimizer that saved it: {', '.join(unknown)}",
-            UserWarning,
-            stacklevel=8,
+        texts.append(
+            "has options that this optimizer does not have, so steps will differ from those of the optimizer "
+            f"that saved it: {', '.join(unknown)}"
         )
-    decoupled = next((group[key] for key in _DECOUPLED if key in group), None)
-    if group.get("weight_decay") and not decoupled:
-        warnings.warn(
-            f"saved group {index} has weight_decay={group['weight_decay']!r}, and nothing in it says that decay "
-            "was decoupled: torch.optim.Adamax and Adam add it to the gradient (L2), this optimizer to the update",
-            UserWarning,
-            stacklevel=8,
+    if group.get("weight_decay") and not next((group[key] for key in _DECOUPLED if key in group), None):
+        texts.append(
+            f"has weight_decay={group['weight_decay']!r}, and nothing in it says that decay was decoupled: "
+            "torch.optim.Adamax and Adam add it to the gradient (L2), this optimizer to the update"
         )
+    for text in texts:
+        warnings.warn(f"saved group {index} {text}", UserWarning, stacklevel=8)
 
 
 def keep_schedules(old: list[Group], new: list[Group]) -> None:
     """Give loaded groups the callables of those that they replace; loaded values are no outside writes."""
     for before, group in zip(old, new):
         if "schedules" in before:
-            group["schedules"] = before["schedules"]
-            for key, scheduled in group["schedules"].items():
-                scheduled.value = group[key]
+            schedules = before["schedules"].items()
+            group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}

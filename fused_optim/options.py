@@ -2,7 +2,7 @@
 
 A group is a plain dict, as everywhere in ``torch.optim``. What belongs to it lives in it: its
 numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``reference_lr`` (what
-``decoupled_lr`` divides lr by) and ``schedules`` (the callables; a state dict leaves them out).
+``decoupled_lr`` divides lr by) and ``schedules`` (each callable, with the value that it last gave).
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from numbers import Real
 from typing import Any
 
@@ -26,10 +25,9 @@ Schedule = Callable[[int], Any]
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
 
-OF_THE_OPTIMIZER = (
+_OF_THE_OPTIMIZER = (
     "state_format", "master_weights", "stochastic_rounding", "flatten", "backend", "decoupled_lr"
 )  # fmt: skip
-"""Arguments of the constructor that are the same for all groups."""
 
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
@@ -38,28 +36,17 @@ _TORCHS_WORDS = {
 }
 
 
-@dataclass
-class Scheduled:
-    """A callable in a group, and the value that it last gave: if the group holds another one, somebody
-    wrote it there, and that counts for one step."""
-
-    schedule: Schedule
-    value: Any
-
-
 def number(name: str, value: Any, where: str = "", below: float = math.inf) -> float:
     """``value`` as a float, checked to lie in [0, below)."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}{where} must be a number, got {value!r} of type {type(value).__name__}")
-    try:
+    result = math.inf
+    with suppress(OverflowError):
         result = float(value)
-    except OverflowError:
-        result = math.inf
     if not 0 <= result < below:
         limits = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
-        given = "an integer too large for a float" if result == math.inf != value else repr(value)
         words = _TORCHS_WORDS.get(name, f"Invalid {name} value")
-        raise ValueError(f"{words}: {given}; {name}{where} must be {limits}")
+        raise ValueError(f"{words}: {result}; {name}{where} must be {limits}")
     return result
 
 
@@ -156,32 +143,27 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
     """Check a new group and give it all that belongs in one."""
-    for key in OF_THE_OPTIMIZER:
+    for key in _OF_THE_OPTIMIZER:
         if key in group:
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
                 "constructor, or make another optimizer for that group"
             )
-    schedules = {}
-    for key in ("lr", "weight_decay"):
-        if callable(group[key]):
-            schedules[key] = Scheduled(group[key], _scheduled_value(key, group[key], count))
-            group[key] = schedules[key].value
-    if schedules:
-        group["schedules"] = schedules
+    schedules = {key: group[key] for key in ("lr", "weight_decay") if callable(group[key])}
+    for key, schedule in schedules.items():
+        group[key] = _scheduled_value(key, schedule, count)
+        group.setdefault("schedules", {})[key] = [schedule, group[key]]
     check_group(group, where_of(index))
     if decoupled_lr:
         if "lr" in schedules or float(group["lr"]) == 0:
-            given = schedules["lr"].schedule if "lr" in schedules else group["lr"]
             raise ValueError(
                 "decoupled_lr=True scales weight decay by lr / reference_lr: lr must be a number or tensor "
-                f"other than 0, got {given!r}"
+                f"other than 0, got {schedules.get('lr', group['lr'])!r}"
             )
         group.setdefault("reference_lr", float(group["lr"]))
-    if isinstance(group["params"], Tensor):
-        group["params"] = [group["params"]]
-    elif not isinstance(group["params"], set):
-        group["params"] = list(group["params"])
+    params = group["params"]
+    if not isinstance(params, set):  # which torch refuses
+        group["params"] = [params] if isinstance(params, Tensor) else list(params)
 
 
 def check_twice(params: list[Any], groups: list[Group]) -> None:
@@ -198,13 +180,13 @@ def run_schedules(groups: list[Group], count: int) -> None:
     """Give every group the values of its callables, but for what somebody else wrote there since."""
     values = []
     for group in groups:
-        for key, scheduled in group.get("schedules", {}).items():
+        for key, (schedule, last) in group.get("schedules", {}).items():
             value = group[key]
-            if value is scheduled.value or (not isinstance(value, Tensor) and value == scheduled.value):
-                value = _scheduled_value(key, scheduled.schedule, count)
-            values.append((group, key, scheduled, value))
-    for group, key, scheduled, value in values:
-        group[key] = scheduled.value = value
+            if value is last or (not isinstance(value, Tensor) and value == last):
+                value = _scheduled_value(key, schedule, count)
+            values.append((group, key, [schedule, value]))
+    for group, key, scheduled in values:
+        group["schedules"][key], group[key] = scheduled, scheduled[1]
 
 
 def mask_of(mask: Any, group: Group, earlier: int) -> list[bool] | None:
@@ -262,29 +244,21 @@ class HyperparameterTable:
 
     def read(self, groups: list[Group]) -> None:
         """Take the groups' numbers as they are now; they are checked where they have changed."""
-        keys = ("eps", "eps_root", "weight_decay", "reference_lr", "maximize", "nesterov", "differentiable")
+        keys = ("weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable")
         read = []
         for i, group in enumerate(groups):
             betas = group["betas"]
             betas = tuple(betas) if isinstance(betas, list) else betas
             read.append((lr_value(group["lr"], where_of(i)), betas, *map(group.get, keys)))
         if read != self._read:
-            rows = []
-            for i, (group, (lr, betas, *_)) in enumerate(zip(groups, read)):
+            for i, group in enumerate(groups):
                 check_group(group, where_of(i))
-                row = Hyperparameters(
-                    lr=lr or 0.0,
-                    weight_decay=group["weight_decay"],
-                    beta1=betas[0],
-                    beta2=betas[1],
-                    eps=group["eps"],
-                    eps_root=group.get("eps_root", 0.0),
-                    initial_lr=group.get("reference_lr", 0.0),
-                    maximize=group["maximize"],
-                    nesterov=group.get("nesterov", False),
-                )
-                rows += [row, row._replace(weight_decay=0.0)]
-            self._read, self._rows, self.on_device = read, rows, {}
+            self._rows = [
+                Hyperparameters(*(number or 0.0 for number in (lr, decay, *betas, *others)))
+                for lr, betas, weight_decay, *others, _ in read
+                for decay in (weight_decay, 0.0)
+            ]
+            self._read, self.on_device = read, {}
         self._device_lrs = [(2 * i, groups[i]["lr"]) for i, (lr, *_) in enumerate(read) if lr is None]
 
     def on(self, device: torch.device) -> Tensor:
@@ -306,7 +280,6 @@ def check_capture(groups: list[Group]) -> None:
             frozen.append("lr")
         if frozen:
             raise RuntimeError(
-                f"{frozen[0]} of group {i} would freeze at its present value in the CUDA graph that is "
-                "being captured; give lr as a tensor on the GPU and fill it between replays, and "
-                "weight_decay as a number"
+                f"{frozen[0]} of group {i} would freeze at its present value in the CUDA graph that is captured; "
+                "give lr as a tensor on the GPU and fill it between replays, and weight_decay as a number"
             )

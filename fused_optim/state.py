@@ -20,15 +20,14 @@ State = dict[str, Any]
 Keys = tuple[str, str]
 
 
-def moment_parts(key: str, format: Format, dtype: torch.dtype) -> list[Part]:
-    """What a moment keeps in the state of a parameter of this dtype."""
+def _moment_parts(key: str, format: Format, dtype: torch.dtype) -> list[Part]:
     aux = format.aux_of(key)
     return [Part(key, dtype if dtype.is_complex else format.dtype), *([aux] if aux else [])]
 
 
 def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> list[Part]:
     """All that a parameter of this dtype keeps in its state, but for ``step``."""
-    parts = [*moment_parts(keys[0], formats.mu, dtype), *moment_parts(keys[1], formats.nu, dtype)]
+    parts = [*_moment_parts(keys[0], formats.mu, dtype), *_moment_parts(keys[1], formats.nu, dtype)]
     return [*parts, formats.param.aux] if formats.param.aux else parts
 
 
@@ -45,8 +44,7 @@ def with_exponent_keys(state: State, keys: Keys) -> State:
     return {renamed.get(k, k): v for k, v in state.items()}
 
 
-def empty_part(part: Part, dense: Tensor) -> Tensor:
-    """Uninitialised memory for a part of the state of ``dense``."""
+def _empty_part(part: Part, dense: Tensor) -> Tensor:
     if part.block == 1:
         return torch.empty_strided(dense.shape, dense.stride(), dtype=part.dtype, device=dense.device)
     return torch.empty(part.numel(dense.numel()), dtype=part.dtype, device=dense.device)
@@ -79,10 +77,10 @@ def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense:
 
 
 def _moment(key: str, format: Format, state: State, dense: Tensor) -> dict[str, Tensor]:
-    parts = moment_parts(key, format, dense.dtype)
+    parts = _moment_parts(key, format, dense.dtype)
     if all(_fits(state.get(part.key), part, dense) for part in parts):
         return {part.key: state[part.key] for part in parts}
-    made = {part.key: empty_part(part, dense) for part in parts}
+    made = {part.key: _empty_part(part, dense) for part in parts}
     old = state.get(key)
     if old is None:
         for t in made.values():
@@ -108,13 +106,12 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
     if _fits(state.get(key), format.aux, dense):
         return {key: state[key]}
     param = param.detach()
-    master = param.to(torch.float32)
-    remainder = state.get("remainder")
-    if state.get("master") is not None:
-        master = state["master"].to(param.device, torch.float32)
-    elif remainder is not None:
-        master = REMAINDERS[remainder.dtype].decode(param, remainder.to(param.device))
-    return {key: empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
+    master = state.get("master")
+    if master is None and state.get("remainder") is not None:
+        remainder = state["remainder"].to(param.device)
+        master = REMAINDERS[remainder.dtype].decode(param, remainder)
+    master = (param if master is None else master).to(param.device, torch.float32)
+    return {key: _empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
 
 
 def own(value: Any) -> Any:
@@ -163,20 +160,19 @@ def _check_exponents(name: str, p: Tensor, state: State, key: str, error: type[E
 
 def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) -> None:
     """Raise a ValueError where a saved state cannot become that of ``p``, naming both."""
-    for key in keys:
-        if not isinstance(state.get(key), Tensor):
-            raise ValueError(  # noqa: TRY004 (a wrong checkpoint, not a wrong call)
+    for key in (*keys, "step"):
+        if state.get(key) is None:
+            raise ValueError(
                 f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
                 f"was it saved by another optimizer than {optimizer}?"
             )
     check_state(name, p, state, keys, ValueError)
-    for key in keys:
-        exponents = exponents_key(key, state)
-        most = exponents and BLOCK_FORMATS[exponents.removeprefix(key)].max_exponent
-        if exponents and (state[exponents] > most).any():
+    for found in filter(None, (exponents_key(key, state) for key in keys)):
+        most = next(f.max_exponent for suffix, f in BLOCK_FORMATS.items() if found.endswith(suffix))
+        if (state[found] > most).any():
             raise ValueError(
-                f"the saved state {exponents!r} of parameter {name} must be at most {most}, that "
-                f"of the largest float32, got {int(state[exponents].max())}"
+                f"the saved state {found!r} of parameter {name} must be at most {most}, that "
+                f"of the largest float32, got {int(state[found].max())}"
             )
 
 
@@ -198,13 +194,16 @@ def bytes_in_use(
     params: list[Tensor], states: dict[Any, State], tables: list[Tensor], padding: int
 ) -> dict[str, int]:
     """Bytes by purpose; a tensor that several hold is counted once."""
-    held = [item for state in states.values() for item in state.items() if isinstance(item[1], Tensor)]
-    parts = {
+    parts: dict[str, list[Tensor]] = {
         "parameters": params,
         "gradients": [p.grad for p in params if p.grad is not None],
-        "moments": [t for key, t in held if key not in ("step", "remainder")],
-        "master": [t for key, t in held if key == "remainder"],
-        "metadata": [*tables, *(t for key, t in held if key == "step")],
+        "moments": [],
+        "master": [],
+        "metadata": [*tables],
     }
-    counted = {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
-    return {**counted, "metadata": counted["metadata"] + padding}
+    part_of = {"remainder": "master", "step": "metadata"}
+    for key, t in (item for state in states.values() for item in state.items()):
+        if isinstance(t, Tensor):
+            parts[part_of.get(key, "moments")].append(t)
+    nbytes = {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
+    return {**nbytes, "metadata": nbytes["metadata"] + padding}
