@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,7 +23,8 @@ _DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay")
 """What others call decay that is not added to the gradient."""
 
 
-class Loaded(NamedTuple):
+@dataclass
+class Loaded:
     """What a state dict holds, in this optimizer's formats."""
 
     groups: list[Group]

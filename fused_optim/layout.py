@@ -143,7 +143,7 @@ def check_no_overlap(
     for name, t in named:
         if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
-        if _may_collide(t) and len(_offsets(t).unique()) != t.numel():
+        if _may_collide(t) and len(set(_offsets(t).tolist())) != t.numel():
             raise ValueError(
                 f"{name} overlaps itself: several of its elements share memory (strides "
                 f"{t.stride()}); give a tensor with memory of its own, p.contiguous()"

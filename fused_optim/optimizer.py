@@ -23,6 +23,7 @@ from .reference import MAX_COUNT
 from .rules import RULES
 from .state import bytes_in_use, own
 from .storage import check_formats, plain_format
+from .table import finish
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -123,7 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @torch.compiler.disable  # in a compiled train step this call is a graph break
+    # In a compiled train step this call is a graph break.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one optimization step, and return what ``closure`` returned, if there is one.
@@ -143,16 +145,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._hyper.read(self.param_groups)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         amp = (scale is not None, found_inf is not None)
-        plan = self._plan
+        # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
+        plan, self._plan = self._plan, None
         if plan is None or not plan.refresh(self.param_groups, self.state, self._seed, amp):
             if capturing:
                 raise RuntimeError(
                     "a step that is captured into a CUDA graph must be like the one before it: make a step with "
                     "these parameters, gradients, states, grad_scale and found_inf before the capture"
                 )
-            self._plan = None
             plan = Plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
-            self._plan = plan
+        self._plan = plan
         inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
         try:
             for backend, batch in plan.batches:
@@ -160,7 +162,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 try:
                     backend.step(batch, inputs[batch.key.device])
                 finally:
-                    batch.store_copies()
+                    finish(batch.store_copies)
         finally:
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             torch.autograd.graph.increment_version(plan.versioned)
@@ -168,8 +170,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             # The graph reads these at each replay. What was uploaded gets its values then, and not before,
             # so that other steps need tables of their own.
             self._captured += [plan, self._hyper.on_device, *(batch.on_device for _, batch in plan.batches)]
-            for owner in (self._hyper, *(batch for _, batch in plan.batches)):
-                owner.on_device = {}
+            self._hyper.on_device = {}
+            for _, batch in plan.batches:
+                batch.on_device = {}
         self._count = min(self._count + 1, MAX_COUNT)
         return loss
 

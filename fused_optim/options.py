@@ -245,7 +245,7 @@ class HyperparameterTable:
     def read(self, groups: list[Group]) -> None:
         """Take the groups' numbers as they are now; they are checked where they have changed."""
         keys = ("weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable")
-        read = []
+        read: list[tuple[Any, ...]] = []
         for i, group in enumerate(groups):
             betas = group["betas"]
             betas = tuple(betas) if isinstance(betas, list) else betas

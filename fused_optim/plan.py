@@ -22,9 +22,6 @@ from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import Batch, BatchKey, Operands
 
-Amp = tuple[bool, bool]
-"""Whether a step is given ``grad_scale`` and ``found_inf``."""
-
 
 @dataclass(frozen=True)
 class Settings:
@@ -61,13 +58,13 @@ class Plan:
     """
 
     def __init__(
-        self, groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int, amp: Amp, flat: FlatLayout
+        self, groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int, amp: tuple[bool, bool], flat: FlatLayout
     ) -> None:
         items = _checked_operands(groups, state, settings, seed)
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
         by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
         for o in items:
-            by_key[_batch_key(o, settings.rule)].append(o)
+            by_key[o.key].append(o)
         for key in by_key:
             backends[key.device].load(key, *amp)
         made = {o.source: o.state for o in items}
@@ -82,6 +79,7 @@ class Plan:
                 if flat.takes_grad(o.source):
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
+        self.devices = set(backends)
         self.batches: list[tuple[Backend, Batch]] = [
             (backends[key.device], Batch(key, batch)) for key, batch in by_key.items()
         ]
@@ -92,11 +90,7 @@ class Plan:
         self.versioned = [p for p in made if not p.is_inference()]
         """Parameters whose versions autograd counts."""
 
-    @property
-    def devices(self) -> set[torch.device]:
-        return {batch.key.device for _, batch in self.batches}
-
-    def refresh(self, groups: list[Group], state: dict[Any, Any], seed: int, amp: Amp) -> bool:
+    def refresh(self, groups: list[Group], state: dict[Any, Any], seed: int, amp: tuple[bool, bool]) -> bool:
         """Whether this plan still describes the optimizer. Gradients that have moved are followed: in
         the table, or into their slots in a flat buffer."""
         if self._depends_on != _depends_on(groups, seed, amp):
@@ -112,7 +106,7 @@ class Plan:
         return answer is not Answer.CHANGED
 
 
-def _depends_on(groups: list[Group], seed: int, amp: Amp) -> tuple[Any, ...]:
+def _depends_on(groups: list[Group], seed: int, amp: tuple[bool, bool]) -> tuple[Any, ...]:
     """What a plan depends on beside tensors."""
     masks = [(len(g["params"]), g["weight_decay_mask"] and tuple(g["weight_decay_mask"])) for g in groups]
     return seed, amp, masks
@@ -127,13 +121,21 @@ def _checked_operands(
         check_stepped(name, p)
         check_formats(name, p.dtype, *settings.formats)
     check_no_overlap([(f"parameter {name}", p) for _, name, p, _ in live])
-    items = []
+    items: list[Operands] = []
     for k, name, p, hyper_row in live:
-        dense = settings.dense_like(p)
+        dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), p.grad
+        assert plain is not None and grad is not None
+        grad_copy = None
+        if not gradient_is_native(grad, p, dense):
+            dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else plain.working
+            grad = grad_copy = torch.empty_strided(p.shape, dense.stride(), dtype=dtype, device=p.device)
+        param, mu, nu = settings.formats_of(p)
+        grad_format = plain_format(grad.dtype)
+        assert grad_format is not None
+        key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
         made = _state_of(name, p, dense, state.get(p, {}), settings)
-        copy, formats, key = _grad_copy(p, dense), settings.formats_of(p), random_key(seed, k)
-        keys = settings.rule.states
-        items.append(Operands(name, p, dense, copy, made, keys, formats, hyper_row, key, number=len(items)))
+        random = random_key(seed, k)
+        items.append(Operands(name, p, dense, grad_copy, made, key, hyper_row, random, number=len(items)))
     stepped = {o.source for o in items}
     states = [(f" of parameter {o.name}", o.state) for o in items]
     states += [("", s) for p, s in state.items() if isinstance(s, dict) and p not in stepped]
@@ -161,7 +163,7 @@ def _warn_of_casts(items: list[Operands], state: dict[Any, Any]) -> None:
     cast = [
         f"parameter {o.name} ({old.dtype} to {o.state[key].dtype})"
         for o in items
-        for key in o.keys
+        for key in o.key.rule.states
         if isinstance(old := state.get(o.source, {}).get(key), Tensor) and old.dtype != o.state[key].dtype
     ]
     if cast:
@@ -171,23 +173,6 @@ def _warn_of_casts(items: list[Operands], state: dict[Any, Any]) -> None:
             UserWarning,
             stacklevel=6,
         )
-
-
-def _grad_copy(p: Tensor, dense: Tensor) -> Tensor | None:
-    """Memory for a copy of the gradient, where kernels cannot read it as it is."""
-    assert p.grad is not None
-    if gradient_is_native(p.grad, p, dense):
-        return None
-    format = plain_format(p.dtype)
-    assert format is not None
-    dtype = p.dtype if p.grad.dtype == p.dtype or p.is_complex() else format.working
-    return torch.empty_strided(p.shape, dense.stride(), dtype=dtype, device=p.device)
-
-
-def _batch_key(o: Operands, rule: Rule) -> BatchKey:
-    grad = plain_format(o.grad.dtype)
-    assert grad is not None
-    return BatchKey(o.source.device, rule, o.formats.param, grad, o.formats.mu, o.formats.nu)
 
 
 def _share_steps(

@@ -6,6 +6,7 @@ under a key that ends with the format's name, a ``remainder`` of int16 or int8 i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -125,6 +126,7 @@ def check_state(
     """Raise where something in the state of ``p`` is not what a moment or master can be."""
     kind, right = Tensor.is_floating_point, "a floating-point tensor"
     moment = (Tensor.is_complex, "a complex tensor") if p.is_complex() else (kind, right)
+    rights: dict[str, tuple[Callable[[Any], bool], str]]
     rights = {key: (moment[0], f"{moment[1]}, like the parameter's {p.dtype}") for key in keys}
     rights |= {
         "master": (kind, right),

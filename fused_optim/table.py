@@ -15,7 +15,7 @@ that one launch can take, as a table:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -34,6 +34,15 @@ VECTOR_BYTES = 16
 """What a full chunk's addresses must be multiples of: one 128-bit access."""
 
 
+def finish(write: Callable[[], Any]) -> None:
+    """Write to the end: what interrupts it is raised when it is done once more."""
+    try:
+        write()
+    except BaseException:
+        write()
+        raise
+
+
 def int64_tensor(values: Sequence[int]) -> Tensor:
     """A CPU tensor of Python integers; 20 times as fast as ``torch.tensor(list)``."""
     return (
@@ -41,6 +50,21 @@ def int64_tensor(values: Sequence[int]) -> Tensor:
         if values
         else torch.empty(0, dtype=torch.int64, device="cpu")
     )
+
+
+class BatchKey(NamedTuple):
+    """What all operands of one launch have in common."""
+
+    device: torch.device
+    rule: Rule
+    param: Format
+    grad: Format
+    mu: Format
+    nu: Format
+
+    @property
+    def formats(self) -> Formats:
+        return Formats(self.param, self.mu, self.nu)
 
 
 @dataclass
@@ -55,9 +79,7 @@ class Operands:
     grad_copy: Tensor | None
     """Memory for the gradient in a dtype and layout that kernels can read, where its own is another."""
     state: dict[str, Any]
-    keys: tuple[str, str]
-    """Of the two moments in ``state``."""
-    formats: Formats
+    key: BatchKey
     hyper_row: int
     random_key: int
     number: int = 0
@@ -74,13 +96,13 @@ class Operands:
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
         """The parameter and its moments."""
-        mu, nu = (_real(self.state[key]) for key in self.keys)
+        mu, nu = (_real(self.state[key]) for key in self.key.rule.states)
         return _real(self.dense), mu, nu
 
     @property
     def aux(self) -> list[Tensor | None]:
         """The auxiliary tensors of :attr:`stored`, in formats that have one."""
-        parts = (format.aux_of(key) for key, format in zip(("", *self.keys), self.formats))
+        parts = (f.aux_of(key) for key, f in zip(("", *self.key.rule.states), self.key.formats))
         return [None if part is None else self.state[part.key] for part in parts]
 
     @property
@@ -94,17 +116,6 @@ def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
-class BatchKey(NamedTuple):
-    """What all operands of one launch have in common."""
-
-    device: torch.device
-    rule: Rule
-    param: Format
-    grad: Format
-    mu: Format
-    nu: Format
-
-
 class Batch:
     """All operands of one launch, and their table."""
 
@@ -116,7 +127,7 @@ class Batch:
         rows: list[list[int]] = []
         firsts: list[Operands] = []
         counters: dict[int, tuple[int, int, int]] = {}
-        in_order = Formats(key.param, key.mu, key.nu).index_dependent
+        in_order = key.formats.index_dependent
         for i, o in enumerate(items):
             counter = counters.setdefault(id(o.step), (len(counters), o.step.data_ptr(), o.hyper_row))[0]
             numel = o.stored[0].numel()

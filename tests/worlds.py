@@ -98,6 +98,7 @@ class World:
         self.stored: list[list[Tensor]] = []
         self.aux: list[list[Tensor | None]] = []
         items = []
+        batch_key = BatchKey(torch.device("cpu"), RULES[rule], *formats)
         for key, row in enumerate(rows):
             numel, offsets = row.numel, row.offsets
             g = self._guarded(formats.grad.dtype, numel, offsets[0])
@@ -113,18 +114,17 @@ class World:
             step = torch.tensor(row.count)
             keys = RULES[rule].states
             state = {"step": step, **dict(zip(keys, stored[1:]))}
-            own = storage.Formats(formats.param, formats.mu, formats.nu)
-            for name, f, t in zip(("", *keys), own, aux):
+            for name, f, t in zip(("", *keys), batch_key.formats, aux):
                 part = f.aux_of(name)
                 if part is not None:
                     state[part.key] = t
             random_key = key << 32 | 12345
-            items.append(Operands(str(key), stored[0], stored[0], g, state, keys, own, row.hyper_row, random_key))
+            items.append(Operands(str(key), stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key))
             self.grads.append(g)
             self.steps.append(step)
             self.stored.append(stored)
             self.aux.append(aux)
-        self.batch = Batch(BatchKey(torch.device("cpu"), RULES[rule], *formats), items)
+        self.batch = Batch(batch_key, items)
         self.hyper = torch.tensor(HYPER, dtype=torch.float64)
 
     def _guarded(self, dtype: torch.dtype, numel: int, offset: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import MAX_COUNT, Coefficients, coefficients
 from ..rounding import MU, NU, PARAM, Place
-from ..table import Batch, int64_tensor
+from ..table import Batch, finish, int64_tensor
 from .base import Backend, Inputs, uploaded
 
 
@@ -23,10 +23,10 @@ def step(batch: Batch, inputs: Inputs) -> None:
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
         stored, aux = o.stored, o.aux
-        p, mu, nu = (f.decode(x, a) for f, x, a in zip(o.formats, stored, aux))
+        p, mu, nu = (f.decode(x, a) for f, x, a in zip(key.formats, stored, aux))
         writes = [(o.step, t)]
         new = key.rule.reference(p, g, mu, nu, c)
-        for f, operand, values, x, a in zip(o.formats, (PARAM, MU, NU), new, stored, aux):
+        for f, operand, values, x, a in zip(key.formats, (PARAM, MU, NU), new, stored, aux):
             encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))
             writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
         _write(writes, None if inputs.found_inf is None else inputs.found_inf != 0)
@@ -35,13 +35,7 @@ def step(batch: Batch, inputs: Inputs) -> None:
 def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
     """All or nothing of one parameter: what interrupts it is raised when all is written."""
     new = [(target, value if skip is None else torch.where(skip, target, value)) for target, value in writes]
-    try:
-        for target, value in new:
-            target.copy_(value)
-    except BaseException:
-        for target, value in new:
-            target.copy_(value)
-        raise
+    finish(lambda: [target.copy_(value) for target, value in new])
 
 
 EAGER = Backend("eager", lambda device: None, step, steps_all_at_once=False)
