@@ -7,7 +7,6 @@ share one row of the table.
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -17,17 +16,12 @@ from torch import Tensor
 
 from .storage import Part
 
-ALIGN = 16
-"""Slots start at multiples of this many elements: 32 bytes or more in every dtype."""
+ALIGN = 16  # slots start at multiples of this many elements: 32 bytes or more in every dtype
 
 
 class FlatBuffers:
-    """Parameters of one device and dtype, each with a slot in every buffer.
-
-    Args:
-        params: dense parameters of one device and dtype. Their data moves into the
-            buffer; shape, strides and values stay.
-    """
+    """Dense parameters of one device and dtype, each with a slot in every buffer. Their data moves into the
+    first; shape, strides and values stay."""
 
     def __init__(self, params: list[Tensor]) -> None:
         self.device, self.dtype = params[0].device, params[0].dtype
@@ -83,16 +77,9 @@ class FlatLayout:
     def hold(self, params: Iterable[Tensor]) -> None:
         """Have exactly these parameters in flat buffers; if they are not, gather them anew."""
         params = list(params)
-        moved = [p for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
-        if not moved and self.buffers_of.keys() == set(params):
+        in_slots = all(b.in_slot(b.param, p, p) for p, b in self.buffers_of.items())
+        if in_slots and self.buffers_of.keys() == set(params):
             return
-        if moved:
-            warnings.warn(
-                "parameters were moved out of the flat buffers of flatten=True (model.to(), p.data = ...); "
-                "they are gathered again, which costs a copy",
-                UserWarning,
-                stacklevel=7,
-            )
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
             by_kind.setdefault((p.device, p.dtype), []).append(p)
@@ -108,12 +95,8 @@ class FlatLayout:
     def _tensors(self) -> list[Tensor]:
         return [t for b in self.buffers for t in b.buffers.values()]
 
-    def take_states(self, states: dict[Any, dict[str, Any]], parts_of: Callable[[Tensor], list[Part]]) -> None:
-        """Move states into their slots, and out of those of others.
-
-        Args:
-            parts_of: what a parameter keeps in its state.
-        """
+    def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], list[Part]]) -> None:
+        """Move states into their slots, and out of those of others; ``parts_of`` says what a state has."""
         moves = []
         for p, state in states.items():
             parts = {part.key: part for part in parts_of(p)} if p in self.buffers_of else {}

@@ -10,10 +10,6 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 
 from .storage import native_gradient, plain_format
 
-LOWEST_ADDRESS = 1 << 40
-"""A tensor in freed memory has its offset in the storage for an address: less than this many bytes.
-Real addresses are above on most systems; where they are not, the storage is asked too."""
-
 
 def span(t: Tensor) -> int:
     """Elements from the first to the last, gaps included."""
@@ -74,9 +70,7 @@ def gradient_is_native(g: Tensor, p: Tensor, dense: Tensor) -> bool:
 
 def freed(t: Tensor) -> bool:
     """Whether a tensor's memory was given back (``untyped_storage().resize_(0)``), or never was its own."""
-    if t.numel() == 0 or t.data_ptr() >= LOWEST_ADDRESS:
-        return False
-    return t.data_ptr() == 0 or t.untyped_storage().data_ptr() == 0
+    return t.numel() != 0 and t.untyped_storage().data_ptr() == 0
 
 
 def check_kind(name: str, p: Tensor, flatten: bool) -> None:

@@ -144,16 +144,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         options.run_schedules(self.param_groups, self._count)
         self._hyper.read(self.param_groups)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        amp = (scale is not None, found_inf is not None)
+        given = (self._seed, scale is not None, found_inf is not None)
         # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
         plan, self._plan = self._plan, None
-        if plan is None or not plan.refresh(self.param_groups, self.state, self._seed, amp):
+        if plan is None or not plan.refresh(self.param_groups, self.state, given):
             if capturing:
                 raise RuntimeError(
                     "a step that is captured into a CUDA graph must be like the one before it: make a step with "
                     "these parameters, gradients, states, grad_scale and found_inf before the capture"
                 )
-            plan = Plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
+            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat)
         self._plan = plan
         inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
         try:

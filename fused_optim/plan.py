@@ -22,6 +22,9 @@ from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import Batch, BatchKey, Operands
 
+Given = tuple[int, bool, bool]
+"""The seed, and whether a step is given ``grad_scale`` and ``found_inf``."""
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -58,15 +61,15 @@ class Plan:
     """
 
     def __init__(
-        self, groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int, amp: tuple[bool, bool], flat: FlatLayout
+        self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout
     ) -> None:
-        items = _checked_operands(groups, state, settings, seed)
+        items = _checked_operands(groups, state, settings, given[0])
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
         by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
         for o in items:
             by_key[o.key].append(o)
         for key in by_key:
-            backends[key.device].load(key, *amp)
+            backends[key.device].load(key, *given[1:])
         made = {o.source: o.state for o in items}
         others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in made}
         _share_steps(by_key, list(others.values()), backends)
@@ -84,16 +87,16 @@ class Plan:
             (backends[key.device], Batch(key, batch)) for key, batch in by_key.items()
         ]
         self.addresses = Addresses([group["params"] for group in groups], state)
-        self._depends_on = _depends_on(groups, seed, amp)
+        self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None
         self._live = list(made)
         self.versioned = [p for p in made if not p.is_inference()]
         """Parameters whose versions autograd counts."""
 
-    def refresh(self, groups: list[Group], state: dict[Any, Any], seed: int, amp: tuple[bool, bool]) -> bool:
+    def refresh(self, groups: list[Group], state: dict[Any, Any], given: Given) -> bool:
         """Whether this plan still describes the optimizer. Gradients that have moved are followed: in
         the table, or into their slots in a flat buffer."""
-        if self._depends_on != _depends_on(groups, seed, amp):
+        if self._depends_on != (given, _shape_of(groups)):
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
@@ -106,10 +109,9 @@ class Plan:
         return answer is not Answer.CHANGED
 
 
-def _depends_on(groups: list[Group], seed: int, amp: tuple[bool, bool]) -> tuple[Any, ...]:
-    """What a plan depends on beside tensors."""
-    masks = [(len(g["params"]), g["weight_decay_mask"] and tuple(g["weight_decay_mask"])) for g in groups]
-    return seed, amp, masks
+def _shape_of(groups: list[Group]) -> list[Any]:
+    """How many parameters each group has, and which of them decay."""
+    return [(len(g["params"]), g["weight_decay_mask"] and tuple(g["weight_decay_mask"])) for g in groups]
 
 
 def _checked_operands(
@@ -169,7 +171,7 @@ def _warn_of_casts(items: list[Operands], state: dict[Any, Any]) -> None:
     if cast:
         warnings.warn(
             "parameters changed their dtype, and their states are converted once: "
-            + ", ".join(cast[:6]) + (", ..." if len(cast) > 6 else ""),
+            + ", ".join(cast[:6] + ["..."] * (len(cast) > 6)),
             UserWarning,
             stacklevel=6,
         )

@@ -30,8 +30,7 @@ ROW_COLUMNS = (
 )  # fmt: skip
 GRAD_COLUMN = ROW_COLUMNS.index("grad")
 ADDRESSES = slice(GRAD_COLUMN, ROW_COLUMNS.index("key"))
-VECTOR_BYTES = 16
-"""What a full chunk's addresses must be multiples of: one 128-bit access."""
+VECTOR_BYTES = 16  # what a full chunk's addresses must be multiples of: one 128-bit access
 
 
 def finish(write: Callable[[], Any]) -> None:
@@ -45,11 +44,9 @@ def finish(write: Callable[[], Any]) -> None:
 
 def int64_tensor(values: Sequence[int]) -> Tensor:
     """A CPU tensor of Python integers; 20 times as fast as ``torch.tensor(list)``."""
-    return (
-        torch.frombuffer(array("q", values), dtype=torch.int64)
-        if values
-        else torch.empty(0, dtype=torch.int64, device="cpu")
-    )
+    if not values:
+        return torch.empty(0, dtype=torch.int64, device="cpu")
+    return torch.frombuffer(array("q", values), dtype=torch.int64)
 
 
 class BatchKey(NamedTuple):
@@ -72,20 +69,15 @@ class Operands:
     """One parameter's tensors as kernels see them: dense, of equal strides, complex ones as real pairs."""
 
     name: str
-    source: Tensor
-    """The parameter as the user has it."""
-    dense: Tensor
-    """It, or memory for a dense copy of it."""
-    grad_copy: Tensor | None
-    """Memory for the gradient in a dtype and layout that kernels can read, where its own is another."""
+    source: Tensor  # the parameter as the user has it
+    dense: Tensor  # it, or memory for a dense copy of it
+    grad_copy: Tensor | None  # memory for the gradient, where kernels cannot read its own
     state: dict[str, Any]
     key: BatchKey
     hyper_row: int
     random_key: int
-    number: int = 0
-    """Among the parameters that are stepped."""
-    slot: tuple[int, int] = (0, 0)
-    """With ``flatten``: (start, end) in its flat buffers, in real elements, padding included."""
+    number: int = 0  # among the parameters that are stepped
+    slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
 
     @property
     def grad(self) -> Tensor:
@@ -106,10 +98,26 @@ class Operands:
         return [None if part is None else self.state[part.key] for part in parts]
 
     @property
-    def step(self) -> Tensor:
+    def in_row(self) -> tuple[Tensor | None, ...]:
+        """What a row holds the addresses of, in its order."""
+        return (self.grad, *self.stored, *self.aux)
+
+    @property
+    def step(self) -> Any:
         """0-dim int64: the number of steps that this parameter has made."""
-        step: Tensor = self.state["step"]
-        return step
+        return self.state["step"]
+
+    def continues(self, before: Operands) -> bool:
+        """Whether this follows another in the same flat buffers and steps just like it."""
+        a, b = before, self
+        if a.slot[1] != b.slot[0] or a.hyper_row != b.hyper_row or a.step is not b.step:
+            return False
+        elements = b.slot[0] - a.slot[0]
+        return all(
+            y.data_ptr() - x.data_ptr() == elements * x.element_size()
+            for x, y in zip(a.in_row, b.in_row)
+            if x is not None and y is not None
+        )
 
 
 def _real(t: Tensor) -> Tensor:
@@ -131,11 +139,11 @@ class Batch:
         for i, o in enumerate(items):
             counter = counters.setdefault(id(o.step), (len(counters), o.step.data_ptr(), o.hyper_row))[0]
             numel = o.stored[0].numel()
-            if i and not in_order and _continues(items[i - 1], o):
+            if i and not in_order and o.continues(items[i - 1]):
                 rows[-1][0] = o.slot[0] - firsts[-1].slot[0] + numel
             else:
                 firsts.append(o)
-                addresses = (0 if t is None else t.data_ptr() for t in _in_row(o))
+                addresses = (0 if t is None else t.data_ptr() for t in o.in_row)
                 rows.append([numel, counter, *addresses, o.random_key])
         self.rows = int64_tensor([x for row in rows for x in row]).view(-1, len(ROW_COLUMNS))
         self.counters = int64_tensor([x for _, *pair in counters.values() for x in pair]).view(-1, 2)
@@ -188,20 +196,3 @@ class Batch:
             full = aligned[row] & ((chunk + 1) * size <= numel[row])
             self._chunks[size] = torch.stack([row, torch.where(full, chunk, ~chunk)], 1).int()
         return self._chunks[size]
-
-
-def _in_row(o: Operands) -> tuple[Tensor | None, ...]:
-    """What a row holds the addresses of, in its order."""
-    return (o.grad, *o.stored, *o.aux)
-
-
-def _continues(a: Operands, b: Operands) -> bool:
-    """Whether ``b`` follows ``a`` in the same flat buffers and steps just like it."""
-    if a.slot[1] != b.slot[0] or a.hyper_row != b.hyper_row or a.step is not b.step:
-        return False
-    elements = b.slot[0] - a.slot[0]
-    return all(
-        y.data_ptr() - x.data_ptr() == elements * x.element_size()
-        for x, y in zip(_in_row(a), _in_row(b))
-        if x is not None and y is not None
-    )
