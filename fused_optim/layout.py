@@ -134,7 +134,10 @@ def check_no_overlap(
 ) -> None:
     """Raise a ValueError that names two tensors which share memory, or one whose own elements do."""
     spans = []
+    names: dict[int, str] = {}
     for name, t in named:
+        if names.setdefault(id(t), name) != name:
+            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; {advice}")
         if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
         if _may_collide(t) and len(set(_offsets(t).tolist())) != t.numel():

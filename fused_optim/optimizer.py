@@ -17,12 +17,10 @@ from torch import Tensor
 from . import checkpoint, options
 from .backends import Inputs, check_name, select
 from .flat import FlatLayout
-from .layout import check_kind, check_no_overlap
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
 from .rules import RULES
 from .state import bytes_in_use, own
-from .storage import check_formats, plain_format
 from .table import finish
 
 
@@ -107,19 +105,13 @@ class FusedOptimizer(torch.optim.Optimizer):
         index = len(self.param_groups)
         group = {**self.defaults, **param_group}
         options.complete_group(group, index, self._count, self._decoupled_lr)
-        options.check_twice(group["params"], self.param_groups)
         earlier = len(self._params())
+        self._settings.check_new(group, self.param_groups)
         super().add_param_group(group)
         try:
             added, mask = self.param_groups[index], group.get("weight_decay_mask")
             given = (self._mask, added, earlier) if mask is None else (mask, added, 0)
             added["weight_decay_mask"] = options.mask_of(*given)
-            named = [(name, p) for name, p, _ in options.numbered(self.param_groups)]
-            for name, p in named[earlier:]:
-                check_kind(name, p, self._settings.flatten)
-                if plain_format(p.dtype) is not None:
-                    check_formats(name, p.dtype, *self._settings.formats)
-            check_no_overlap([(f"parameter {name}", p) for name, p in named])
         except Exception:
             self.param_groups.pop()
             raise

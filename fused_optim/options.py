@@ -166,16 +166,6 @@ def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> 
         group["params"] = [params] if isinstance(params, Tensor) else list(params)
 
 
-def check_twice(params: list[Any], groups: list[Group]) -> None:
-    """Raise a ValueError where a new group has a parameter twice, or one of an older group."""
-    seen = {id(p): name for name, p, _ in numbered(groups)}
-    for j, p in enumerate(params):
-        name, p = (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"{j} of group {len(groups)}", p)
-        if id(p) in seen:
-            raise ValueError(f"parameters {seen[id(p)]} and {name} are the same tensor; give it once")
-        seen[id(p)] = name
-
-
 def run_schedules(groups: list[Group], count: int) -> None:
     """Give every group the values of its callables, but for what somebody else wrote there since."""
     values = []

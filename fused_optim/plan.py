@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 from .addresses import Addresses, Answer
 from .backends import Backend, select
 from .flat import FlatLayout
-from .layout import check_address, check_no_overlap, check_stepped, dense_like, gradient_is_native
+from .layout import check_address, check_kind, check_no_overlap, check_stepped, dense_like, gradient_is_native
 from .options import Group, numbered
 from .rounding import random_key
 from .rules import Rule
@@ -50,6 +50,18 @@ class Settings:
         """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
         stepped = not is_uninitialized(p) and p.device.type != "meta" and plain_format(p.dtype) is not None
         return stepped and self.dense_like(p) is p
+
+    def check_new(self, group: Group, groups: list[Group]) -> None:
+        """Raise what is wrong with the parameters of a new group beside those of others."""
+        named = [(f"parameter {name}", p) for name, p, _ in numbered(groups)]
+        for j, p in enumerate(group["params"]):
+            name, p = (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"{j} of group {len(groups)}", p)
+            if isinstance(p, Tensor):  # torch refuses other things
+                check_kind(name, p, self.flatten)
+                if plain_format(p.dtype) is not None:
+                    check_formats(name, p.dtype, *self.formats)
+                named.append((f"parameter {name}", p))
+        check_no_overlap(named)
 
 
 class Plan:
