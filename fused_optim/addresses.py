@@ -7,7 +7,6 @@ step asks all of them, through documented interfaces alone: in C++ where it was 
 
 from __future__ import annotations
 
-from enum import IntEnum
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -18,13 +17,8 @@ from .backends import extension
 from .layout import freed, is_lazy, may_be_lazy
 from .table import int64_tensor
 
-
-class Answer(IntEnum):
-    """What :meth:`Addresses.ask` found. The numbers are those of ``csrc/addresses.h``."""
-
-    CHANGED = 0
-    SAME = 1
-    GRADS_MOVED = 2
+CHANGED, SAME, GRADS_MOVED = range(3)
+"""What :meth:`Addresses.ask` found, here and in ``csrc/addresses.h``."""
 
 
 def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]]:
@@ -72,22 +66,22 @@ class Addresses:
         n = len(self._fixed)
         return [[g is None for g in grads], *kinds, lazy, places[:n], places[n:]]
 
-    def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> Answer:
+    def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
         if self._native is not None:
-            return Answer(self._native.ask(*self._known, param_lists, state))
+            return int(self._native.ask(*self._known, param_lists, state))
         for now, before in zip(_objects(param_lists, state), self._objects):
             if len(now) != len(before) or not all(map(is_, now, before)):
-                return Answer.CHANGED
+                return CHANGED
         seen = self._look()
         if seen[:-1] != self._seen[:-1]:
-            return Answer.CHANGED
+            return CHANGED
         places, before = seen[-1], self._seen[-1]
         if places == before:
-            return Answer.SAME
+            return SAME
         grads = (p.grad for p in self._params if p.grad is not None)
         if any((a ^ b) % 16 for a, b in zip(places, before)) or any(map(freed, grads)):
-            return Answer.CHANGED
+            return CHANGED
         self._seen = seen
         self.grads.copy_(int64_tensor(places))
-        return Answer.GRADS_MOVED
+        return GRADS_MOVED

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy as is_uninitialized
 
-from .addresses import Addresses, Answer
+from . import addresses
 from .backends import Backend, select
 from .flat import FlatLayout
 from .layout import check_address, check_kind, check_no_overlap, check_stepped, dense_like, gradient_is_native
@@ -98,7 +98,7 @@ class Plan:
         self.batches: list[tuple[Backend, Batch]] = [
             (backends[key.device], Batch(key, batch)) for key, batch in by_key.items()
         ]
-        self.addresses = Addresses([group["params"] for group in groups], state)
+        self.addresses = addresses.Addresses([group["params"] for group in groups], state)
         self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None
         self._live = list(made)
@@ -112,13 +112,13 @@ class Plan:
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
-        if answer is Answer.GRADS_MOVED:
+        if answer is addresses.GRADS_MOVED:
             if self._flat is not None:
                 self._flat.take_grads(self._live)
                 answer = self.addresses.ask(params, state)
             for _, batch in self.batches:
                 batch.follow(self.addresses.grads)
-        return answer is not Answer.CHANGED
+        return answer is not addresses.CHANGED
 
 
 def _shape_of(groups: list[Group]) -> list[Any]:
