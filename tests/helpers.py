@@ -82,15 +82,15 @@ Parameters = list[torch.nn.Parameter]
 
 def bits(t: Tensor) -> Tensor:
     """The bytes of a tensor's elements in logical order, every NaN written the same way."""
-    t = plain(t).cpu().reshape(-1)
+    t = plain(t).reshape(-1)
     if t.is_floating_point():
         t[t.isnan()] = torch.nan
     return t.view(torch.uint8)
 
 
 def plain(t: Tensor) -> Tensor:
-    """A copy in logical order; of complex numbers, their parts."""
-    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    """A copy in logical order on the CPU; of complex numbers, their parts."""
+    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).cpu()
     return torch.view_as_real(t) if t.is_complex() else t
 
 
@@ -125,11 +125,11 @@ def parameters(
 
 
 def gradient(p: Tensor, seed: int) -> Tensor:
-    """A contiguous gradient for ``p``: random sign, magnitudes 1e-3 to 1e1."""
+    """A contiguous gradient for ``p``: random sign, magnitudes 1e-4 to 1e2."""
     rng = torch.Generator().manual_seed(seed)
 
     def real() -> Tensor:
-        size = 10 ** (4 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 3)
+        size = 10 ** (6 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 4)
         return torch.where(torch.rand(p.shape, generator=rng) < 0.5, size, -size)
 
     return (torch.complex(real(), real()) if p.is_complex() else real()).to(p.dtype)
@@ -241,6 +241,18 @@ class Judge:
     ) -> None:  # fmt: skip
         self.reference, self.reference_lr = REFERENCES[rule.reference], reference_lr
         self.formats = (state_format, master_weights, stochastic_rounding)
+
+    def step(self, optimizer: Any, what: str = "step", **numbers: float) -> None:
+        """Make a step, which must be as expected."""
+        want = self.expected(optimizer, **numbers)
+        optimizer.step()
+        assert_same_bits(snapshot(optimizer), want, what)
+
+    def train(self, optimizer: Any, steps: int = 3, first: int = 0, **numbers: float) -> None:
+        """:func:`train` with steps that must be as expected."""
+        for seed in range(first, first + steps):
+            set_gradients([p for group in optimizer.param_groups for p in group["params"]], seed)
+            self.step(optimizer, f"step {seed}", **numbers)
 
     def expected(self, optimizer: Any, **numbers: float) -> dict[str, Any]:
         """What :func:`snapshot` must be after the next step; ``numbers`` stand for all groups' own."""
