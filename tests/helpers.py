@@ -50,6 +50,7 @@ BACKENDS = ["eager", "cpu"]
 EACH = [(rule, BACKENDS[i % 2]) for i, rule in enumerate(RULES)]
 """Each rule, and both backends: for what does not depend on their combination."""
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = [F32, F64, BF16, F16, torch.complex64, torch.complex128]
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "fp32": (F32, F32, {}),
     "fp64": (F64, F64, {}),

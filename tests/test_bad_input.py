@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
+    DTYPES,
     RULES,
     Judge,
     Make,
-    Rule,
     assert_same_bits,
     bits,
     copies,
@@ -28,12 +28,10 @@ from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-REAL_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DTYPES = [*REAL_DTYPES, torch.complex64, torch.complex128]
-
 # Hyperparameters
 
 TORCHS_WORDS = {"lr": "learning rate", "eps": "eps value", "weight_decay": "weight_decay value"}
+REAL_DTYPES = DTYPES[:4]
 NUMBERS: list[tuple[Any, type[Exception]]] = [
     *((value, ValueError) for value in (-1.0, -1e-30, math.nan, math.inf, -math.inf, 10**400)),
     *((value, TypeError) for value in ("0.1", None, True, 1j, [0.1])),
@@ -103,19 +101,14 @@ def test_bad_options_are_refused(
 
 
 CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception]]] = [
-    ("flatten", 1, TypeError),
-    ("flatten", "static", TypeError),
+    *(("flatten", value, TypeError) for value in (1, "static")),
     ("decoupled_lr", None, TypeError),
-    ("backend", "gpu", ValueError),
-    ("weight_decay_mask", 3, TypeError),
-    ("weight_decay_mask", "yes", TypeError),
-    ("weight_decay_mask", [True], ValueError),
-    ("weight_decay_mask", [True] * 4, ValueError),
-    ("weight_decay_mask", {"x": True}, ValueError),
-    ("state_format", "fp8", ValueError),
-    ("state_format", None, ValueError),
-    ("master_weights", "fp32", ValueError),
     ("stochastic_rounding", 1, TypeError),
+    ("backend", "gpu", ValueError),
+    *(("weight_decay_mask", value, TypeError) for value in (3, "yes")),
+    *(("weight_decay_mask", value, ValueError) for value in ([True], [True] * 4, {"x": True})),
+    *(("state_format", value, ValueError) for value in ("fp8", None)),
+    ("master_weights", "fp32", ValueError),
 ]
 
 
@@ -147,28 +140,21 @@ def test_unavailable_backends_say_why(make: Make) -> None:
         make(parameters(), backend="cuda")
 
 
-def test_betas_changed_in_place_are_checked(make: Make, rule: Rule) -> None:
-    params = parameters()
-    optimizer = make(params, betas=[0.9, 0.99])
-    check_steps(optimizer, params, Judge(rule), 2)
+def test_betas_changed_in_place_are_checked(make: Make, judge: Judge) -> None:
+    optimizer = make(parameters(), betas=[0.9, 0.99])
+    judge.train(optimizer, 2)
     optimizer.param_groups[0]["betas"][1] = 1.5
     with raises_unchanged(optimizer, ValueError, "betas[1]", "must be"):
         optimizer.step()
     optimizer.param_groups[0]["betas"][1] = 0.5
-    check_steps(optimizer, params, Judge(rule), 1)
+    judge.train(optimizer, 1)
 
 
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize(
     ("value", "kind"),
-    [
-        (-1.0, ValueError),
-        (math.nan, ValueError),
-        (None, TypeError),
-        ("high", (TypeError, ValueError)),
-        (torch.ones(2), (TypeError, ValueError, RuntimeError)),
-    ],
-    ids=str,
+    [(-1.0, ValueError), (math.nan, ValueError), (None, TypeError), ("high", (TypeError, ValueError)),
+     (torch.ones(2), (TypeError, ValueError, RuntimeError))], ids=str,
 )
 def test_what_callables_return_is_checked(make: Make, name: str, value: Any, kind: Any) -> None:
     with raises_with(kind, name):
@@ -210,16 +196,14 @@ def test_what_torch_refuses(make: Make) -> None:
         make(parameters()).add_param_group(parameters())
 
 
-def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, rule: Rule, flatten: bool) -> None:
+def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, judge: Judge, flatten: bool) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyLinear(2))
     optimizer = make(model.parameters(), weight_decay=0.1, flatten=flatten)
     optimizer.step()
     for seed in range(3):
         model(torch.randn(4, 5)).sum().backward()
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, str(seed))
+        judge.step(optimizer, str(seed))
 
 
 def test_fake_parameters_are_refused_with_a_reason(make: Make) -> None:
@@ -244,14 +228,15 @@ def test_an_integer_parameter_with_a_gradient(make: Make, warm: int) -> None:
 
 def test_the_same_parameter_twice(make: Make) -> None:
     a, b = parameters([(3,), (3,)])
-    with raises_with(ValueError, "1 of group 0", "2 of group 0", "same"):
-        make([b, a, a])
-    with raises_with(ValueError, "0 of group 0", "1 of group 1", "same"):
-        make([{"params": [a]}, {"params": [b, a]}])
-    with raises_with(ValueError, "'first'", "'second'", "same"):
-        make([("first", a), ("second", a)])
-    with raises_with(ValueError, "'first'", "'second'", "same"):
-        make([{"params": [("first", a)]}, {"params": [("second", a)]}])
+    named: list[Any] = [("first", a), ("second", a)]
+    for params, names in (
+        ([b, a, a], ("1 of group 0", "2 of group 0")),
+        ([{"params": [a]}, {"params": [b, a]}], ("0 of group 0", "1 of group 1")),
+        (named, ("'first'", "'second'")),
+        ([{"params": named[:1]}, {"params": named[1:]}], ("'first'", "'second'")),
+    ):
+        with raises_with(ValueError, *names, "same"):
+            make(params)
     optimizer = make([a])
     train(optimizer, [a], 1)
     with raises_unchanged(optimizer, ValueError, "0 of group 0", "1 of group 1", "same"):
@@ -282,11 +267,10 @@ def test_overlapping_parameters(make: Make) -> None:
             make([torch.nn.Parameter(itself)])
 
 
-def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, rule: Rule) -> None:
+def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, judge: Judge) -> None:
     memory = torch.randn(6, 4)
     before = memory.clone()
-    params = [torch.nn.Parameter(memory[:, j]) for j in (2, 0, 3)]
-    check_steps(make(params), params, Judge(rule))
+    judge.train(make([torch.nn.Parameter(memory[:, j]) for j in (2, 0, 3)]))
     assert torch.equal(memory[:, 1], before[:, 1])
 
 
@@ -368,54 +352,25 @@ def test_a_gradient_on_another_device(make: Make) -> None:
         optimizer.step()
 
 
-def relaid(t: Tensor, layout: str) -> Tensor:
-    """The values of ``t``, shape (2, 3, 4, 5), in another memory layout."""
-    memory = {
-        "channels_last": lambda: torch.empty(t.shape, dtype=t.dtype, memory_format=torch.channels_last),
-        "transposed": lambda: torch.empty((2, 3, 5, 4), dtype=t.dtype).mT,
-        "permuted": lambda: torch.empty((5, 2, 4, 3), dtype=t.dtype).permute(1, 3, 2, 0),
-        "columns": lambda: torch.full((2, 3, 4, 9), 7.0, dtype=t.dtype)[..., 2:7],
-        "every other": lambda: torch.full((2, 3, 8, 5), 7.0, dtype=t.dtype)[:, :, ::2],
-        "offset": lambda: torch.full((121,), 7.0, dtype=t.dtype)[1:].view(2, 3, 4, 5),
-    }[layout]()
-    return memory.copy_(t)
-
-
-LAYOUTS = ["channels_last", "transposed", "permuted", "columns", "every other", "offset"]
-
-
-def check_steps(optimizer: Any, params: list[Any], judge: Judge, steps: int = 3, first: int = 0) -> None:
-    for seed in range(first, first + steps):
-        set_gradients(params, seed)
-        want = judge.expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
-
-
-@pytest.mark.parametrize("grad_dtype", [*REAL_DTYPES, torch.float8_e4m3fn])
-@pytest.mark.parametrize("dtype", REAL_DTYPES)
-def test_gradients_of_another_dtype(
-    make: Make, rule: Rule, dtype: torch.dtype, grad_dtype: torch.dtype
-) -> None:
-    """They are rounded to the working precision, not to the parameter's dtype; and one that changes from
-    step to step."""
-    params = parameters([(40,), (7,)], dtype)
+def test_gradients_of_another_dtype(make: Make, judge: Judge) -> None:
+    """Of every dtype for parameters of every dtype, and some that change from step to step: rounded to the
+    working precision, not to the parameter's dtype."""
+    of_gradients = [*REAL_DTYPES, torch.float8_e4m3fn]
+    params = [parameters([(40,)], dtype)[0] for dtype in REAL_DTYPES for _ in of_gradients]
     optimizer = make(params, lr=0.1, weight_decay=0.1)
     for p in params:
         p.grad_dtype = None
     for seed in range(4):
         for i, p in enumerate(params):
-            given = dtype if seed % 2 and i else grad_dtype
-            p.grad = gradient(torch.empty(p.shape, dtype=torch.float64), 10 * seed + i).to(given)
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
+            dtype = p.dtype if seed % 2 and i % 2 else of_gradients[i % len(of_gradients)]
+            p.grad = gradient(torch.empty(40, dtype=torch.float64), 100 * seed + i).clamp(-400, 400).to(dtype)
+        judge.step(optimizer, f"step {seed}")
 
 
-def test_lazy_conjugates_and_negatives(make: Make, rule: Rule) -> None:
+def test_lazy_conjugates_and_negatives(make: Make, judge: Judge) -> None:
     """Gradients, and parameters, that are lazily conjugated or negated at one step, where they lie, and
     plain at the next."""
-    params = [*parameters([(40,)] * 2, torch.complex64), *parameters([(40,)])]
+    params = [*parameters([(40,)] * 2, torch.complex64), *parameters([(40,), ()])]
     optimizer = make(params)
     memory = gradient(params[1], 0)
     for seed in range(6):
@@ -423,48 +378,12 @@ def test_lazy_conjugates_and_negatives(make: Make, rule: Rule) -> None:
         memory.copy_(params[1].grad)
         params[1].grad = memory.conj() if seed % 2 else memory
         if seed % 2:
-            params[0].grad, params[2].grad = params[0].grad.conj(), torch._neg_view(params[2].grad)
+            params[0].grad = params[0].grad.conj()
+            for p in params[2:]:
+                p.grad = torch.complex(p.grad, p.grad).conj().imag
         if seed == 4:
             params[0].data = params[0].data.conj()
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
-
-
-# Parameters' layouts
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_parameters_in_any_layout(
-    make: Make, rule: Rule, layout: str, dtype: torch.dtype, flatten: bool
-) -> None:
-    p = torch.nn.Parameter(relaid(torch.randn(2, 3, 4, 5).to(dtype), layout))
-    whole = p.detach().as_strided((p.untyped_storage().nbytes() // p.element_size(),), (1,), 0)
-    outside = torch.ones(whole.shape, dtype=torch.bool)
-    outside.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(False)
-    before, strides = bits(whole[outside]), p.stride()
-    params = [p, *parameters([(5,)])]
-    optimizer = make(params, flatten=flatten)
-    check_steps(optimizer, params, Judge(rule))
-    assert p.stride() == strides
-    assert torch.equal(bits(whole[outside]), before), "a write outside the parameter"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_small_and_empty_parameters(make: Make, rule: Rule, dtype: torch.dtype, flatten: bool) -> None:
-    params = parameters([(5,), (), (0,), (0, 3), (3, 0), (1,), (1, 1, 1), (4,)], dtype)
-    optimizer = make(params, flatten=flatten)
-    check_steps(optimizer, params, Judge(rule))
-    optimizer = make(parameters([(0,), (5,)]))
-    (empty, other) = optimizer.param_groups[0]["params"]
-    before = snapshot(optimizer)
-    optimizer.step()
-    assert_same_bits(snapshot(optimizer), {**before, "count": 1})
-    empty.grad = torch.zeros(0)
-    optimizer.step()
-    assert optimizer.state[empty]["step"] == 1
-    assert not optimizer.state.get(other)
+        judge.step(optimizer, f"step {seed}")
 
 
 # p.data
@@ -475,31 +394,32 @@ CASTS = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.
 
 @pytest.mark.parametrize(("old", "new"), CASTS)
 def test_cast_data_converts_the_state_once_with_a_warning(
-    make: Make, rule: Rule, old: torch.dtype, new: torch.dtype
+    make: Make, judge: Judge, old: torch.dtype, new: torch.dtype
 ) -> None:
     (p,) = parameters([(40,)], old)
     optimizer = make([p])
     train(optimizer, [p], 2)
     p.data = p.data.to(new)
-    p.grad = None
-    set_gradients([p], 2)
-    working = torch.float64 if new == torch.float64 else torch.float32
     twin = torch.nn.Parameter(p.detach().clone())
     converted = make([twin])
-    state = copies(dict(optimizer.state[p]))
-    converted.state[twin] = {k: v if k == "step" else v.to(working) for k, v in state.items()}
+    working = torch.float64 if new == torch.float64 else torch.float32
+    converted.state[twin] = {
+        k: v.clone() if k == "step" else v.to(working) for k, v in optimizer.state[p].items()
+    }
+    p.grad = None
+    set_gradients([p], 2)
     set_gradients([twin], 2)
     converted.load_state_dict({**converted.state_dict(), "count": 2})
-    want = Judge(rule).expected(converted)
+    want = judge.expected(converted)
     with pytest.warns(UserWarning, match="parameter 0 of group 0") as caught:
         optimizer.step()
     assert len(caught) == 1
     assert_same_bits(snapshot(optimizer), want)
-    check_steps(optimizer, [p], Judge(rule), 2, first=3)
+    judge.train(optimizer, 2, first=3)
 
 
 @pytest.mark.parametrize("new", [torch.bfloat16, torch.float16])
-def test_cast_to_16_bits_keeps_the_state(make: Make, rule: Rule, new: torch.dtype) -> None:
+def test_cast_to_16_bits_keeps_the_state(make: Make, judge: Judge, new: torch.dtype) -> None:
     (p,) = parameters([(40,)])
     optimizer = make([p])
     train(optimizer, [p], 2)
@@ -508,33 +428,26 @@ def test_cast_to_16_bits_keeps_the_state(make: Make, rule: Rule, new: torch.dtyp
     p.grad = None
     optimizer.step()
     assert_same_bits(copies(dict(optimizer.state[p])), kept)
-    check_steps(optimizer, [p], Judge(rule), 1)
+    judge.train(optimizer, 1)
 
 
 # States
 
 
-BAD_ENTRIES: dict[str, Any] = {
+BAD_ENTRIES: dict[str, list[Any]] = {
     "exp_avg": [
-        None,
-        1.0,
-        "zeros",
-        torch.zeros(4, 5, dtype=torch.int32),
-        torch.zeros(4, 5, dtype=torch.complex64),
-        torch.zeros(4, 5, dtype=torch.uint8),
-        torch.zeros(3),
+        None, 1.0, "zeros", torch.zeros(3),
+        *(torch.zeros(4, 5, dtype=t) for t in (torch.int32, torch.complex64, torch.uint8)),
     ],
-    "step": [None, "three", -1, 2.5, 2**31, torch.tensor(-3.0)],
+    "step": ["three", -1, 2.5, 2**31, torch.tensor(-3.0)],
     "remainder": [torch.zeros(4, 5, dtype=torch.int32)],
-}
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(
     ("key", "value"), [(key, value) for key, values in BAD_ENTRIES.items() for value in values], ids=repr
 )
 def test_what_is_no_state_is_refused_by_a_step(make: Make, key: str, value: Any) -> None:
-    if key == "step" and value is None:
-        pytest.skip("a state without a step number starts anew")
     params = parameters()
     optimizer = make(params)
     train(optimizer, params, 3)
@@ -547,37 +460,6 @@ def test_what_is_no_state_is_refused_by_a_step(make: Make, key: str, value: Any)
 
 
 # AMP
-
-
-@pytest.mark.parametrize("found_inf", [torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(3.0)])
-def test_found_inf_changes_nothing(make: Make, rule: Rule, found_inf: Tensor, flatten: bool) -> None:
-    """Not even with gradients that need a copy, or parameters that have gaps, or at the first step;
-    ``count`` goes on, since the host cannot know."""
-    params = [*parameters([(5,), (4, 5), (3,)]), torch.nn.Parameter(torch.randn(4, 9)[:, 2:5])]
-    optimizer = make(params, flatten=flatten)
-    for warm in (0, 2):
-        before = copies([p.data for p in params])
-        set_gradients(params, warm)
-        params[0].grad.fill_(torch.nan)
-        params[1].grad = torch.tensor(torch.inf).expand(4, 5)
-        optimizer.found_inf, optimizer.grad_scale = found_inf, torch.tensor(4.0)
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want)
-        assert_same_bits(copies([p.data for p in params]), before)
-        del optimizer.found_inf, optimizer.grad_scale
-        check_steps(optimizer, params, Judge(rule), 2, first=warm)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grad_scale_divides(make: Make, rule: Rule, dtype: torch.dtype) -> None:
-    """By a scale that is no power of two, so that a reciprocal would show."""
-    params = parameters(dtype=dtype)
-    optimizer = make(params)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.7), torch.tensor(0.0)
-    check_steps(optimizer, params, Judge(rule))
-    optimizer.grad_scale = torch.tensor([3.7], dtype=torch.float64)
-    check_steps(optimizer, params, Judge(rule), 1)
 
 
 @pytest.mark.parametrize("unscale", [False, True])
@@ -614,7 +496,7 @@ def test_a_real_grad_scaler(make: Make, unscale: bool, flatten: bool) -> None:
 # Closures and schedules
 
 
-def test_a_closure_or_a_schedule_that_raises(make: Make, rule: Rule) -> None:
+def test_a_closure_or_a_schedule_that_raises(make: Make, judge: Judge) -> None:
     params = parameters()
     optimizer = make(params, lr=lambda count: [0.1, 0.05, 0.025][count])
 
@@ -625,9 +507,6 @@ def test_a_closure_or_a_schedule_that_raises(make: Make, rule: Rule) -> None:
     for seed in range(3):
         with raises_unchanged(optimizer, KeyError, "from the closure"):
             optimizer.step(closure)
-        set_gradients(params, seed)
-        want = Judge(rule).expected(optimizer, lr=[0.1, 0.05, 0.025][seed])
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want)
+        judge.train(optimizer, 1, first=seed, lr=[0.1, 0.05, 0.025][seed])
     with raises_unchanged(optimizer, IndexError):
         optimizer.step()
