@@ -25,7 +25,6 @@ pytestmark = pytest.mark.filterwarnings(
 
 STORED = ["fp32", "bf16", "fp32+8bit", "split16", "bf16_stochastic", "split8+8bit"]
 """Those that differ in how values are stored."""
-Layout = Callable[[Tensor], Tensor]
 
 
 def device_of(backend: str) -> str:
@@ -58,12 +57,12 @@ class Model:
 
     def __init__(
         self, rule: str, backend: str, shapes: Sequence[tuple[int, ...]], format: str = "fp32",
-        layouts: Sequence[Layout] = (), groups: Callable[[list[Tensor]], Any] = list, **options: Any,
+        layouts: Sequence[str] = (), groups: Callable[[list[Tensor]], Any] = list, **options: Any,
     ) -> None:  # fmt: skip
         dtype, self.grad_dtype, chosen = FORMATS[format]
         self.device, self.seed = device_of(backend), 0
         self.params = [gradient(torch.empty(s, dtype=dtype), i).to(self.device) for i, s in enumerate(shapes)]
-        self.params = [layout(p) for layout, p in zip(layouts or [as_it_is] * len(shapes), self.params)]
+        self.params = [LAYOUTS[name](p) for name, p in zip(layouts or [""] * len(shapes), self.params)]
         self.outside, self.strides = [outside(p) for p in self.params], [p.stride() for p in self.params]
         for p in self.params:
             p.requires_grad_().grad_dtype = self.grad_dtype
@@ -71,11 +70,11 @@ class Model:
         options = {"weight_decay": 0.1, "lr": 1e-2, **RULES[rule].options, **chosen, **options}
         self.optimizer = RULES[rule].optimizer(groups(self.params), backend=backend, **options)
 
-    def set_gradients(self, skip: Sequence[int] = (), layouts: Sequence[Layout] = ()) -> None:
+    def set_gradients(self, skip: Sequence[int] = (), layouts: Sequence[str] = ()) -> None:
         self.seed += 1
         for i, p in enumerate(self.params):
             g = gradient(torch.empty(p.shape, dtype=self.grad_dtype), 1000 * self.seed + i).to(self.device)
-            p.grad = None if i in skip else layouts[i](g) if layouts else g
+            p.grad = None if i in skip else LAYOUTS[layouts[i] if layouts else ""](g)
 
     def step(self) -> None:
         self.judge.step(self.optimizer)
@@ -109,42 +108,16 @@ def strides_of(shape: Sequence[int], **options: Any) -> tuple[int, ...]:
     return torch.empty(tuple(shape), device="meta", **options).stride()
 
 
-def as_it_is(t: Tensor) -> Tensor:
-    return t
-
-
-def unaligned(t: Tensor) -> Tensor:
-    """One element past an aligned address, with elements after it."""
-    return placed(t, t.stride(), 1, after=2)
-
-
-def strided(t: Tensor) -> Tensor:
-    """Every third element."""
-    return placed(t, [3 * s for s in t.stride()], 1, after=2)
-
-
-def columns(t: Tensor) -> Tensor:
-    """Of a matrix that is wider."""
-    return placed(t, [s // t.shape[-1] * (t.shape[-1] + 4) for s in t.stride()[:-1]] + [1], 2)
-
-
-def transposed(t: Tensor) -> Tensor:
-    return placed(t, strides_of(t.shape[::-1])[::-1])
-
-
-def permuted(t: Tensor) -> Tensor:
-    """The last dimension outermost."""
-    *others, last = t.shape
-    return placed(t, [*strides_of(others), t.numel() // last], 1)
-
-
-def channels_last(t: Tensor) -> Tensor:
-    return placed(t, strides_of(t.shape, memory_format=torch.channels_last))
-
-
-def expanded(t: Tensor) -> Tensor:
-    """Of equal rows."""
-    return t[:1].expand(t.shape)
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "": lambda t: t,
+    "unaligned": lambda t: placed(t, t.stride(), 1, after=2),
+    "every third": lambda t: placed(t, [3 * s for s in t.stride()], 1, after=2),
+    "columns": lambda t: placed(t, [s + 4 * s // t.shape[-1] for s in t.stride()[:-1]] + [1], 2),
+    "transposed": lambda t: placed(t, strides_of(t.shape[::-1])[::-1]),
+    "last outermost": lambda t: placed(t, [*strides_of(t.shape[:-1]), t.numel() // t.shape[-1]], 1),
+    "channels_last": lambda t: placed(t, strides_of(t.shape, memory_format=torch.channels_last)),
+    "expanded": lambda t: t[:1].expand(t.shape),
+}
 
 
 def program(format: str) -> int:
@@ -154,22 +127,22 @@ def program(format: str) -> int:
     return 4096 // (2 if options else smallest)
 
 
-def tensors(n: int) -> list[tuple[tuple[int, ...], Layout, Layout]]:
+def tensors(n: int) -> list[tuple[tuple[int, ...], str, str]]:
     """Shapes, and layouts of the parameter and the gradient; ``n`` is a program's size."""
     return [
-        *(((k,), as_it_is, as_it_is) for k in (0, 1, 7, 127, 128, 129, 255, 257, n, n + 1, 2 * n + 3)),
-        *((shape, as_it_is, as_it_is) for shape in ((), (3, 5), (0, 3), (3, 0), (1, 1, 1))),
-        ((300,), unaligned, as_it_is),
-        ((200,), as_it_is, unaligned),
-        ((7, 31), strided, as_it_is),
-        ((8, 31), as_it_is, strided),
-        ((5, 13), columns, columns),
-        ((8, 31), as_it_is, transposed),
-        ((8, 31), transposed, as_it_is),
-        ((2, 3, 5, 7), channels_last, as_it_is),
-        ((2, 3, 5, 7), as_it_is, channels_last),
-        ((2, 3, 4, 5), permuted, columns),
-        ((6, 10), as_it_is, expanded),
+        *(((k,), "", "") for k in (0, 1, 7, 127, 128, 129, 255, 257, n, n + 1, 2 * n + 3)),
+        *((shape, "", "") for shape in ((), (3, 5), (0, 3), (3, 0), (1, 1, 1))),
+        ((300,), "unaligned", ""),
+        ((200,), "", "unaligned"),
+        ((7, 31), "every third", ""),
+        ((8, 31), "", "every third"),
+        ((5, 13), "columns", "columns"),
+        ((8, 31), "", "transposed"),
+        ((8, 31), "transposed", ""),
+        ((2, 3, 5, 7), "channels_last", ""),
+        ((2, 3, 5, 7), "", "channels_last"),
+        ((2, 3, 4, 5), "last outermost", "columns"),
+        ((6, 10), "", "expanded"),
     ]
 
 
@@ -202,7 +175,7 @@ def test_large_and_many(backend: str, rule: str, format: str, flatten: bool) -> 
     if backend == "triton":
         sizes, many = (10007, program(format) - 1), 20
     shapes = [*((n,) for n in (program(format) + 2, *sizes, *(1 + i % 9 for i in range(many)), *[0] * 300))]
-    layouts = [unaligned, *[as_it_is] * (len(shapes) - 1)]
+    layouts = ["unaligned", *[""] * (len(shapes) - 1)]
     model = Model(rule, backend, shapes, format, layouts, flatten=flatten)
     model.train(1)
     for state in model.optimizer.state.values():
@@ -228,7 +201,7 @@ def test_options_of_groups_and_of_a_grad_scaler(backend: str, rule: str, flatten
         {"betas": (0.5, 0.75), "eps": 1e-3},
     ]
     model = Model(
-        rule, backend, [(5,), (program(format),)] * len(options), format, [strided, as_it_is] * 5,
+        rule, backend, [(5,), (program(format),)] * len(options), format, ["every third", ""] * 5,
         lambda params: [{"params": params[2 * i : 2 * i + 2], **o} for i, o in enumerate(options)],
         decoupled_lr=True, flatten=flatten,
     )  # fmt: skip
