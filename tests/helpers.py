@@ -219,11 +219,8 @@ def coefficients_of(
     hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None
 ) -> Coefficients:
     """The reference's coefficients of one parameter."""
-    table, grad_scale = (
-        torch.tensor([hyper], dtype=torch.float64),
-        None if scale is None else torch.tensor(scale),
-    )
-    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, grad_scale)))
+    table, divisor = torch.tensor([hyper], dtype=F64), None if scale is None else torch.tensor(scale)
+    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, divisor)))
 
 
 class Judge:
@@ -281,14 +278,8 @@ class Judge:
         )  # fmt: skip
 
     def _step(
-        self,
-        p: Tensor,
-        state: dict[str, Any],
-        hyper: Hyperparameters,
-        scale: Tensor | None,
-        skip: bool,
-        key: int,
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None, skip: bool, key: int
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
         new_count = torch.tensor(min(count + 1, MAX_COUNT))
         given = None if scale is None else float(scale)

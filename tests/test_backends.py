@@ -297,6 +297,7 @@ def test_step_numbers(backend: str, rule: str, format: str) -> None:
     for state, count in zip(states, counts):
         state["step"] = torch.tensor(count, device=model.device)
     model.train(2)
+    assert all(bool(p.isfinite().all()) for p in model.params)
     assert [int(s["step"]) for s in states] == [min(count + 2, 2**31 - 1) for count in counts]
     for state in states:
         state["step"].fill_(-5)
@@ -350,25 +351,16 @@ def test_cpu_codecs(dtype: torch.dtype) -> None:
         assert_same_bits(p.detach(), (start.float() - grad).to(dtype))
 
 
-GPT2 = [(50257, 768), (1024, 768)] + 12 * [
-    (768,), (768,), (2304, 768), (2304,), (768, 768), (768,), (768,), (768,), (3072, 768), (3072,), (768, 3072), (768,)
-] + [(768,), (768,)]  # fmt: skip
-
-
-@pytest.mark.parametrize("model", ["gpt2", "a thousand"])
-def test_launches_of_triton(model: str, flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two launches a step, whatever the number of tensors; counted, not run. GPT-2's dimensions are
-    divided by 16: the number of launches cannot depend on them."""
+def test_launches_of_triton(flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches a step, whatever the number of tensors and groups; counted, not run."""
     kernels = pytest.importorskip("fused_optim.kernels.step")
     launches: list[str] = []
     monkeypatch.setattr(kernels, "launch_prologue", lambda *a: launches.append("prologue"))
     monkeypatch.setattr(kernels, "launch_step", lambda *a: launches.append("step"))
-    shapes = [tuple(-(-n // 16) for n in s) for s in GPT2] if model == "gpt2" else [(64,)] * 1000
-    params = [torch.ones(s, device=device_of("triton")).requires_grad_() for s in shapes]
+    params = [torch.ones(i % 7, 9, device=device_of("triton")).requires_grad_() for i in range(1000)]
     for p in params:
         p.grad = torch.ones_like(p)
-    half = len(params) // 2
-    groups = [{"params": params[:half]}, {"params": params[half:], "weight_decay": 0.0}]
+    groups = [{"params": params[:500]}, {"params": params[500:], "weight_decay": 0.0}]
     optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="triton")
     for _ in range(3):
         launches.clear()

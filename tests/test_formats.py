@@ -157,19 +157,9 @@ def test_what_is_written_to_a_parameter_counts(make: Make, master: str, written:
     assert bool(((p.detach().float() - written).abs() < (1 if written else 0.1)).all())
 
 
-@pytest.mark.parametrize(
-    ("options", "texts"),
-    [
-        ({"stochastic_rounding": True, "master_weights": "split8"}, ("stochastic_rounding", "='split8'")),
-        ({"state_format": "fp8"}, ("state_format", "'fp32', 'bf16', '8bit'", "'fp8'")),
-        ({"master_weights": "fp32"}, ("master_weights", "None, 'split16', 'split8'", "'fp32'")),
-    ],
-)
-def test_what_does_not_go_together_is_refused(
-    make: Make, options: dict[str, Any], texts: tuple[str, ...]
-) -> None:
-    with raises_with(ValueError, *texts):
-        make(parameters(SHAPES, BF16), **options)
+def test_what_does_not_go_together_is_refused(make: Make) -> None:
+    with raises_with(ValueError, "stochastic_rounding", "master_weights='split8'"):
+        make(parameters(SHAPES, BF16), stochastic_rounding=True, master_weights="split8")
 
 
 @pytest.mark.parametrize(
