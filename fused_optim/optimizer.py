@@ -23,6 +23,7 @@ from .plan import Amp, Plan, Settings, make_plan
 from .reference import MAX_COUNT
 from .rules import RULES
 from .storage import check_formats, plain_format
+from .table import finish
 
 
 class FusedOptimizer(torch.optim.Optimizer):
@@ -182,8 +183,7 @@ class FusedOptimizer(torch.optim.Optimizer):
                 try:
                     backend.step(batch, inputs[batch.key.device])
                 finally:
-                    for o in batch.copied:
-                        o.store_copies()
+                    finish(batch.store_copies)
         finally:
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             torch.autograd.graph.increment_version(plan.versioned)
@@ -193,7 +193,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def _current_plan(self, amp: Amp, capturing: bool) -> Plan:
-        plan = self._plan
+        # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
+        plan, self._plan = self._plan, None
         if plan is None or not plan.refresh(self.param_groups, self.state, self._seed, amp):
             if capturing:
                 raise RuntimeError(
@@ -201,9 +202,8 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "the states and loaded the kernels: make a step with these parameters, gradients, states, "
                     "grad_scale and found_inf before the capture"
                 )
-            self._plan = None
             plan = make_plan(self.param_groups, self.state, self._settings, self._seed, amp, self._flat)
-            self._plan = plan
+        self._plan = plan
         return plan
 
     def _keep_captured(self, plan: Plan) -> None:

@@ -15,7 +15,7 @@ that one launch can take, as a table:
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -41,6 +41,15 @@ def int64_tensor(values: Sequence[int]) -> Tensor:
         if values
         else torch.empty(0, dtype=torch.int64, device="cpu")
     )
+
+
+def finish(write: Callable[[], Any]) -> None:
+    """Write to the end: what interrupts it is raised when it is done once more."""
+    try:
+        write()
+    except BaseException:
+        write()
+        raise
 
 
 @dataclass
@@ -152,6 +161,10 @@ class Batch:
         self._chunks: dict[int, Tensor] = {}
         self.on_device: dict[str, Tensor] = {}
         """Where a GPU backend keeps its copies of the table; emptied when rows change."""
+
+    def store_copies(self) -> None:
+        for o in self.copied:
+            o.store_copies()
 
     def tensors(self) -> list[Tensor]:
         """The table, on the host and on the device, and copies of what kernels cannot walk as it is."""

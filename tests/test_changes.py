@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import pickle
 import random
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -17,6 +18,7 @@ import torch
 from helpers import RULES, Judge, assert_same_bits, gradient, raises_unchanged, raises_with, snapshot
 from torch import Tensor
 from torch.utils import swap_tensors
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_optim.backends import BACKENDS as ALL_BACKENDS
 
@@ -397,10 +399,10 @@ def test_a_change_that_is_refused(
 # Interrupted
 
 
-def interrupted(w: World, warm: int) -> list[bool]:
+def interrupted(w: World, warm: int, by: Any = None) -> list[bool]:
     """A step that is interrupted; each parameter is whole, as it was or as it had to become. Which did."""
     before, want = snapshot(w.optimizer), w.judge.expected(w.optimizer)
-    with pytest.raises(KeyboardInterrupt):
+    with by or nullcontext(), pytest.raises(KeyboardInterrupt):
         w.optimizer.step()
     got = snapshot(w.optimizer)
     done = [torch.equal(g, x) for g, x in zip(got["params"][:-1], want["params"])]
@@ -412,6 +414,39 @@ def interrupted(w: World, warm: int) -> list[bool]:
         else:
             assert not any(t.any() for t in got["states"][i].values())
     return done
+
+
+class InterruptedWrite(TorchDispatchMode):
+    """The write of this number, among those that PyTorch makes itself, is interrupted before it is made."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.left = number
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.left -= str(func).split(".")[1].endswith("_")
+        if self.left == 0:
+            self.left = -1
+            raise KeyboardInterrupt
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(("backend", "format"), [("cpu", "fp32"), ("cpu", "8bit+split8"), ("eager", "bf16")])
+def test_interrupted_in_a_write(backend: str, format: str, flatten: bool) -> None:
+    """Whichever it is, of tables, copies or results; and the next steps are right."""
+    w = World("adabelief", backend, flatten, format)
+    w.train(1)
+    w.new_gradients()
+    with InterruptedWrite(-1) as counted:
+        w.optimizer.step()
+    assert -1 - counted.left > 3
+    for number in range(1, -counted.left, 4 if backend == "eager" else 1):
+        w = World("adabelief", backend, flatten, format)
+        w.train(1)
+        w.new_gradients()
+        interrupted(w, 1, InterruptedWrite(number))
+        w.step()
+        w.train(1)
 
 
 @pytest.mark.parametrize(("launch", "when"), [(1, "before"), (1, "after"), (2, "before"), (2, "after")])

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..reference import MAX_COUNT, Coefficients, coefficients
 from ..rounding import MU, NU, PARAM, Place
-from ..table import Batch, int64_tensor
+from ..table import Batch, finish, int64_tensor
 from .base import Backend, Inputs, nothing_to_load, to_device
 
 
@@ -38,13 +38,7 @@ def step(batch: Batch, inputs: Inputs) -> None:
 def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
     """All or nothing of one parameter: what interrupts it is raised when all is written."""
     new = [value if skip is None else torch.where(skip, target, value) for target, value in writes]
-    try:
-        for (target, _), value in zip(writes, new):
-            target.copy_(value)
-    except BaseException:
-        for (target, _), value in zip(writes, new):
-            target.copy_(value)
-        raise
+    finish(lambda: [target.copy_(value) for (target, _), value in zip(writes, new)])
 
 
 EAGER = Backend("eager", lambda device: None, nothing_to_load, step, steps_all_at_once=False)
