@@ -149,6 +149,21 @@ def train(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int
         optimizer.step()
 
 
+def like(params: Parameters) -> Parameters:
+    """New parameters of the same values."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def trained(
+    make: Make, steps: int = 3, params: Parameters | None = None, **options: Any
+) -> tuple[Parameters, Any]:
+    """Parameters and an optimizer that has stepped them."""
+    params = parameters() if params is None else params
+    optimizer = make(params, **options)
+    train(optimizer, params, steps)
+    return params, optimizer
+
+
 def copies(values: Any) -> Any:
     """Nested containers with every tensor cloned."""
     if isinstance(values, Tensor):
@@ -205,13 +220,6 @@ def raises_unchanged(
     with raises_with(kind, *texts):
         yield
     assert_same_bits(snapshot(optimizer), before, "snapshot")
-
-
-def flat_like_plain(run: Callable[[bool], Any]) -> Any:
-    """``run(False)``, which ``run(True)`` (that is, with ``flatten=True``) must equal bit for bit."""
-    listed = run(False)
-    assert_same_bits(run(True), listed, "flatten=True")
-    return listed
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from helpers import (
     set_gradients,
     snapshot,
     train,
+    trained,
 )
 from torch import Tensor
 
@@ -138,11 +139,6 @@ def test_a_group_cannot_have_an_option_of_the_optimizer(make: Make, name: str) -
     assert len(optimizer.param_groups) == 1
 
 
-def test_unavailable_backends_say_why(make: Make) -> None:
-    with raises_with(RuntimeError, "'cuda'", "not available", "cpu"):
-        make(parameters(), backend="cuda")
-
-
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize(
     ("value", "kind"),
@@ -158,9 +154,7 @@ def test_unavailable_backends_say_why(make: Make) -> None:
 def test_what_callables_return_is_checked(make: Make, name: str, value: Any, kind: Any) -> None:
     with raises_with(kind, name):
         make(parameters(), **{name: lambda count: value})
-    params = parameters()
-    optimizer = make(params, **{name: lambda count: 0.1 if count < 2 else value})
-    train(optimizer, params, 2)
+    _, optimizer = trained(make, 2, **{name: lambda count: 0.1 if count < 2 else value})
     with raises_unchanged(optimizer, kind, name):
         optimizer.step()
 
@@ -171,9 +165,7 @@ def test_decoupled_lr_needs_an_lr_to_refer_to(make: Make, lr: Any) -> None:
         make(parameters(), lr=lr, decoupled_lr=True)
     with raises_with(ValueError, "decoupled_lr", "lr must be"):
         make([{"params": parameters()}, {"params": parameters(), "lr": lr}], lr=0.1, decoupled_lr=True)
-    params = parameters()
-    optimizer = make(params, lr=0.1, decoupled_lr=True)
-    train(optimizer, params, 1)
+    _, optimizer = trained(make, 1, lr=0.1, decoupled_lr=True)
     optimizer.param_groups[0]["reference_lr"] = 0.0
     with raises_unchanged(optimizer, ValueError, "reference_lr"):
         optimizer.step()
@@ -182,17 +174,33 @@ def test_decoupled_lr_needs_an_lr_to_refer_to(make: Make, lr: Any) -> None:
 # Parameters
 
 
-def test_what_torch_refuses(make: Make) -> None:
-    with raises_with(ValueError, "empty parameter list"):
-        make([])
-    with raises_with(TypeError, "iterable"):
-        make(torch.nn.Parameter(torch.ones(2)))
-    with raises_with(ValueError, "non-leaf"):
-        make([torch.nn.Parameter(torch.ones(2)) * 2])
-    with raises_with(TypeError, "Tensors"):
-        make([1.0])
-    with raises_with(TypeError, "must be a dict"):
-        make(parameters()).add_param_group(parameters())
+CALLS: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("make([])", ValueError, ("empty parameter list",)),
+    ("make(a)", TypeError, ("iterable",)),
+    ("make([a * 2])", ValueError, ("non-leaf",)),
+    ("make([1.0])", TypeError, ("Tensors",)),
+    ("make([a]).add_param_group([b])", TypeError, ("must be a dict",)),
+    ("make([a], backend='cuda')", RuntimeError, ("'cuda'", "not available", "cpu")),
+    ("make([{'params': [a], 'differentiable': True}])", (RuntimeError, ValueError),
+     ("differentiable", "not supported")),
+    ("make([b, a, a])", ValueError, ("1 of group 0", "2 of group 0", "same")),
+    ("make([{'params': [a]}, {'params': [b, a]}])", ValueError, ("0 of group 0", "1 of group 1", "same")),
+    ("make([('first', a), ('second', a)])", ValueError, ("'first'", "'second'", "same")),
+    ("make([{'params': [('first', a)]}, {'params': [('second', a)]}])", ValueError,
+     ("'first'", "'second'", "same")),
+    ("make([torch.zeros(1).expand(4).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
+    ("make([torch.randn(5).as_strided((3, 3), (1, 1)).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
+    ("make([a], stochastic_rounding=True, master_weights='split8')", ValueError,
+     ("stochastic_rounding", "master_weights='split8'")),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "kind", "texts"), CALLS)
+def test_parameters_that_are_refused(make: Make, call: str, kind: Any, texts: tuple[str, ...]) -> None:
+    """With torch's words, where torch refuses them too."""
+    a, b = parameters([(3,), (3,)])
+    with raises_with(kind, *texts):
+        eval(call, {"make": make, "a": a, "b": b, "torch": torch})
 
 
 def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, judge: Judge, flatten: bool) -> None:
@@ -225,21 +233,10 @@ def test_an_integer_parameter_with_a_gradient(make: Make, warm: int) -> None:
         optimizer.step()
 
 
-def test_the_same_parameter_twice(make: Make) -> None:
-    a, b = parameters([(3,), (3,)])
-    named: list[Any] = [("first", a), ("second", a)]
-    for params, names in (
-        ([b, a, a], ("1 of group 0", "2 of group 0")),
-        ([{"params": [a]}, {"params": [b, a]}], ("0 of group 0", "1 of group 1")),
-        (named, ("'first'", "'second'")),
-        ([{"params": named[:1]}, {"params": named[1:]}], ("'first'", "'second'")),
-    ):
-        with raises_with(ValueError, *names, "same"):
-            make(params)
-    optimizer = make([a])
-    train(optimizer, [a], 1)
+def test_a_parameter_that_is_in_another_group(make: Make) -> None:
+    (a,), optimizer = trained(make, 1, parameters([(3,)]))
     with raises_unchanged(optimizer, ValueError, "0 of group 0", "1 of group 1", "same"):
-        optimizer.add_param_group({"params": [b, a]})
+        optimizer.add_param_group({"params": [*parameters(), a][-2:]})
     assert len(optimizer.param_groups) == 1
 
 
@@ -261,9 +258,6 @@ def test_overlapping_parameters(make: Make) -> None:
             make([{"params": [rows]}, {"params": [other]}])
     with raises_with(ValueError, "'x'", "'y'", "overlap"):
         make([("x", rows), ("y", overlapping[0])])
-    for itself in (torch.zeros(1).expand(4), torch.randn(5).as_strided((3, 3), (1, 1))):
-        with raises_with(ValueError, "0 of group 0", "overlap"):
-            make([torch.nn.Parameter(itself)])
 
 
 def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, judge: Judge) -> None:
@@ -314,11 +308,6 @@ def test_misaligned(make: Make, dtype: torch.dtype) -> None:
 # Gradients
 
 
-def test_differentiable_is_refused(make: Make) -> None:
-    with raises_with((RuntimeError, ValueError), "differentiable", "not supported"):
-        make([{"params": parameters(), "differentiable": True}])
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_a_gradient_on_another_device(make: Make) -> None:
     params = parameters()
@@ -329,16 +318,18 @@ def test_a_gradient_on_another_device(make: Make) -> None:
         optimizer.step()
 
 
-def test_gradients_of_another_dtype(make: Make, judge: Judge) -> None:
+def test_gradients_of_another_dtype(make: Make, judge: Judge, flatten: bool) -> None:
     """Of every dtype for parameters of every dtype, and some that change from step to step: rounded to the
-    working precision, not to the parameter's dtype."""
+    working precision, not to the parameter's dtype. All in one optimizer, complex ones too."""
     of_gradients = [*REAL_DTYPES, torch.float8_e4m3fn]
-    params = [parameters([(40,)], dtype)[0] for dtype in REAL_DTYPES for _ in of_gradients]
-    optimizer = make(params, lr=0.1, weight_decay=0.1)
-    for p in params:
+    real = [parameters([(40,)], dtype)[0] for dtype in REAL_DTYPES for _ in of_gradients]
+    pairs = [parameters([(5,)], dtype)[0] for dtype in DTYPES[4:]]
+    optimizer = make([*real, *pairs], lr=0.1, weight_decay=0.1, flatten=flatten)
+    for p in real:
         p.grad_dtype = None
     for seed in range(4):
-        for i, p in enumerate(params):
+        set_gradients(pairs, seed)
+        for i, p in enumerate(real):
             dtype = p.dtype if seed % 2 and i % 2 else of_gradients[i % len(of_gradients)]
             p.grad = gradient(torch.empty(40, dtype=torch.float64), 100 * seed + i).clamp(-400, 400).to(dtype)
         judge.step(optimizer, f"step {seed}")
@@ -377,9 +368,7 @@ def test_cast_data_converts_the_state_once_with_a_warning(
     make: Make, judge: Judge, old: torch.dtype, new: torch.dtype
 ) -> None:
     """Where its working precision is another; else the state is kept. A step without gradients is none."""
-    (p,) = parameters([(40,)], old)
-    optimizer = make([p])
-    train(optimizer, [p], 2)
+    (p,), optimizer = trained(make, 2, parameters([(40,)], old))
     p.data, p.grad = p.data.to(new), None
     kept = snapshot(optimizer)
     optimizer.step()

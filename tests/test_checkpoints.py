@@ -14,10 +14,10 @@ from helpers import (
     RULES,
     Judge,
     Make,
-    Parameters,
     Rule,
     assert_same_bits,
     copies,
+    like,
     parameters,
     raises_unchanged,
     raises_with,
@@ -26,6 +26,7 @@ from helpers import (
     set_gradients,
     snapshot,
     train,
+    trained,
 )
 from torch import Tensor
 
@@ -42,19 +43,6 @@ KEPT = {name: (dtype, options) for name, (dtype, grad, options) in FORMATS.items
 def halving(count: int) -> float:
     """A schedule that pickle can find."""
     return 0.1 / 2**count
-
-
-def like(params: Parameters) -> Parameters:
-    return [torch.nn.Parameter(p.detach().clone()) for p in params]
-
-
-def trained(
-    make: Make, steps: int = 3, params: Parameters | None = None, **options: Any
-) -> tuple[Parameters, Any]:
-    params = parameters() if params is None else params
-    optimizer = make(params, **options)
-    train(optimizer, params, steps)
-    return params, optimizer
 
 
 def check_alike(*optimizers: Any, first: int) -> None:

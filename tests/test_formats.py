@@ -20,6 +20,7 @@ from helpers import (
     parameters,
     raises_with,
     train,
+    trained,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -44,9 +45,8 @@ OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dty
 def test_bytes_a_parameter(
     make: Make, dtype: torch.dtype, options: dict[str, Any], most: float, flatten: bool
 ) -> None:
-    (p,) = params = parameters([(256, 256)], dtype)
-    optimizer = make(params, flatten=flatten, **options)
-    train(optimizer, params, 1)
+    params, optimizer = trained(make, 1, parameters([(256, 256)], dtype), flatten=flatten, **options)
+    (p,) = params
     state = [t for key, t in optimizer.state[p].items() if key != "step"]
     counted = sum(t.numel() * t.element_size() for t in (p, p.grad, *state)) / p.numel()
     assert counted <= most
@@ -147,19 +147,13 @@ def test_the_seed_of_each_step_decides_the_rounding_and_nothing_else_does(make: 
 @pytest.mark.parametrize("master", ["split16", "split8"])
 @pytest.mark.parametrize("written", [100.0, 0.0, -0.0])
 def test_what_is_written_to_a_parameter_counts(make: Make, master: str, written: float) -> None:
-    (p,) = params = parameters([(300,)], BF16)
-    optimizer = make(params, lr=1e-3, master_weights=master)
-    train(optimizer, params, 3)
+    params, optimizer = trained(make, 3, parameters([(300,)], BF16), lr=1e-3, master_weights=master)
+    (p,) = params
     with torch.no_grad():
         p.fill_(written)
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert bool(((p.detach().float() - written).abs() < (1 if written else 0.1)).all())
-
-
-def test_what_does_not_go_together_is_refused(make: Make) -> None:
-    with raises_with(ValueError, "stochastic_rounding", "master_weights='split8'"):
-        make(parameters(SHAPES, BF16), stochastic_rounding=True, master_weights="split8")
 
 
 @pytest.mark.parametrize(
