@@ -50,6 +50,7 @@ BACKENDS = ["eager", "cpu"]
 EACH = [(rule, BACKENDS[i % 2]) for i, rule in enumerate(RULES)]
 """Each rule, and both backends: for what does not depend on their combination."""
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DTYPES = [F32, F64, BF16, F16, torch.complex64, torch.complex128]
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "fp32": (F32, F32, {}),
     "fp64": (F64, F64, {}),
@@ -82,15 +83,15 @@ Parameters = list[torch.nn.Parameter]
 
 def bits(t: Tensor) -> Tensor:
     """The bytes of a tensor's elements in logical order, every NaN written the same way."""
-    t = plain(t).cpu().reshape(-1)
+    t = plain(t).reshape(-1)
     if t.is_floating_point():
         t[t.isnan()] = torch.nan
     return t.view(torch.uint8)
 
 
 def plain(t: Tensor) -> Tensor:
-    """A copy in logical order; of complex numbers, their parts."""
-    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format)
+    """A copy in logical order on the CPU; of complex numbers, their parts."""
+    t = t.detach().resolve_conj().resolve_neg().clone(memory_format=torch.contiguous_format).cpu()
     return torch.view_as_real(t) if t.is_complex() else t
 
 
@@ -125,11 +126,11 @@ def parameters(
 
 
 def gradient(p: Tensor, seed: int) -> Tensor:
-    """A contiguous gradient for ``p``: random sign, magnitudes 1e-3 to 1e1."""
+    """A contiguous gradient for ``p``: random sign, magnitudes 1e-4 to 1e2."""
     rng = torch.Generator().manual_seed(seed)
 
     def real() -> Tensor:
-        size = 10 ** (4 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 3)
+        size = 10 ** (6 * torch.rand(p.shape, generator=rng, dtype=torch.float64) - 4)
         return torch.where(torch.rand(p.shape, generator=rng) < 0.5, size, -size)
 
     return (torch.complex(real(), real()) if p.is_complex() else real()).to(p.dtype)
@@ -146,6 +147,21 @@ def train(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int
     for seed in range(first, first + steps):
         set_gradients(params, seed)
         optimizer.step()
+
+
+def like(params: Parameters) -> Parameters:
+    """New parameters of the same values."""
+    return [torch.nn.Parameter(p.detach().clone()) for p in params]
+
+
+def trained(
+    make: Make, steps: int = 3, params: Parameters | None = None, **options: Any
+) -> tuple[Parameters, Any]:
+    """Parameters and an optimizer that has stepped them."""
+    params = parameters() if params is None else params
+    optimizer = make(params, **options)
+    train(optimizer, params, steps)
+    return params, optimizer
 
 
 def copies(values: Any) -> Any:
@@ -206,23 +222,13 @@ def raises_unchanged(
     assert_same_bits(snapshot(optimizer), before, "snapshot")
 
 
-def flat_like_plain(run: Callable[[bool], Any]) -> Any:
-    """``run(False)``, which ``run(True)`` (that is, with ``flatten=True``) must equal bit for bit."""
-    listed = run(False)
-    assert_same_bits(run(True), listed, "flatten=True")
-    return listed
-
-
 @functools.cache
 def coefficients_of(
     hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None
 ) -> Coefficients:
     """The reference's coefficients of one parameter."""
-    table, grad_scale = (
-        torch.tensor([hyper], dtype=torch.float64),
-        None if scale is None else torch.tensor(scale),
-    )
-    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, grad_scale)))
+    table, divisor = torch.tensor([hyper], dtype=F64), None if scale is None else torch.tensor(scale)
+    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, divisor)))
 
 
 class Judge:
@@ -241,6 +247,18 @@ class Judge:
     ) -> None:  # fmt: skip
         self.reference, self.reference_lr = REFERENCES[rule.reference], reference_lr
         self.formats = (state_format, master_weights, stochastic_rounding)
+
+    def step(self, optimizer: Any, what: str = "step", **numbers: float) -> None:
+        """Make a step, which must be as expected."""
+        want = self.expected(optimizer, **numbers)
+        optimizer.step()
+        assert_same_bits(snapshot(optimizer), want, what)
+
+    def train(self, optimizer: Any, steps: int = 3, first: int = 0, **numbers: float) -> None:
+        """:func:`train` with steps that must be as expected."""
+        for seed in range(first, first + steps):
+            set_gradients([p for group in optimizer.param_groups for p in group["params"]], seed)
+            self.step(optimizer, f"step {seed}", **numbers)
 
     def expected(self, optimizer: Any, **numbers: float) -> dict[str, Any]:
         """What :func:`snapshot` must be after the next step; ``numbers`` stand for all groups' own."""
@@ -268,14 +286,8 @@ class Judge:
         )  # fmt: skip
 
     def _step(
-        self,
-        p: Tensor,
-        state: dict[str, Any],
-        hyper: Hyperparameters,
-        scale: Tensor | None,
-        skip: bool,
-        key: int,
-    ) -> tuple[Tensor, dict[str, Any]]:
+        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None, skip: bool, key: int
+    ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
         new_count = torch.tensor(min(count + 1, MAX_COUNT))
         given = None if scale is None else float(scale)

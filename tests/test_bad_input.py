@@ -4,15 +4,16 @@ written, or the right result. What changes between steps is in test_changes.py."
 from __future__ import annotations
 
 import math
+import warnings
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
+    DTYPES,
     RULES,
     Judge,
     Make,
-    Rule,
     assert_same_bits,
     bits,
     copies,
@@ -23,17 +24,16 @@ from helpers import (
     set_gradients,
     snapshot,
     train,
+    trained,
 )
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-REAL_DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
-DTYPES = [*REAL_DTYPES, torch.complex64, torch.complex128]
-
 # Hyperparameters
 
 TORCHS_WORDS = {"lr": "learning rate", "eps": "eps value", "weight_decay": "weight_decay value"}
+REAL_DTYPES = DTYPES[:4]
 NUMBERS: list[tuple[Any, type[Exception]]] = [
     *((value, ValueError) for value in (-1.0, -1e-30, math.nan, math.inf, -math.inf, 10**400)),
     *((value, TypeError) for value in ("0.1", None, True, 1j, [0.1])),
@@ -102,26 +102,23 @@ def test_bad_options_are_refused(
     train(optimizer, params, 1)
 
 
-CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception]]] = [
-    ("flatten", 1, TypeError),
-    ("flatten", "static", TypeError),
-    ("decoupled_lr", None, TypeError),
-    ("backend", "gpu", ValueError),
-    ("weight_decay_mask", 3, TypeError),
-    ("weight_decay_mask", "yes", TypeError),
-    ("weight_decay_mask", [True], ValueError),
-    ("weight_decay_mask", [True] * 4, ValueError),
-    ("weight_decay_mask", {"x": True}, ValueError),
-    ("state_format", "fp8", ValueError),
-    ("state_format", None, ValueError),
-    ("master_weights", "fp32", ValueError),
-    ("stochastic_rounding", 1, TypeError),
+CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
+    *(("flatten", value, TypeError, "True or False") for value in (1, "static")),
+    ("decoupled_lr", None, TypeError, "True or False"),
+    ("stochastic_rounding", 1, TypeError, "True or False"),
+    ("backend", "gpu", ValueError, "'cpu', 'cuda', 'eager', 'triton'"),
+    *(("weight_decay_mask", value, TypeError, "") for value in (3, "yes")),
+    *(("weight_decay_mask", value, ValueError, "") for value in ([True], [True] * 4, {"x": True})),
+    *(("state_format", value, ValueError, "'fp32', 'bf16', '8bit'") for value in ("fp8", None)),
+    ("master_weights", "fp32", ValueError, "None, 'split16', 'split8'"),
 ]
 
 
-@pytest.mark.parametrize(("name", "value", "kind"), CONSTRUCTOR_ONLY)
-def test_bad_arguments_are_refused(make: Make, name: str, value: Any, kind: type[Exception]) -> None:
-    with raises_with(kind, name):
+@pytest.mark.parametrize(("name", "value", "kind", "right"), CONSTRUCTOR_ONLY)
+def test_bad_arguments_are_refused(
+    make: Make, name: str, value: Any, kind: type[Exception], right: str
+) -> None:
+    with raises_with(kind, name, right):
         make(parameters(), **{name: value})
 
 
@@ -142,22 +139,6 @@ def test_a_group_cannot_have_an_option_of_the_optimizer(make: Make, name: str) -
     assert len(optimizer.param_groups) == 1
 
 
-def test_unavailable_backends_say_why(make: Make) -> None:
-    with raises_with(RuntimeError, "'cuda'", "not available", "cpu"):
-        make(parameters(), backend="cuda")
-
-
-def test_betas_changed_in_place_are_checked(make: Make, rule: Rule) -> None:
-    params = parameters()
-    optimizer = make(params, betas=[0.9, 0.99])
-    check_steps(optimizer, params, Judge(rule), 2)
-    optimizer.param_groups[0]["betas"][1] = 1.5
-    with raises_unchanged(optimizer, ValueError, "betas[1]", "must be"):
-        optimizer.step()
-    optimizer.param_groups[0]["betas"][1] = 0.5
-    check_steps(optimizer, params, Judge(rule), 1)
-
-
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
 @pytest.mark.parametrize(
     ("value", "kind"),
@@ -173,9 +154,7 @@ def test_betas_changed_in_place_are_checked(make: Make, rule: Rule) -> None:
 def test_what_callables_return_is_checked(make: Make, name: str, value: Any, kind: Any) -> None:
     with raises_with(kind, name):
         make(parameters(), **{name: lambda count: value})
-    params = parameters()
-    optimizer = make(params, **{name: lambda count: 0.1 if count < 2 else value})
-    train(optimizer, params, 2)
+    _, optimizer = trained(make, 2, **{name: lambda count: 0.1 if count < 2 else value})
     with raises_unchanged(optimizer, kind, name):
         optimizer.step()
 
@@ -186,9 +165,7 @@ def test_decoupled_lr_needs_an_lr_to_refer_to(make: Make, lr: Any) -> None:
         make(parameters(), lr=lr, decoupled_lr=True)
     with raises_with(ValueError, "decoupled_lr", "lr must be"):
         make([{"params": parameters()}, {"params": parameters(), "lr": lr}], lr=0.1, decoupled_lr=True)
-    params = parameters()
-    optimizer = make(params, lr=0.1, decoupled_lr=True)
-    train(optimizer, params, 1)
+    _, optimizer = trained(make, 1, lr=0.1, decoupled_lr=True)
     optimizer.param_groups[0]["reference_lr"] = 0.0
     with raises_unchanged(optimizer, ValueError, "reference_lr"):
         optimizer.step()
@@ -197,29 +174,43 @@ def test_decoupled_lr_needs_an_lr_to_refer_to(make: Make, lr: Any) -> None:
 # Parameters
 
 
-def test_what_torch_refuses(make: Make) -> None:
-    with raises_with(ValueError, "empty parameter list"):
-        make([])
-    with raises_with(TypeError, "iterable"):
-        make(torch.nn.Parameter(torch.ones(2)))
-    with raises_with(ValueError, "non-leaf"):
-        make([torch.nn.Parameter(torch.ones(2)) * 2])
-    with raises_with(TypeError, "Tensors"):
-        make([1.0])
-    with raises_with(TypeError, "must be a dict"):
-        make(parameters()).add_param_group(parameters())
+CALLS: list[tuple[str, Any, tuple[str, ...]]] = [
+    ("make([])", ValueError, ("empty parameter list",)),
+    ("make(a)", TypeError, ("iterable",)),
+    ("make([a * 2])", ValueError, ("non-leaf",)),
+    ("make([1.0])", TypeError, ("Tensors",)),
+    ("make([a]).add_param_group([b])", TypeError, ("must be a dict",)),
+    ("make([a], backend='cuda')", RuntimeError, ("'cuda'", "not available", "cpu")),
+    ("make([{'params': [a], 'differentiable': True}])", (RuntimeError, ValueError),
+     ("differentiable", "not supported")),
+    ("make([b, a, a])", ValueError, ("1 of group 0", "2 of group 0", "same")),
+    ("make([{'params': [a]}, {'params': [b, a]}])", ValueError, ("0 of group 0", "1 of group 1", "same")),
+    ("make([('first', a), ('second', a)])", ValueError, ("'first'", "'second'", "same")),
+    ("make([{'params': [('first', a)]}, {'params': [('second', a)]}])", ValueError,
+     ("'first'", "'second'", "same")),
+    ("make([torch.zeros(1).expand(4).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
+    ("make([torch.randn(5).as_strided((3, 3), (1, 1)).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
+    ("make([a], stochastic_rounding=True, master_weights='split8')", ValueError,
+     ("stochastic_rounding", "master_weights='split8'")),
+]  # fmt: skip
 
 
-def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, rule: Rule, flatten: bool) -> None:
+@pytest.mark.parametrize(("call", "kind", "texts"), CALLS)
+def test_parameters_that_are_refused(make: Make, call: str, kind: Any, texts: tuple[str, ...]) -> None:
+    """With torch's words, where torch refuses them too."""
+    a, b = parameters([(3,), (3,)])
+    with raises_with(kind, *texts):
+        eval(call, {"make": make, "a": a, "b": b, "torch": torch})
+
+
+def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, judge: Judge, flatten: bool) -> None:
     torch.manual_seed(0)
     model = torch.nn.Sequential(torch.nn.LazyLinear(3), torch.nn.LazyLinear(2))
     optimizer = make(model.parameters(), weight_decay=0.1, flatten=flatten)
     optimizer.step()
     for seed in range(3):
         model(torch.randn(4, 5)).sum().backward()
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, str(seed))
+        judge.step(optimizer, str(seed))
 
 
 def test_fake_parameters_are_refused_with_a_reason(make: Make) -> None:
@@ -242,20 +233,10 @@ def test_an_integer_parameter_with_a_gradient(make: Make, warm: int) -> None:
         optimizer.step()
 
 
-def test_the_same_parameter_twice(make: Make) -> None:
-    a, b = parameters([(3,), (3,)])
-    with raises_with(ValueError, "1 of group 0", "2 of group 0", "same"):
-        make([b, a, a])
-    with raises_with(ValueError, "0 of group 0", "1 of group 1", "same"):
-        make([{"params": [a]}, {"params": [b, a]}])
-    with raises_with(ValueError, "'first'", "'second'", "same"):
-        make([("first", a), ("second", a)])
-    with raises_with(ValueError, "'first'", "'second'", "same"):
-        make([{"params": [("first", a)]}, {"params": [("second", a)]}])
-    optimizer = make([a])
-    train(optimizer, [a], 1)
+def test_a_parameter_that_is_in_another_group(make: Make) -> None:
+    (a,), optimizer = trained(make, 1, parameters([(3,)]))
     with raises_unchanged(optimizer, ValueError, "0 of group 0", "1 of group 1", "same"):
-        optimizer.add_param_group({"params": [b, a]})
+        optimizer.add_param_group({"params": [*parameters(), a][-2:]})
     assert len(optimizer.param_groups) == 1
 
 
@@ -277,16 +258,12 @@ def test_overlapping_parameters(make: Make) -> None:
             make([{"params": [rows]}, {"params": [other]}])
     with raises_with(ValueError, "'x'", "'y'", "overlap"):
         make([("x", rows), ("y", overlapping[0])])
-    for itself in (torch.zeros(1).expand(4), torch.randn(5).as_strided((3, 3), (1, 1))):
-        with raises_with(ValueError, "0 of group 0", "overlap"):
-            make([torch.nn.Parameter(itself)])
 
 
-def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, rule: Rule) -> None:
+def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, judge: Judge) -> None:
     memory = torch.randn(6, 4)
     before = memory.clone()
-    params = [torch.nn.Parameter(memory[:, j]) for j in (2, 0, 3)]
-    check_steps(make(params), params, Judge(rule))
+    judge.train(make([torch.nn.Parameter(memory[:, j]) for j in (2, 0, 3)]))
     assert torch.equal(memory[:, 1], before[:, 1])
 
 
@@ -331,33 +308,6 @@ def test_misaligned(make: Make, dtype: torch.dtype) -> None:
 # Gradients
 
 
-def test_sparse_gradients_are_refused(make: Make, flatten: bool) -> None:
-    embedding = torch.nn.Embedding(4, 3, sparse=True)
-    params = [*parameters(), embedding.weight]
-    optimizer = make(params, flatten=flatten)
-    for warm in (0, 2):
-        train(optimizer, params, warm)
-        set_gradients(params, warm, skip=[3])
-        embedding(torch.tensor([1, 2])).sum().backward()
-        with raises_unchanged(
-            optimizer, (RuntimeError, ValueError), "parameter 3 of group 0", "sparse", "dense"
-        ):
-            optimizer.step()
-    optimizer.zero_grad()
-    assert embedding.weight.grad is None
-
-
-def test_differentiable_is_refused(make: Make) -> None:
-    with raises_with((RuntimeError, ValueError), "differentiable", "not supported"):
-        make([{"params": parameters(), "differentiable": True}])
-    params = parameters()
-    optimizer = make(params)
-    train(optimizer, params, 2)
-    optimizer.param_groups[0]["differentiable"] = True
-    with raises_unchanged(optimizer, (RuntimeError, ValueError), "differentiable", "not supported"):
-        optimizer.step()
-
-
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a second device")
 def test_a_gradient_on_another_device(make: Make) -> None:
     params = parameters()
@@ -368,54 +318,27 @@ def test_a_gradient_on_another_device(make: Make) -> None:
         optimizer.step()
 
 
-def relaid(t: Tensor, layout: str) -> Tensor:
-    """The values of ``t``, shape (2, 3, 4, 5), in another memory layout."""
-    memory = {
-        "channels_last": lambda: torch.empty(t.shape, dtype=t.dtype, memory_format=torch.channels_last),
-        "transposed": lambda: torch.empty((2, 3, 5, 4), dtype=t.dtype).mT,
-        "permuted": lambda: torch.empty((5, 2, 4, 3), dtype=t.dtype).permute(1, 3, 2, 0),
-        "columns": lambda: torch.full((2, 3, 4, 9), 7.0, dtype=t.dtype)[..., 2:7],
-        "every other": lambda: torch.full((2, 3, 8, 5), 7.0, dtype=t.dtype)[:, :, ::2],
-        "offset": lambda: torch.full((121,), 7.0, dtype=t.dtype)[1:].view(2, 3, 4, 5),
-    }[layout]()
-    return memory.copy_(t)
-
-
-LAYOUTS = ["channels_last", "transposed", "permuted", "columns", "every other", "offset"]
-
-
-def check_steps(optimizer: Any, params: list[Any], judge: Judge, steps: int = 3, first: int = 0) -> None:
-    for seed in range(first, first + steps):
-        set_gradients(params, seed)
-        want = judge.expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
-
-
-@pytest.mark.parametrize("grad_dtype", [*REAL_DTYPES, torch.float8_e4m3fn])
-@pytest.mark.parametrize("dtype", REAL_DTYPES)
-def test_gradients_of_another_dtype(
-    make: Make, rule: Rule, dtype: torch.dtype, grad_dtype: torch.dtype
-) -> None:
-    """They are rounded to the working precision, not to the parameter's dtype; and one that changes from
-    step to step."""
-    params = parameters([(40,), (7,)], dtype)
-    optimizer = make(params, lr=0.1, weight_decay=0.1)
-    for p in params:
+def test_gradients_of_another_dtype(make: Make, judge: Judge, flatten: bool) -> None:
+    """Of every dtype for parameters of every dtype, and some that change from step to step: rounded to the
+    working precision, not to the parameter's dtype. All in one optimizer, complex ones too."""
+    of_gradients = [*REAL_DTYPES, torch.float8_e4m3fn]
+    real = [parameters([(40,)], dtype)[0] for dtype in REAL_DTYPES for _ in of_gradients]
+    pairs = [parameters([(5,)], dtype)[0] for dtype in DTYPES[4:]]
+    optimizer = make([*real, *pairs], lr=0.1, weight_decay=0.1, flatten=flatten)
+    for p in real:
         p.grad_dtype = None
     for seed in range(4):
-        for i, p in enumerate(params):
-            given = dtype if seed % 2 and i else grad_dtype
-            p.grad = gradient(torch.empty(p.shape, dtype=torch.float64), 10 * seed + i).to(given)
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
+        set_gradients(pairs, seed)
+        for i, p in enumerate(real):
+            dtype = p.dtype if seed % 2 and i % 2 else of_gradients[i % len(of_gradients)]
+            p.grad = gradient(torch.empty(40, dtype=torch.float64), 100 * seed + i).clamp(-400, 400).to(dtype)
+        judge.step(optimizer, f"step {seed}")
 
 
-def test_lazy_conjugates_and_negatives(make: Make, rule: Rule) -> None:
+def test_lazy_conjugates_and_negatives(make: Make, judge: Judge) -> None:
     """Gradients, and parameters, that are lazily conjugated or negated at one step, where they lie, and
     plain at the next."""
-    params = [*parameters([(40,)] * 2, torch.complex64), *parameters([(40,)])]
+    params = [*parameters([(40,)] * 2, torch.complex64), *parameters([(40,), ()])]
     optimizer = make(params)
     memory = gradient(params[1], 0)
     for seed in range(6):
@@ -423,187 +346,73 @@ def test_lazy_conjugates_and_negatives(make: Make, rule: Rule) -> None:
         memory.copy_(params[1].grad)
         params[1].grad = memory.conj() if seed % 2 else memory
         if seed % 2:
-            params[0].grad, params[2].grad = params[0].grad.conj(), torch._neg_view(params[2].grad)
+            params[0].grad = params[0].grad.conj()
+            for p in params[2:]:
+                p.grad = torch.complex(p.grad, p.grad).conj().imag
         if seed == 4:
             params[0].data = params[0].data.conj()
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
-
-
-# Parameters' layouts
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_parameters_in_any_layout(
-    make: Make, rule: Rule, layout: str, dtype: torch.dtype, flatten: bool
-) -> None:
-    p = torch.nn.Parameter(relaid(torch.randn(2, 3, 4, 5).to(dtype), layout))
-    whole = p.detach().as_strided((p.untyped_storage().nbytes() // p.element_size(),), (1,), 0)
-    outside = torch.ones(whole.shape, dtype=torch.bool)
-    outside.as_strided(p.shape, p.stride(), p.storage_offset()).fill_(False)
-    before, strides = bits(whole[outside]), p.stride()
-    params = [p, *parameters([(5,)])]
-    optimizer = make(params, flatten=flatten)
-    check_steps(optimizer, params, Judge(rule))
-    assert p.stride() == strides
-    assert torch.equal(bits(whole[outside]), before), "a write outside the parameter"
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_small_and_empty_parameters(make: Make, rule: Rule, dtype: torch.dtype, flatten: bool) -> None:
-    params = parameters([(5,), (), (0,), (0, 3), (3, 0), (1,), (1, 1, 1), (4,)], dtype)
-    optimizer = make(params, flatten=flatten)
-    check_steps(optimizer, params, Judge(rule))
-    optimizer = make(parameters([(0,), (5,)]))
-    (empty, other) = optimizer.param_groups[0]["params"]
-    before = snapshot(optimizer)
-    optimizer.step()
-    assert_same_bits(snapshot(optimizer), {**before, "count": 1})
-    empty.grad = torch.zeros(0)
-    optimizer.step()
-    assert optimizer.state[empty]["step"] == 1
-    assert not optimizer.state.get(other)
+        judge.step(optimizer, f"step {seed}")
 
 
 # p.data
 
 
-CASTS = [(torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64, torch.bfloat16)]
+CASTS = [
+    (torch.float32, torch.float64), (torch.float64, torch.float32), (torch.float64, torch.bfloat16),
+    (torch.float32, torch.bfloat16), (torch.float32, torch.float16),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("old", "new"), CASTS)
 def test_cast_data_converts_the_state_once_with_a_warning(
-    make: Make, rule: Rule, old: torch.dtype, new: torch.dtype
+    make: Make, judge: Judge, old: torch.dtype, new: torch.dtype
 ) -> None:
-    (p,) = parameters([(40,)], old)
-    optimizer = make([p])
-    train(optimizer, [p], 2)
-    p.data = p.data.to(new)
-    p.grad = None
-    set_gradients([p], 2)
-    working = torch.float64 if new == torch.float64 else torch.float32
+    """Where its working precision is another; else the state is kept. A step without gradients is none."""
+    (p,), optimizer = trained(make, 2, parameters([(40,)], old))
+    p.data, p.grad = p.data.to(new), None
+    kept = snapshot(optimizer)
+    optimizer.step()
+    assert_same_bits(snapshot(optimizer), {**kept, "count": 3})
     twin = torch.nn.Parameter(p.detach().clone())
     converted = make([twin])
+    working = torch.float64 if new == torch.float64 else torch.float32
     state = copies(dict(optimizer.state[p]))
     converted.state[twin] = {k: v if k == "step" else v.to(working) for k, v in state.items()}
-    set_gradients([twin], 2)
-    converted.load_state_dict({**converted.state_dict(), "count": 2})
-    want = Judge(rule).expected(converted)
-    with pytest.warns(UserWarning, match="parameter 0 of group 0") as caught:
+    converted.load_state_dict({**converted.state_dict(), "count": 3})
+    for q in (p, twin):
+        set_gradients([q], 2)
+    want = judge.expected(converted)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         optimizer.step()
-    assert len(caught) == 1
+    texts = [str(w.message) for w in caught]
+    assert len(texts) == (torch.float64 in (old, new)) and all("parameter 0 of group 0" in t for t in texts)
     assert_same_bits(snapshot(optimizer), want)
-    check_steps(optimizer, [p], Judge(rule), 2, first=3)
-
-
-@pytest.mark.parametrize("new", [torch.bfloat16, torch.float16])
-def test_cast_to_16_bits_keeps_the_state(make: Make, rule: Rule, new: torch.dtype) -> None:
-    (p,) = parameters([(40,)])
-    optimizer = make([p])
-    train(optimizer, [p], 2)
-    kept = copies(dict(optimizer.state[p]))
-    p.data = p.data.to(new)
-    p.grad = None
-    optimizer.step()
-    assert_same_bits(copies(dict(optimizer.state[p])), kept)
-    check_steps(optimizer, [p], Judge(rule), 1)
-
-
-# States
-
-
-BAD_ENTRIES: dict[str, Any] = {
-    "exp_avg": [
-        None,
-        1.0,
-        "zeros",
-        torch.zeros(4, 5, dtype=torch.int32),
-        torch.zeros(4, 5, dtype=torch.complex64),
-        torch.zeros(4, 5, dtype=torch.uint8),
-        torch.zeros(3),
-    ],
-    "step": [None, "three", -1, 2.5, 2**31, torch.tensor(-3.0)],
-    "remainder": [torch.zeros(4, 5, dtype=torch.int32)],
-}
-
-
-@pytest.mark.parametrize(
-    ("key", "value"), [(key, value) for key, values in BAD_ENTRIES.items() for value in values], ids=repr
-)
-def test_what_is_no_state_is_refused_by_a_step(make: Make, key: str, value: Any) -> None:
-    if key == "step" and value is None:
-        pytest.skip("a state without a step number starts anew")
-    params = parameters()
-    optimizer = make(params)
-    train(optimizer, params, 3)
-    optimizer.state[params[2]][key] = value
-    set_gradients(params, 3)
-    before = [p.detach().clone() for p in params]
-    with raises_with((RuntimeError, ValueError), "parameter 2 of group 0", repr(key)):
-        optimizer.step()
-    assert_same_bits([p.detach() for p in params], before)
+    judge.train(optimizer, 2, first=3)
 
 
 # AMP
 
 
-@pytest.mark.parametrize("found_inf", [torch.tensor(1.0), torch.tensor([1.0]), torch.tensor(3.0)])
-def test_found_inf_changes_nothing(make: Make, rule: Rule, found_inf: Tensor, flatten: bool) -> None:
-    """Not even with gradients that need a copy, or parameters that have gaps, or at the first step;
-    ``count`` goes on, since the host cannot know."""
-    params = [*parameters([(5,), (4, 5), (3,)]), torch.nn.Parameter(torch.randn(4, 9)[:, 2:5])]
-    optimizer = make(params, flatten=flatten)
-    for warm in (0, 2):
-        before = copies([p.data for p in params])
-        set_gradients(params, warm)
-        params[0].grad.fill_(torch.nan)
-        params[1].grad = torch.tensor(torch.inf).expand(4, 5)
-        optimizer.found_inf, optimizer.grad_scale = found_inf, torch.tensor(4.0)
-        want = Judge(rule).expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want)
-        assert_same_bits(copies([p.data for p in params]), before)
-        del optimizer.found_inf, optimizer.grad_scale
-        check_steps(optimizer, params, Judge(rule), 2, first=warm)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-def test_grad_scale_divides(make: Make, rule: Rule, dtype: torch.dtype) -> None:
-    """By a scale that is no power of two, so that a reciprocal would show."""
-    params = parameters(dtype=dtype)
-    optimizer = make(params)
-    optimizer.grad_scale, optimizer.found_inf = torch.tensor(3.7), torch.tensor(0.0)
-    check_steps(optimizer, params, Judge(rule))
-    optimizer.grad_scale = torch.tensor([3.7], dtype=torch.float64)
-    check_steps(optimizer, params, Judge(rule), 1)
-
-
 @pytest.mark.parametrize("unscale", [False, True])
-def test_a_real_grad_scaler(make: Make, unscale: bool, flatten: bool) -> None:
-    params, twins = parameters(), parameters()
-    optimizer, want = make(params, flatten=flatten), make(twins)
+def test_a_real_grad_scaler(make: Make, judge: Judge, unscale: bool, flatten: bool) -> None:
+    params = parameters()
+    optimizer = make(params, flatten=flatten)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
     for seed in range(8):
-        optimizer.zero_grad()
-        factors = [gradient(p, 1000 * seed + i) for i, p in enumerate(params)]
+        set_gradients(params, seed)
+        factors = [p.grad for p in params]
+        want = judge.expected(optimizer)
         if seed in (2, 5):
             factors[1][0] = torch.inf
+            want = {**snapshot(optimizer), "count": seed + 1}
+        optimizer.zero_grad()
         scaler.scale(sum((p * f).sum() for p, f in zip(params, factors))).backward()
         if unscale:
             scaler.unscale_(optimizer)
-        before = snapshot(optimizer)
         scaler.step(optimizer)
         scaler.update()
-        if seed in (2, 5):
-            assert_same_bits(snapshot(optimizer), {**before, "count": seed + 1})
-            continue
-        for twin, f in zip(twins, factors):
-            twin.grad = f
-        want.step()
-        got, expected = snapshot(optimizer), snapshot(want)
-        assert_same_bits([got["params"], got["states"]], [expected["params"], expected["states"]])
+        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
     assert optimizer.state[params[0]]["step"] == 6
     optimizer.zero_grad()
     before = snapshot(optimizer)
@@ -614,7 +423,7 @@ def test_a_real_grad_scaler(make: Make, unscale: bool, flatten: bool) -> None:
 # Closures and schedules
 
 
-def test_a_closure_or_a_schedule_that_raises(make: Make, rule: Rule) -> None:
+def test_a_closure_or_a_schedule_that_raises(make: Make, judge: Judge) -> None:
     params = parameters()
     optimizer = make(params, lr=lambda count: [0.1, 0.05, 0.025][count])
 
@@ -625,9 +434,6 @@ def test_a_closure_or_a_schedule_that_raises(make: Make, rule: Rule) -> None:
     for seed in range(3):
         with raises_unchanged(optimizer, KeyError, "from the closure"):
             optimizer.step(closure)
-        set_gradients(params, seed)
-        want = Judge(rule).expected(optimizer, lr=[0.1, 0.05, 0.025][seed])
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want)
+        judge.train(optimizer, 1, first=seed, lr=[0.1, 0.05, 0.025][seed])
     with raises_unchanged(optimizer, IndexError):
         optimizer.step()

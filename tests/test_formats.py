@@ -19,9 +19,8 @@ from helpers import (
     gradient,
     parameters,
     raises_with,
-    set_gradients,
-    snapshot,
     train,
+    trained,
 )
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -46,9 +45,8 @@ OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dty
 def test_bytes_a_parameter(
     make: Make, dtype: torch.dtype, options: dict[str, Any], most: float, flatten: bool
 ) -> None:
-    (p,) = params = parameters([(256, 256)], dtype)
-    optimizer = make(params, flatten=flatten, **options)
-    train(optimizer, params, 1)
+    params, optimizer = trained(make, 1, parameters([(256, 256)], dtype), flatten=flatten, **options)
+    (p,) = params
     state = [t for key, t in optimizer.state[p].items() if key != "step"]
     counted = sum(t.numel() * t.element_size() for t in (p, p.grad, *state)) / p.numel()
     assert counted <= most
@@ -127,54 +125,33 @@ def test_small_updates_get_through(make: Make, rule: Rule) -> None:
     assert abs(after(master_weights="split8") - exact) < noise
 
 
-def test_the_seed_decides_the_rounding_and_nothing_else_does(make: Make) -> None:
-    def run(seed: int) -> Tensor:
-        torch.manual_seed(seed + 5)
+def test_the_seed_of_each_step_decides_the_rounding_and_nothing_else_does(make: Make) -> None:
+    def run(*seeds: int) -> Tensor:
         params = parameters([(1000,)], BF16)
         optimizer = make(params, stochastic_rounding=True, state_format="8bit", lr=1e-4)
-        optimizer.seed = seed
         before = torch.get_rng_state()
-        train(optimizer, params, 3)
+        for i, optimizer.seed in enumerate(seeds):
+            train(optimizer, params, 1, first=i)
         assert torch.equal(before, torch.get_rng_state())
         return params[0].detach()
 
-    assert torch.equal(run(1), run(1))
-    assert not torch.equal(run(1), run(2))
-
-
-def test_the_seed_may_change_between_steps(make: Make) -> None:
-    def run(*seeds: int) -> Tensor:
-        params = parameters([(1000,)], BF16)
-        optimizer = make(params, stochastic_rounding=True, lr=1e-4)
-        for i, seed in enumerate(seeds):
-            optimizer.seed = seed
-            train(optimizer, params, 1, first=i)
-        return params[0].detach()
-
-    assert not torch.equal(run(1, 2), run(1, 1))
-    assert torch.equal(run(1, 2), run(1, 2))
+    torch.manual_seed(9)
+    results = [run(*seeds) for seeds in ((1, 1), (1, 2), (2, 2))]
+    assert all(torch.equal(a, b) == (a is b) for a in results for b in results)
+    torch.manual_seed(8)
+    assert torch.equal(run(1, 2), results[1])
 
 
 @pytest.mark.parametrize("master", ["split16", "split8"])
 @pytest.mark.parametrize("written", [100.0, 0.0, -0.0])
 def test_what_is_written_to_a_parameter_counts(make: Make, master: str, written: float) -> None:
-    (p,) = params = parameters([(300,)], BF16)
-    optimizer = make(params, lr=1e-3, master_weights=master)
-    train(optimizer, params, 3)
+    params, optimizer = trained(make, 3, parameters([(300,)], BF16), lr=1e-3, master_weights=master)
+    (p,) = params
     with torch.no_grad():
         p.fill_(written)
     p.grad = torch.zeros_like(p)
     optimizer.step()
     assert bool(((p.detach().float() - written).abs() < (1 if written else 0.1)).all())
-
-
-def test_what_does_not_go_together_is_refused(make: Make) -> None:
-    with raises_with(ValueError, "stochastic_rounding", "master_weights='split8'"):
-        make(parameters(SHAPES, BF16), stochastic_rounding=True, master_weights="split8")
-    with raises_with(ValueError, "state_format", "'fp32', 'bf16', '8bit'", "'fp8'"):
-        make(parameters(SHAPES, BF16), state_format="fp8")
-    with raises_with(ValueError, "master_weights", "None, 'split16', 'split8'", "'fp32'"):
-        make(parameters(SHAPES, BF16), master_weights="fp32")
 
 
 @pytest.mark.parametrize(
@@ -198,20 +175,6 @@ def test_what_a_format_is_not_for_is_refused(
     assert len(optimizer.param_groups) == 1
 
 
-@pytest.mark.parametrize("dtype", [F32, torch.float64])
-@pytest.mark.parametrize("options", [{"master_weights": "split8"}, {"stochastic_rounding": True}])
-def test_wider_parameters_are_their_own_master(
-    make: Make, dtype: torch.dtype, options: dict[str, Any]
-) -> None:
-    results = []
-    for given in (options, {}):
-        params = parameters(SHAPES, dtype)
-        optimizer = make(params, **given)
-        train(optimizer, params, 3)
-        results.append(snapshot(optimizer))
-    assert_same_bits(*results)
-
-
 def test_a_model_cast_to_float32_steps_on_without_what_its_bits_needed(flatten: bool) -> None:
     model = torch.nn.Linear(30, 20).to(BF16)
     optimizer = AdaBelief(
@@ -225,34 +188,3 @@ def test_a_model_cast_to_float32_steps_on_without_what_its_bits_needed(flatten: 
         state = {"step", "exp_avg", "exp_avg_e4m3", "exp_avg_var", "exp_avg_var_e5m3"}
         assert set(optimizer.state[p]) == state
         assert optimizer.state[p]["step"] == 3
-
-
-@pytest.mark.parametrize("layout", ["channels_last", "transposed"])
-def test_a_parameter_in_another_order_has_the_bits_of_a_contiguous_one(make: Make, layout: str) -> None:
-    """Blocks and dither go by the logical index, not by the place in memory."""
-
-    def run(lay_out: bool) -> list[Tensor]:
-        (p,) = parameters([(4, 6, 5, 5)], BF16)
-        data = p.detach()
-        if lay_out and layout == "channels_last":
-            data = data.contiguous(memory_format=torch.channels_last)
-        elif lay_out:
-            data = data.transpose(0, 3).contiguous().transpose(0, 3)
-        p = torch.nn.Parameter(data)
-        optimizer = make([p], master_weights="split8", state_format="8bit")
-        for seed in range(3):
-            p.grad = torch.empty_like(p).copy_(gradient(torch.empty(p.shape, dtype=BF16), seed))
-            optimizer.step()
-        return [p.detach().contiguous(), *(t for key, t in sorted(optimizer.state[p].items()))]
-
-    assert_same_bits(run(True), run(False))
-
-
-def test_a_negative_step_number_ends(make: Make) -> None:
-    (p,) = params = parameters([(300,)], BF16)
-    optimizer = make(params, state_format="8bit")
-    train(optimizer, params, 1)
-    optimizer.state[p]["step"].fill_(-5)
-    set_gradients(params, 1)
-    optimizer.step()
-    assert optimizer.state[p]["step"] == -4

@@ -3,7 +3,6 @@ buffers. What somebody changes between steps is in test_changes.py, checkpoints 
 
 from __future__ import annotations
 
-import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    DTYPES,
     RULES,
     Judge,
     Make,
@@ -19,19 +19,16 @@ from helpers import (
     Rule,
     assert_same_bits,
     copies,
-    flat_like_plain,
     parameters,
     raises_with,
-    results,
     saved_and_loaded,
     set_gradients,
     snapshot,
     train,
+    trained,
 )
 from torch import Tensor
 from torch.optim import lr_scheduler
-
-from fused_optim import AdaBelief
 
 pytestmark = pytest.mark.filterwarnings("error")
 
@@ -41,36 +38,6 @@ def named(params: Parameters) -> list[tuple[str, torch.nn.Parameter]]:
 
 
 # Groups and masks
-
-
-def check(optimizer: Any, rule: Rule, steps: int = 3, first: int = 0, **numbers: float) -> None:
-    """Steps with new gradients, which are as the judge's."""
-    params = [p for group in optimizer.param_groups for p in group["params"]]
-    for seed in range(first, first + steps):
-        set_gradients(params, seed)
-        want = Judge(rule).expected(optimizer, **numbers)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
-
-
-def test_groups_have_their_own_options(make: Make, rule: Rule, flatten: bool) -> None:
-    options: list[dict[str, Any]] = [
-        {},
-        {"lr": 0.1, "betas": (0.8, 0.95)},
-        {"lr": torch.tensor(0.05), "eps": 1e-3, "weight_decay": 0.2},
-        {"maximize": True},
-        {"lr": 0},
-    ]
-    groups = [{"params": parameters(seed=i), **o} for i, o in enumerate(options)]
-    check(make(groups, lr=0.02, flatten=flatten), rule)
-
-
-def test_named_parameters(make: Make, rule: Rule) -> None:
-    params = parameters()
-    optimizer = make(named(params))
-    assert optimizer.param_groups[0]["param_names"] == ["a", "b", "c"]
-    check(optimizer, rule)
-    assert saved_and_loaded(optimizer.state_dict())["param_groups"][0]["param_names"] == ["a", "b", "c"]
 
 
 def test_names_after_a_group_was_changed(make: Make) -> None:
@@ -98,11 +65,12 @@ MASKS: list[Any] = [
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=["callable", "mapping", "list", "tuple"])
-def test_weight_decay_mask(make: Make, rule: Rule, mask: Any, flatten: bool) -> None:
+def test_weight_decay_mask(make: Make, judge: Judge, mask: Any, flatten: bool) -> None:
     optimizer = make(named(parameters()), weight_decay=0.3, weight_decay_mask=mask, flatten=flatten)
     for group in (optimizer.param_groups[0], saved_and_loaded(optimizer.state_dict())["param_groups"][0]):
         assert group["weight_decay_mask"] == [True, False, True]
-    check(optimizer, rule)
+        assert group["param_names"] == ["a", "b", "c"]
+    judge.train(optimizer)
 
 
 def test_weight_decay_mask_over_groups(make: Make) -> None:
@@ -114,48 +82,43 @@ def test_weight_decay_mask_over_groups(make: Make) -> None:
         seen.append(name)
         return True
 
-    make([{"params": parameters()}, {"params": parameters()}], weight_decay_mask=by_name)
-    assert seen == ["0", "1", "2"] * 2
-    optimizer = make(
-        [{"params": parameters()}, {"params": parameters([(2,)])}],
-        weight_decay_mask=[True, False, False, True],
-    )
-    assert [g["weight_decay_mask"] for g in optimizer.param_groups] == [[True, False, False], [True]]
-    optimizer = make([{"params": parameters()}, {"params": parameters([(2,)]), "weight_decay_mask": [False]}])
-    assert [g["weight_decay_mask"] for g in optimizer.param_groups] == [None, [False]]
+    def masks(mask: Any, **of_second: Any) -> list[Any]:
+        groups = [{"params": parameters()}, {"params": parameters([(2,)]), **of_second}]
+        return [g["weight_decay_mask"] for g in make(groups, weight_decay_mask=mask).param_groups]
+
+    assert masks(by_name) == [[True] * 3, [True]]
+    assert seen == ["0", "1", "2", "0"]
+    assert masks([True, False, False, True]) == [[True, False, False], [True]]
+    assert masks(None, weight_decay_mask=[False]) == [None, [False]]
 
 
 # Closures and hooks
 
 
-def test_closures(make: Make) -> None:
-    def run(flatten: bool) -> Any:
-        params = parameters()
-        optimizer = make(params, flatten=flatten)
-        target = [p.detach() + 1 for p in params]
+def test_closures(make: Make, flatten: bool) -> None:
+    params = parameters()
+    optimizer = make(params, flatten=flatten)
+    target = [p.detach() + 1 for p in params]
 
-        def closure() -> Tensor:
-            assert torch.is_grad_enabled()
-            optimizer.zero_grad()
-            loss = sum(((p - t) ** 2).sum() for p, t in zip(params, target))
-            loss.backward()
-            return loss
-
-        losses = [optimizer.step(closure).item() for _ in range(5)]
-        assert losses == sorted(losses, reverse=True)
-        assert optimizer.step(lambda: "any value") == "any value"
-        assert optimizer.step() is None
-        with torch.no_grad():
-            optimizer.step(closure)
+    def closure() -> Tensor:
         assert torch.is_grad_enabled()
-        return snapshot(optimizer)
+        optimizer.zero_grad()
+        loss = sum(((p - t) ** 2).sum() for p, t in zip(params, target))
+        loss.backward()
+        return loss
 
-    flat_like_plain(run)
+    losses = [optimizer.step(closure).item() for _ in range(5)]
+    with torch.no_grad():
+        losses.append(optimizer.step(closure).item())
+    assert torch.is_grad_enabled()
+    assert losses == sorted(set(losses), reverse=True)
+    assert optimizer.step(lambda: "any value") == "any value"
+    assert optimizer.step() is None
 
 
-def test_step_hooks(make: Make) -> None:
-    params, twins = parameters(), parameters()
-    optimizer, want = make(params), make(twins)
+def test_step_hooks(make: Make, judge: Judge) -> None:
+    params = parameters()
+    optimizer = make(params)
     calls: list[str] = []
 
     def double_gradients(opt: Any, args: Any, kwargs: Any) -> None:
@@ -168,17 +131,18 @@ def test_step_hooks(make: Make) -> None:
         optimizer.register_step_pre_hook(double_gradients),
         optimizer.register_step_post_hook(lambda opt, args, kwargs: calls.append("post")),
     ]
-    train(optimizer, params, 2)
+    for seed in range(2):
+        set_gradients(params, seed)
+        for p in params:
+            p.grad *= 2
+        want = judge.expected(optimizer)
+        set_gradients(params, seed)
+        optimizer.step()
+        assert_same_bits(snapshot(optimizer), want)
     assert calls == ["pre", "post"] * 2
     for handle in handles:
         handle.remove()
-    train(optimizer, params, 1, first=2)
-    for seed in range(3):
-        set_gradients(twins, seed)
-        for p in twins:
-            p.grad *= 2 if seed < 2 else 1
-        want.step()
-    assert_same_bits(snapshot(optimizer), snapshot(want))
+    judge.train(optimizer, 1, first=2)
 
 
 def test_autograd_sees_the_write(make: Make, flatten: bool) -> None:
@@ -208,13 +172,9 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
     "ConstantLR": lambda o: lr_scheduler.ConstantLR(o, total_iters=2),
     "LinearLR": lambda o: lr_scheduler.LinearLR(o, total_iters=4),
     "ExponentialLR": lambda o: lr_scheduler.ExponentialLR(o, 0.7),
-    "SequentialLR": lambda o: lr_scheduler.SequentialLR(
-        o, [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)], [2]
-    ),
+    "SequentialLR": lambda o: lr_scheduler.SequentialLR(o, two(o), [2]),
     "CosineAnnealingLR": lambda o: lr_scheduler.CosineAnnealingLR(o, 4),
-    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(
-        [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
-    ),
+    "ChainedScheduler": lambda o: lr_scheduler.ChainedScheduler(two(o)),
     "ReduceLROnPlateau": lambda o: lr_scheduler.ReduceLROnPlateau(o, patience=0),
     "CyclicLR": lambda o: lr_scheduler.CyclicLR(o, 0.001, 0.1, step_size_up=2, cycle_momentum=True),
     "CosineAnnealingWarmRestarts": lambda o: lr_scheduler.CosineAnnealingWarmRestarts(o, 2),
@@ -224,6 +184,10 @@ SCHEDULERS: dict[str, Callable[[torch.optim.Optimizer], Any]] = {
 }
 
 
+def two(o: torch.optim.Optimizer) -> list[Any]:
+    return [lr_scheduler.ConstantLR(o), lr_scheduler.ExponentialLR(o, 0.9)]
+
+
 def test_no_scheduler_is_forgotten() -> None:
     assert set(lr_scheduler.__all__) - {"LRScheduler"} <= set(SCHEDULERS)
 
@@ -231,30 +195,25 @@ def test_no_scheduler_is_forgotten() -> None:
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("tensor_lr", [False, True], ids=["float", "tensor"])
 @pytest.mark.parametrize("decoupled_lr", [False, True], ids=["times lr", "decoupled"])
-def test_every_scheduler(name: str, tensor_lr: bool, flatten: bool, decoupled_lr: bool) -> None:
+def test_every_scheduler(name: str, tensor_lr: bool, decoupled_lr: bool) -> None:
     """The scheduler changes what it changes for ``torch.optim.Adam``, and the steps are those of its
     numbers. ``decoupled_lr`` goes on referring to the first lr, whatever a scheduler keeps in the group."""
     rule = RULES["adabelief"]
-    params, adam_params = parameters(), parameters()
     lr = torch.tensor(0.02, dtype=torch.float64) if tensor_lr else 0.02
     optimizer = rule.optimizer(
-        params, lr=lr, weight_decay=0.1, decoupled_lr=decoupled_lr, flatten=flatten, backend="cpu"
+        parameters(), lr=lr, weight_decay=0.1, decoupled_lr=decoupled_lr, flatten=tensor_lr, backend="cpu"
     )
     judge = Judge(rule, reference_lr=0.02 if decoupled_lr else 0.0)
+    adam_params = parameters()
     adam = torch.optim.Adam(adam_params, lr=0.02)
     schedulers = [SCHEDULERS[name](o) for o in (optimizer, adam)]
     rates = []
     for seed in range(6):
-        for key in ("lr", "betas"):
-            value = optimizer.param_groups[0][key]
-            value = float(value) if key == "lr" else tuple(value)
-            assert value == pytest.approx(adam.param_groups[0][key], rel=1e-12)
-        rates.append(float(optimizer.param_groups[0]["lr"]))
+        ours, adams = optimizer.param_groups[0], adam.param_groups[0]
+        rates.append(float(ours["lr"]))
+        assert (rates[-1], *ours["betas"]) == pytest.approx((adams["lr"], *adams["betas"]), rel=1e-12)
         train(adam, adam_params, 1, first=seed)
-        set_gradients(params, seed)
-        want = judge.expected(optimizer)
-        optimizer.step()
-        assert_same_bits(snapshot(optimizer), want, f"step {seed}")
+        judge.train(optimizer, 1, first=seed)
         for s in schedulers:
             s.step(*([1.0] if name == "ReduceLROnPlateau" else []))
     assert len(set(rates)) > 1, "the scheduler changed nothing"
@@ -266,52 +225,40 @@ LR_DTYPES = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
 @pytest.mark.parametrize("dtype", LR_DTYPES)
 def test_a_tensor_lr_is_the_float_of_its_value(
-    make: Make, rule: Rule, dtype: torch.dtype, shape: tuple[int, ...]
+    make: Make, judge: Judge, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> None:
     lr = torch.full(shape, 0.0123, dtype=dtype)
     optimizer = make([*parameters(), *parameters(dtype=torch.float64)], lr=lr)
-    check(optimizer, rule, 2)
+    judge.train(optimizer, 2)
     lr.mul_(0.37)
-    check(optimizer, rule, 2, first=2)
+    judge.train(optimizer, 2, first=2)
     assert optimizer.param_groups[0]["lr"] is lr
 
 
 # Callables
 
 
-def test_callables_see_the_count(make: Make) -> None:
+def test_callables_see_the_count(make: Make, flatten: bool) -> None:
     """Of earlier ``step()`` calls, whatever became of them."""
+    params = parameters()
+    seen: list[int] = []
 
-    def run(flatten: bool) -> Any:
-        params = parameters()
-        seen: dict[str, list[int]] = {"lr": [], "weight_decay": []}
+    def lr(count: int) -> float:
+        seen.append(count)
+        return 0.1 / (1 + count)
 
-        def schedule(key: str, scale: float) -> Callable[[int], float]:
-            def value(count: int) -> float:
-                seen[key].append(count)
-                return scale / (1 + count)
-
-            return value
-
-        optimizer = make(
-            params, lr=schedule("lr", 0.1), weight_decay=schedule("weight_decay", 0.5), flatten=flatten
-        )
-        assert optimizer.param_groups[0]["lr"] == 0.1
-        for counts in seen.values():
-            counts.clear()
-        train(optimizer, params, 2)
-        optimizer.zero_grad()
-        optimizer.step()
-        set_gradients(params, 3)
-        optimizer.found_inf = torch.tensor(1.0)
-        optimizer.step()
-        del optimizer.found_inf
-        optimizer.step()
-        assert seen == {"lr": [0, 1, 2, 3, 4], "weight_decay": [0, 1, 2, 3, 4]}
-        assert all(type(c) is int for c in seen["lr"])
-        return results(optimizer)
-
-    flat_like_plain(run)
+    optimizer = make(params, lr=lr, weight_decay=lambda count: lr(count) / 2, flatten=flatten)
+    assert optimizer.param_groups[0]["lr"] == 0.1
+    seen.clear()
+    train(optimizer, params, 2)
+    optimizer.zero_grad()
+    optimizer.step()
+    optimizer.found_inf = torch.tensor(1.0)
+    train(optimizer, params, 1)
+    del optimizer.found_inf
+    optimizer.step()
+    assert seen == [0, 0, 1, 1, 2, 2, 3, 3, 4, 4]
+    assert all(type(c) is int for c in seen)
 
 
 RETURNED: list[Callable[[float], Any]] = [
@@ -320,21 +267,21 @@ RETURNED: list[Callable[[float], Any]] = [
 
 
 @pytest.mark.parametrize("kind", RETURNED)
-def test_callables_are_the_values_that_they_return(rule: Rule, make: Make, kind: Any) -> None:
+def test_callables_are_the_values_that_they_return(make: Make, judge: Judge, kind: Any) -> None:
     """Whatever ``float()`` takes."""
     optimizer = make(parameters(), lr=lambda c: kind(0.1 / (1 + c)), weight_decay=lambda c: kind(0.25 * c))
     for seed in range(3):
         lr, decay = float(kind(0.1 / (1 + seed))), float(kind(0.25 * seed))
-        check(optimizer, rule, 1, first=seed, lr=lr, weight_decay=decay)
+        judge.train(optimizer, 1, first=seed, lr=lr, weight_decay=decay)
         assert optimizer.param_groups[0]["lr"] == lr
 
 
-def test_optax_schedules(make: Make, rule: Rule) -> None:
+def test_optax_schedules(make: Make, judge: Judge) -> None:
     optax = pytest.importorskip("optax")
     schedule = optax.cosine_decay_schedule(0.1, 5)
     optimizer = make(parameters(), lr=schedule)
     for seed in range(3):
-        check(optimizer, rule, 1, first=seed, lr=float(schedule(seed)))
+        judge.train(optimizer, 1, first=seed, lr=float(schedule(seed)))
 
 
 def constant(value: float) -> Callable[[int], float]:
@@ -362,16 +309,15 @@ def test_callables_live_with_their_group(make: Make, way: str) -> None:
         optimizer.param_groups = []
         optimizer.state.clear()
         optimizer.add_param_group({"params": [params[1]], "lr": 0.25, "weight_decay": 0.0})
-    groups = [list(group["params"]) for group in optimizer.param_groups]
     optimizer.step()
-    for i, (p,) in enumerate(groups):
-        number = next(k for k in range(3) if params[k] is p)
-        lr, decay = (0.25, 0.0) if way == "emptied" else (rates[number], decays[number])
-        assert (optimizer.param_groups[i]["lr"], optimizer.param_groups[i]["weight_decay"]) == (lr, decay)
+    for group in optimizer.param_groups:
+        number = next(k for k in range(3) if params[k] is group["params"][0])
+        want = (0.25, 0.0) if way == "emptied" else (rates[number], decays[number])
+        assert (group["lr"], group["weight_decay"]) == want
 
 
 @pytest.mark.parametrize("key", ["lr", "weight_decay"])
-def test_a_write_from_outside_wins_for_one_step(make: Make, rule: Rule, key: str) -> None:
+def test_a_write_from_outside_wins_for_one_step(make: Make, judge: Judge, key: str) -> None:
     """Checkpoint helpers set lr to 0 for a dummy step; a scheduler multiplies what it finds."""
     optimizer = make(parameters(), **{key: lambda count: 0.1 / 2**count})
     for seed, written in enumerate([None, 0.0, None, 0.3, torch.tensor(0.7) if key == "lr" else 0.7, None]):
@@ -379,23 +325,21 @@ def test_a_write_from_outside_wins_for_one_step(make: Make, rule: Rule, key: str
         if written is not None:
             optimizer.param_groups[0][key] = written
             number = float(written)
-        check(optimizer, rule, 1, first=seed, **{key: number})
+        judge.train(optimizer, 1, first=seed, **{key: number})
         assert float(optimizer.param_groups[0][key]) == number
 
 
-def test_a_scheduler_beside_a_callable_is_obeyed(make: Make, rule: Rule) -> None:
+def test_a_scheduler_beside_a_callable_is_obeyed(make: Make, judge: Judge) -> None:
     optimizer = make(parameters(), lr=constant(0.1))
     scheduler = lr_scheduler.LambdaLR(optimizer, lambda epoch: 0.5**epoch)
     for seed in range(4):
-        check(optimizer, rule, 1, first=seed, lr=0.1 * 0.5**seed)
+        judge.train(optimizer, 1, first=seed, lr=0.1 * 0.5**seed)
         scheduler.step()
 
 
 def test_callables_of_groups_added_later(make: Make) -> None:
     """They start at the count, as the others go on."""
-    params = parameters()
-    optimizer = make(params, lr=lambda count: 0.1 / 2**count)
-    train(optimizer, params, 5)
+    _, optimizer = trained(make, 5, lr=lambda count: 0.1 / 2**count)
     optimizer.add_param_group({"params": parameters()})
     assert optimizer.param_groups[1]["lr"] == 0.1 / 2**5
     optimizer.add_param_group({"params": parameters(), "lr": lambda count: 7.0 * count})
@@ -423,9 +367,10 @@ def test_flat_parameters_share_one_storage(make: Make, rule: Rule) -> None:
     for key in ("exp_avg", rule.nu):
         assert len(storages([optimizer.state[p][key] for p in params[:3]])) == 1
     optimizer.unflatten()
-    assert (
-        len(storages([t for p in params for t in (p, p.grad, *list(optimizer.state[p].values())[1:])])) > 15
-    )
+    apart = [
+        t for p in params for t in (p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p][rule.nu])
+    ]
+    assert len(storages(apart)) == len(apart)
     assert optimizer.memory()["moments"] > 0
 
 
@@ -454,45 +399,19 @@ def test_shared_memory_is_refused_when_flat(make: Make) -> None:
     assert all(p.is_shared() for p in module.parameters())
 
 
-def test_flat_with_parameters_of_many_kinds(make: Make, rule: Rule) -> None:
-    """Parameters with gaps stay where they are; empty ones have no address."""
-    params = [
-        *parameters([(3,), (0,), (4, 5)]),
-        torch.nn.Parameter(torch.arange(20.0).view(4, 5)[:, 1:3]),
-        *parameters([(3, 2), (0,)], torch.float64),
-        *parameters([(3,), (2,)], torch.complex64),
-        torch.nn.Parameter(torch.arange(24.0).view(2, 3, 4).permute(2, 0, 1)),
-    ]
-    check(make(params, flatten=True), rule)
-
-
-CASTS: dict[str, Callable[[torch.nn.Module], Any]] = {
-    "double": lambda model: model.double(),
-    "bfloat16": lambda model: model.to(torch.bfloat16),
-    "data": lambda model: setattr(model[0].weight, "data", torch.full((4, 3), 0.5)),
-}
-
-
-@pytest.mark.parametrize("change", CASTS)
-def test_parameters_that_leave_the_flat_buffers(make: Make, change: str) -> None:
+def test_parameters_that_leave_the_flat_buffers(make: Make, judge: Judge) -> None:
     """The step is right, and they are in the buffers again."""
-
-    def run(flatten: bool) -> Any:
-        torch.manual_seed(1)
-        model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
-        params = list(model.parameters())
-        optimizer = make(params, lr=0.1, flatten=flatten)
-        train(optimizer, params, 2)
-        CASTS[change](model)
-        with warnings.catch_warnings(record=True) as caught:
-            warnings.simplefilter("always")
-            train(optimizer, params, 2, first=2)
-        assert len(caught) == (change == "double"), [str(w.message) for w in caught]
-        if flatten:
-            assert len(storages(params)) == len(storages([p.grad for p in params])) == 1
-        return snapshot(optimizer)
-
-    flat_like_plain(run)
+    params = parameters()
+    optimizer = make(params, flatten=True)
+    judge.train(optimizer, 2)
+    for data in (lambda p: torch.full(p.shape, 0.5), lambda p: p.to(torch.bfloat16)):
+        params[1].data = data(params[1].data)
+        params[1].grad = None
+        set_gradients(params, 2)
+        judge.step(optimizer)
+        judge.train(optimizer, 1, first=3)
+        for moved in (params, [p.grad for p in params]):
+            assert len(storages(moved)) == len({p.dtype for p in params})
 
 
 # What is in the way of a step
@@ -513,41 +432,30 @@ def test_under_another_default_device(make: Make, flatten: bool) -> None:
 
 
 def test_inference_tensors_have_no_version(make: Make) -> None:
-    with torch.inference_mode():
+    def stepped() -> list[Tensor]:
         params = [torch.ones(3) for _ in range(3)]
-        optimizer = make(params)
-        train(optimizer, params, 3)
-    twins = [torch.ones(3) for _ in range(3)]
-    train(make(twins), twins, 3)
-    assert_same_bits(params, twins)
+        train(make(params), params, 3)
+        return params
+
+    with torch.inference_mode():
+        params = stepped()
+    assert_same_bits(params, stepped())
 
 
 def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
-    for dtype, state in (
-        (torch.float32, torch.float32),
-        (torch.bfloat16, torch.float32),
-        (torch.float16, torch.float32),
-        (torch.float64, torch.float64),
-        (torch.complex64, torch.complex64),
-        (torch.complex128, torch.complex128),
-    ):
-        p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
-        optimizer = make([p])
-        assert not optimizer.state
-        train(optimizer, [p], 1)
-        kinds = {key: value.dtype for key, value in optimizer.state[p].items()}
-        assert kinds == {"step": torch.int64, "exp_avg": state, rule.nu: state}
-        assert optimizer.state[p]["step"].shape == ()
-
-
-def test_parameters_that_step_together_share_their_number() -> None:
-    """One tensor in their states, where one launch steps all; a saved state has one for each."""
-    params = parameters()
-    optimizer = AdaBelief(params, backend="cpu")
-    train(optimizer, params, 2)
-    assert len({id(optimizer.state[p]["step"]) for p in params}) == 1
-    set_gradients(params, 2, skip=[1])
-    optimizer.step()
-    assert [int(optimizer.state[p]["step"]) for p in params] == [3, 2, 3]
-    saved = optimizer.state_dict()["state"]
-    assert len({s["step"].data_ptr() for s in saved.values()}) == 3
+    """Parameters wider than 16 bits are their own master."""
+    for dtype in DTYPES:
+        plain = None
+        for options in ({}, {"master_weights": "split8"}, {"stochastic_rounding": True}):
+            if options and dtype.itemsize == 2:
+                continue
+            p = torch.nn.Parameter(torch.ones(3, dtype=dtype))
+            optimizer = make([p], **options)
+            assert not optimizer.state
+            train(optimizer, [p], 1)
+            kinds = {key: value.dtype for key, value in optimizer.state[p].items()}
+            moments = torch.float32 if dtype.itemsize == 2 else dtype
+            assert kinds == {"step": torch.int64, "exp_avg": moments, rule.nu: moments}
+            assert optimizer.state[p]["step"].shape == ()
+            plain = plain or snapshot(optimizer)
+            assert_same_bits(snapshot(optimizer), plain, str(options))
