@@ -1,7 +1,5 @@
 """The reference: plain PyTorch on any device. The judge of all other backends."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -14,11 +12,9 @@ from .base import Backend, Inputs, uploaded
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     key, items = batch.key, batch.items
-    hyper_row = uploaded(
-        batch.on_device, "hyper_row", key.device, lambda: int64_tensor([o.hyper_row for o in items])
-    )
+    rows = uploaded(batch.on_device, "hyper", key.device, lambda: int64_tensor([o.hyper_row for o in items]))
     count = (torch.stack([o.step for o in items]) + 1).clamp(max=MAX_COUNT)
-    columns = coefficients(inputs.hyper[hyper_row], count, key.param.working, inputs.grad_scale)
+    columns = coefficients(inputs.hyper[rows], count, key.param.working, inputs.grad_scale)
     for o, t, *row in zip(items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
@@ -29,12 +25,13 @@ def step(batch: Batch, inputs: Inputs) -> None:
         for f, operand, values, x, a in zip(o.formats, (PARAM, MU, NU), new, stored, aux):
             encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))
             writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
-        _write(writes, None if inputs.found_inf is None else inputs.found_inf != 0)
+        _write(writes, inputs.found_inf)
 
 
-def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
+def _write(new: list[tuple[Tensor, Tensor]], found_inf: Tensor | None) -> None:
     """All or nothing of one parameter: what interrupts it is raised when all is written."""
-    new = [(target, value if skip is None else torch.where(skip, target, value)) for target, value in writes]
+    if found_inf is not None:
+        new = [(target, torch.where(found_inf != 0, target, value)) for target, value in new]
     try:
         for target, value in new:
             target.copy_(value)
