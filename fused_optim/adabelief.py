@@ -9,8 +9,7 @@ from .options import Schedule, WeightDecayMask
 
 @final
 class AdaBelief(FusedOptimizer):
-    r"""AdaBelief: the step is large where the gradient is as predicted, with the semantics of
-    ``optax.adabelief``, in one fused pass.
+    r"""AdaBelief with the semantics of ``optax.adabelief``: large steps where gradients are as predicted.
 
     With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
 
@@ -20,8 +19,7 @@ class AdaBelief(FusedOptimizer):
         u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{s_t / (1-\beta_2^t)} + \varepsilon} + \lambda p_{t-1} \\
         p_t &= p_{t-1} - \eta u_t
 
-    With ``nesterov`` the numerator is
-    :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
+    ``nesterov``: the numerator is :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
 
     Args:
         params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.

@@ -9,8 +9,7 @@ from .options import Schedule, WeightDecayMask
 
 @final
 class AdamaxW(FusedOptimizer):
-    r"""AdamaxW: Adam with an exponentially weighted infinity norm and decoupled weight
-    decay, with the semantics of ``optax.adamaxw``, in one fused pass.
+    r"""AdamaxW with the semantics of ``optax.adamaxw``: Adam with an infinity norm, weight decay decoupled.
 
     With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
 
@@ -52,7 +51,6 @@ class AdamaxW(FusedOptimizer):
         state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
         flatten: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"maximize": maximize}
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
         super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)

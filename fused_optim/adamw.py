@@ -20,8 +20,7 @@ class AdamW(FusedOptimizer):
                + \lambda p_{t-1} \\
         p_t &= p_{t-1} - \eta u_t
 
-    With ``nesterov`` the numerator is
-    :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
+    ``nesterov``: the numerator is :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
 
     Args:
         params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.

@@ -1,12 +1,10 @@
 """The mathematics: one short function for each update rule, in plain PyTorch. It is the definition: every
-other backend must give the same bits.
+other backend must give the same bits. Every line is one correctly rounded operation after another, in the
+order written: no ``lerp``, ``addcmul`` or ``add(alpha=)``, which may round once where this rounds twice.
 
 A rule takes tensors in the working precision (float64 for float64 parameters, else float32) and returns
 the new parameter and states; it writes nothing. ``c`` holds :class:`Coefficients` as 0-dim tensors, not
 Python numbers: PyTorch multiplies by a rounded reciprocal when a CUDA tensor is divided by a Python number.
-
-Every line is one correctly rounded operation after another, in the order written: no ``lerp``,
-``addcmul`` or ``add(alpha=)``, which may round once where this rounds twice.
 
 Sources: arXiv 2010.07468 (AdaBelief), 1412.6980 section 7.1 (Adamax), 1711.05101 (decoupled weight decay);
 Optax ``scale_by_belief``, ``scale_by_adamax``, ``add_decayed_weights``, ``scale_by_learning_rate``.
@@ -50,17 +48,14 @@ class Coefficients(NamedTuple):
     bias_correction2: Tensor
     neg_lr: Tensor
     decay: Tensor  # weight decay, times ``lr / initial_lr`` with ``decoupled_lr``
-    # Where ``decay`` times the parameter goes: 0 nowhere, 1 into the update, which is times lr,
-    # 2 (``decoupled_lr``) into the parameter.
-    decay_kind: Tensor
-    # ``grad_scale``, 1 for none; negative to ascend: dividing by it gives the negative quotient, bit for bit.
-    grad_divisor: Tensor
+    decay_kind: Tensor  # 0: no decay; 1: in the update, which is times lr; 2 (decoupled_lr): in the parameter
+    grad_divisor: Tensor  # grad_scale, 1 for none; negative to ascend: the quotient is negated, bit for bit
     nesterov: Tensor
 
 
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
     """``1 - beta ** count``: ``beta`` rounded to ``dtype``, the power taken in float64 by repeated squaring,
-    lowest bit first. These multiplications have the same bits everywhere, which a library's ``pow`` has not."""
+    lowest bit first. That has the same bits in every backend, which a library's ``pow`` has not."""
     square = beta.to(dtype).to(torch.float64)
     power = torch.ones_like(square)
     for bit in range(MAX_COUNT.bit_length()):

@@ -195,22 +195,14 @@ _RECORDS = (
            Part("_e5m3", _U8, BLOCK), index_dependent=True, low_precision=True, max_exponent=224),
 )  # fmt: skip
 FORMATS = {f.name: f for f in _RECORDS}
-# What else there is to know of formats follows from the records.
 _CHOSEN = {(operand, f.choice): f for f in _RECORDS for operand in f.operands}
-# By the parameter's dtype. A complex number is two independent real ones.
 _PLAIN = {f.dtype: f for f in _RECORDS if f.plain}
-_PLAIN |= {torch.complex64: _PLAIN[_F32], torch.complex128: _PLAIN[_F64]}
+_PLAIN |= {torch.complex64: _PLAIN[_F32], torch.complex128: _PLAIN[_F64]}  # two independent real numbers
+plain_format = _PLAIN.get  # values of a dtype as they are, None if no rule takes it
 STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in _RECORDS if f.choice and MU in f.operands))
 MASTER_WEIGHTS = (None, *(f.choice for f in _RECORDS if f.aux and PARAM in f.operands))
-# Formats that split a float32, by the dtype of the remainder.
-REMAINDERS = {f.aux.dtype: f for f in _RECORDS if f.aux and PARAM in f.operands}
-# Formats of moments with block exponents, by the suffix of the key of these.
-BLOCK_FORMATS = {f.aux.key: f for f in _RECORDS if f.aux and f.aux.block > 1}
-
-
-def plain_format(dtype: torch.dtype) -> Format | None:
-    """Values of this dtype as they are, None if no rule takes it."""
-    return _PLAIN.get(dtype)
+REMAINDERS = {f.aux.dtype: f for f in _RECORDS if f.aux and PARAM in f.operands}  # by the remainder's dtype
+BLOCK_FORMATS = {f.aux.key: f for f in _RECORDS if f.aux and f.aux.block > 1}  # by the exponents' key suffix
 
 
 def native_gradient(param: torch.dtype, grad: torch.dtype) -> bool:

@@ -19,8 +19,7 @@ def check_name(name: str | None) -> None:
 
 
 def select(name: str | None, device: torch.device) -> Backend:
-    """The backend of this name, or for None the best that the device has. A RuntimeError says why the named
-    one is not available."""
+    """The backend of this name, or for None the best for the device; a RuntimeError says why there is none."""
     if name is None:
         return next(b for b in BACKENDS.values() if b.why_not(device) is None)
     reason = BACKENDS[name].why_not(device)

@@ -19,7 +19,7 @@ class Inputs(NamedTuple):
 
     @classmethod
     def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> "Inputs":
-        """With ``grad_scale`` and ``found_inf`` on ``device``. A copy to the CPU is waited for: the host reads it."""
+        """With both scalars on ``device``. A copy to the CPU is waited for: there the host reads it."""
         wait = device.type == "cpu"
         scale, found_inf = (
             None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp

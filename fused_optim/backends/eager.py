@@ -18,11 +18,10 @@ def step(batch: Batch, inputs: Inputs) -> None:
     for o, t, *row in zip(items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
-        stored, aux = o.stored, o.aux
-        p, mu, nu = (f.decode(x, a) for f, x, a in zip(o.formats, stored, aux))
+        p, mu, nu = (f.decode(x, a) for f, x, a in zip(o.formats, o.stored, o.aux))
         writes = [(o.step, t)]
         new = key.rule.reference(p, g, mu, nu, c)
-        for f, operand, values, x, a in zip(o.formats, (PARAM, MU, NU), new, stored, aux):
+        for f, operand, values, x, a in zip(o.formats, (PARAM, MU, NU), new, o.stored, o.aux):
             encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))
             writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
         _write(writes, inputs.found_inf)
