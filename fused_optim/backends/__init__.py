@@ -19,7 +19,7 @@ def check_name(name: str | None) -> None:
 
 
 def select(name: str | None, device: torch.device) -> Backend:
-    """The backend of this name, or for None the best for the device; a RuntimeError says why there is none."""
+    """The backend of this name, or for None the device's best; a RuntimeError says why it cannot be had."""
     if name is None:
         return next(b for b in BACKENDS.values() if b.why_not(device) is None)
     reason = BACKENDS[name].why_not(device)
