@@ -1,10 +1,5 @@
-"""``python -m fused_optim``: what is installed, which backends are ready, and whether each gives
-eager's bits.
-
-The exit code is 1 if a backend that says it is ready fails its check.
-"""
-
-from __future__ import annotations
+"""``python -m fused_optim``: what is installed, which backends are ready, and whether each gives eager's
+bits. The exit code is 1 if a backend that says it is ready fails its check."""
 
 import platform
 import shutil
@@ -27,22 +22,17 @@ def compiler(command: str, line: int) -> str:
     return lines[line] if lines else f"{command} fails: {said.stderr.strip()}"
 
 
-def device_for(name: str) -> tuple[torch.device, str | None]:
-    """Where a backend would run here, and why it cannot."""
-    why_not, gpu_seen = BACKENDS[name].why_not, torch.cuda.is_available()
-    cpu, gpu = torch.device("cpu"), torch.device("cuda", torch.cuda.current_device() if gpu_seen else 0)
-    reasons = {cpu: why_not(cpu)}
-    if name != "cpu":
-        reasons = {gpu: why_not(gpu) or (None if gpu_seen else "torch sees no GPU"), **reasons}
-    device = next((device for device, reason in reasons.items() if reason is None), next(iter(reasons)))
-    return device, reasons[device]
-
-
-def check(name: str, device: torch.device) -> str:
-    """Make one step of each optimizer, compare it with eager's, and say what came of it."""
+def verdict(name: str) -> str:
+    """Whether a backend is ready here, and gives eager's bits in one step of each optimizer."""
+    reasons = {where: BACKENDS[name].why_not(torch.device(where)) for where in ("cuda", "cpu")}
+    if not torch.cuda.is_available():
+        reasons["cuda"] = reasons["cuda"] or "torch sees no GPU"
+    device = next((where for where, reason in reasons.items() if reason is None), None)
+    if device is None:
+        return f"not ready: {reasons['cpu' if name == 'cpu' else 'cuda']}"
     for optimizer_class in (AdaBelief, AdamaxW, AdamW):
         results = []
-        for backend, where in ((name, device), ("eager", torch.device("cpu"))):
+        for backend, where in ((name, device), ("eager", "cpu")):
             rng = torch.Generator().manual_seed(0)
             p = torch.randn(4099, generator=rng).to(where).requires_grad_()
             p.grad = torch.randn(4099, generator=rng).to(where)
@@ -75,10 +65,9 @@ def main() -> int:
     print("backends")
     failed = False
     for name in BACKENDS:
-        device, reason = device_for(name)
-        verdict = check(name, device) if reason is None else f"not ready: {reason}"
-        failed |= verdict.startswith("FAILS")
-        print(f"  {name:10} {verdict}")
+        said = verdict(name)
+        failed |= said.startswith("FAILS")
+        print(f"  {name:10} {said}")
     return int(failed)
 
 

@@ -1,7 +1,3 @@
-"""AdaBelief."""
-
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -13,8 +9,7 @@ from .options import Schedule, WeightDecayMask
 
 @final
 class AdaBelief(FusedOptimizer):
-    r"""AdaBelief: the step is large where the gradient is as predicted, with the semantics of
-    ``optax.adabelief``, in one fused pass.
+    r"""AdaBelief with the semantics of ``optax.adabelief``: large steps where gradients are as predicted.
 
     With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
 
@@ -24,24 +19,20 @@ class AdaBelief(FusedOptimizer):
         u_t &= \frac{m_t / (1-\beta_1^t)}{\sqrt{s_t / (1-\beta_2^t)} + \varepsilon} + \lambda p_{t-1} \\
         p_t &= p_{t-1} - \eta u_t
 
-    With ``nesterov`` the numerator is
-    :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
-    ``eps_root`` goes into the stored :math:`s_t` at every step.
+    ``nesterov``: the numerator is :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
 
     Args:
         params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.
         lr: :math:`\eta`; a float, a tensor of one element, or a callable of the number of earlier steps.
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\varepsilon`.
-        eps_root: :math:`\varepsilon_{root}`.
+        eps_root: :math:`\varepsilon_{root}`, which goes into the stored :math:`s_t` at every step.
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
         nesterov: look one step ahead in the first moment.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_avg_var``.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; named.
-        RuntimeError: the backend that was named is not available; says why.
+    Errors: ValueError or TypeError for an argument out of range or of the wrong type, by its name;
+    RuntimeError, with the reason, for a named backend that is not available.
 
     Example:
         >>> import torch
@@ -51,31 +42,19 @@ class AdaBelief(FusedOptimizer):
         >>> model(torch.ones(2, 3)).sum().backward()
         >>> optimizer.step()
 
-    Source: arXiv 2010.07468; ``optax.adabelief``, that is ``chain(scale_by_belief,
-    add_decayed_weights, scale_by_learning_rate)``.
+    Source: arXiv 2010.07468; ``optax.adabelief``.
     """
 
     rule = "adabelief"
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor | Schedule = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-16,
-        eps_root: float = 1e-16,
-        weight_decay: float | Schedule = 0.0,
-        *,
-        nesterov: bool = False,
-        weight_decay_mask: WeightDecayMask | None = None,
-        decoupled_lr: bool = False,
-        maximize: bool = False,
-        state_format: str = "fp32",
-        master_weights: str | None = None,
-        stochastic_rounding: bool = False,
-        flatten: bool = False,
-        backend: str | None = None,
-    ) -> None:
+        self, params: Iterable[Any], lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-16, eps_root: float = 1e-16,
+        weight_decay: float | Schedule = 0.0, *, nesterov: bool = False,
+        weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
+        state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
+        flatten: bool = False, backend: str | None = None,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         defaults |= {"nesterov": nesterov, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)

@@ -1,7 +1,3 @@
-"""AdamaxW."""
-
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -13,8 +9,7 @@ from .options import Schedule, WeightDecayMask
 
 @final
 class AdamaxW(FusedOptimizer):
-    r"""AdamaxW: Adam with an exponentially weighted infinity norm and decoupled weight
-    decay, with the semantics of ``optax.adamaxw``, in one fused pass.
+    r"""AdamaxW with the semantics of ``optax.adamaxw``: Adam with an infinity norm, weight decay decoupled.
 
     With gradient :math:`g_t`, parameter :math:`p_t`, step number :math:`t` from 1:
 
@@ -32,10 +27,8 @@ class AdamaxW(FusedOptimizer):
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_inf``. Checkpoints of ``torch.optim.Adamax`` load.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; named.
-        RuntimeError: the backend that was named is not available; says why.
+    Errors: ValueError or TypeError for an argument out of range or of the wrong type, by its name;
+    RuntimeError, with the reason, for a named backend that is not available.
 
     Example:
         >>> import torch
@@ -45,30 +38,19 @@ class AdamaxW(FusedOptimizer):
         >>> model(torch.ones(2, 3)).sum().backward()
         >>> optimizer.step()
 
-    Source: arXiv 1412.6980 section 7.1 (Adamax), 1711.05101 (decoupled weight decay);
-    ``optax.adamaxw``.
+    Source: arXiv 1412.6980 section 7.1 (Adamax), 1711.05101 (decoupled weight decay); ``optax.adamaxw``.
     """
 
     rule = "adamaxw"
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor | Schedule = 2e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        weight_decay: float | Schedule = 1e-4,
-        *,
-        weight_decay_mask: WeightDecayMask | None = None,
-        decoupled_lr: bool = False,
-        maximize: bool = False,
-        state_format: str = "fp32",
-        master_weights: str | None = None,
-        stochastic_rounding: bool = False,
-        flatten: bool = False,
-        backend: str | None = None,
-    ) -> None:
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
-        defaults |= {"maximize": maximize}
+        self, params: Iterable[Any], lr: float | Tensor | Schedule = 2e-3,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
+        weight_decay: float | Schedule = 1e-4, *,
+        weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
+        state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
+        flatten: bool = False, backend: str | None = None,
+    ) -> None:  # fmt: skip
+        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
         super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)

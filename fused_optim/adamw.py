@@ -1,7 +1,3 @@
-"""AdamW."""
-
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, final
 
@@ -24,8 +20,7 @@ class AdamW(FusedOptimizer):
                + \lambda p_{t-1} \\
         p_t &= p_{t-1} - \eta u_t
 
-    With ``nesterov`` the numerator is
-    :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
+    ``nesterov``: the numerator is :math:`\beta_1 m_t / (1-\beta_1^{t+1}) + (1-\beta_1) g_t / (1-\beta_1^t)`.
 
     Args:
         params: see :class:`~fused_optim.optimizer.FusedOptimizer`, as for all that is not named here.
@@ -38,10 +33,8 @@ class AdamW(FusedOptimizer):
         nesterov: look one step ahead in the first moment.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_avg_sq``. Checkpoints of ``torch.optim.AdamW`` load.
-
-    Raises:
-        ValueError, TypeError: an argument is out of range or of the wrong type; named.
-        RuntimeError: the backend that was named is not available; says why.
+    Errors: ValueError or TypeError for an argument out of range or of the wrong type, by its name;
+    RuntimeError, with the reason, for a named backend that is not available.
 
     Example:
         >>> import torch
@@ -57,24 +50,13 @@ class AdamW(FusedOptimizer):
     rule = "adamw"
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float | Tensor | Schedule = 1e-3,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-8,
-        eps_root: float = 0.0,
-        weight_decay: float | Schedule = 1e-4,
-        *,
-        nesterov: bool = False,
-        weight_decay_mask: WeightDecayMask | None = None,
-        decoupled_lr: bool = False,
-        maximize: bool = False,
-        state_format: str = "fp32",
-        master_weights: str | None = None,
-        stochastic_rounding: bool = False,
-        flatten: bool = False,
-        backend: str | None = None,
-    ) -> None:
+        self, params: Iterable[Any], lr: float | Tensor | Schedule = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, eps_root: float = 0.0,
+        weight_decay: float | Schedule = 1e-4, *, nesterov: bool = False,
+        weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
+        state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
+        flatten: bool = False, backend: str | None = None,
+    ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         defaults |= {"nesterov": nesterov, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)

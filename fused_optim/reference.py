@@ -1,21 +1,14 @@
-"""The mathematics: one short function for each update rule, in plain PyTorch.
-
-This file is the definition. Every other backend must give the same bits.
+"""The mathematics: one short function for each update rule, in plain PyTorch. It is the definition: every
+other backend must give the same bits. Every line is one correctly rounded operation after another, in the
+order written: no ``lerp``, ``addcmul`` or ``add(alpha=)``, which may round once where this rounds twice.
 
 A rule takes tensors in the working precision (float64 for float64 parameters, else float32) and returns
-the new parameter and states; it writes nothing. ``c`` holds :class:`Coefficients`, each a 0-dim tensor of
-the working precision on the same device. 0-dim tensors, not Python numbers: PyTorch multiplies by a
-rounded reciprocal when a CUDA tensor is divided by a Python number.
+the new parameter and states; it writes nothing. ``c`` holds :class:`Coefficients` as 0-dim tensors, not
+Python numbers: PyTorch multiplies by a rounded reciprocal when a CUDA tensor is divided by a Python number.
 
-Every line is one correctly rounded operation after another, in the order written: no ``lerp``,
-``addcmul`` or ``add(alpha=)``, which may round once where this rounds twice.
-
-Sources: Optax ``scale_by_belief``, ``scale_by_adamax``, ``add_decayed_weights``,
-``scale_by_learning_rate``; arXiv 2010.07468 (AdaBelief), 1412.6980 section 7.1 (Adamax), 1711.05101
-(decoupled weight decay).
+Sources: arXiv 2010.07468 (AdaBelief), 1412.6980 section 7.1 (Adamax), 1711.05101 (decoupled weight decay);
+Optax ``scale_by_belief``, ``scale_by_adamax``, ``add_decayed_weights``, ``scale_by_learning_rate``.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 
@@ -55,18 +48,14 @@ class Coefficients(NamedTuple):
     bias_correction2: Tensor
     neg_lr: Tensor
     decay: Tensor  # weight decay, times ``lr / initial_lr`` with ``decoupled_lr``
-    # Where ``decay`` times the parameter goes: 0 nowhere, 1 into the update, which is times lr,
-    # 2 (``decoupled_lr``) into the parameter.
-    decay_kind: Tensor
-    # ``grad_scale``, 1 for none; negative to ascend: dividing by it gives the negative quotient, bit for bit.
-    grad_divisor: Tensor
+    decay_kind: Tensor  # 0: no decay; 1: in the update, which is times lr; 2 (decoupled_lr): in the parameter
+    grad_divisor: Tensor  # grad_scale, 1 for none; negative to ascend: the quotient is negated, bit for bit
     nesterov: Tensor
 
 
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
     """``1 - beta ** count``: ``beta`` rounded to ``dtype``, the power taken in float64 by repeated squaring,
-    lowest bit first. These multiplications in this order have the same bits in every backend, which a
-    library's ``pow`` has not."""
+    lowest bit first. That has the same bits in every backend, which a library's ``pow`` has not."""
     square = beta.to(dtype).to(torch.float64)
     power = torch.ones_like(square)
     for bit in range(MAX_COUNT.bit_length()):
@@ -81,10 +70,8 @@ def coefficients(
     """The coefficients of ``hyper``, float64 ``[n, len(Hyperparameters)]``, at the step numbers ``count``,
     int64 ``[n]`` and 1 at the first step, in the working precision ``dtype``."""
     h = Hyperparameters(*hyper.unbind(1))
-    count_next = (count + 1).clamp(max=MAX_COUNT)
-    corrections = bias_correction(
-        torch.stack([h.beta1, h.beta1, h.beta2]), torch.stack([count, count_next, count]), dtype
-    )
+    counts = torch.stack([count, (count + 1).clamp(max=MAX_COUNT), count])
+    corrections = bias_correction(torch.stack([h.beta1, h.beta1, h.beta2]), counts, dtype)
     decoupled = h.initial_lr != 0
     scale = torch.ones_like(h.lr) if grad_scale is None else grad_scale.to(torch.float64)
     exact = Coefficients(
@@ -107,9 +94,8 @@ def coefficients(
 
 
 def sqrt(x: Tensor) -> Tensor:
-    """The correctly rounded square root. ``torch.sqrt`` on CPU is off by one unit for 15% of float32 values
-    and 1% of float64 values (torch 2.13.0). Rounding a float64 root of a float32 value is exact; the complex
-    root of a positive real is the correctly rounded real one."""
+    """Correctly rounded. ``torch.sqrt`` on CPU is off by one unit for 15% of float32 and 1% of float64 values
+    (torch 2.13.0). The rounded float64 root of a float32 value is right, and so is the complex root."""
     if x.dtype == torch.float32:
         return x.double().sqrt().float()
     if x.device.type != "cpu":

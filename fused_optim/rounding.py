@@ -1,13 +1,10 @@
 """Random bits for rounding: the same in every backend, from integer operations alone.
 
-Rounding to nearest cannot express a decay of 0.1% a step in the 8 bits of a bfloat16 mantissa, let alone
-in 3: a state stalls. So what is stored in fewer bits is rounded up or down at the odds of what is cut
-off, which is right in the mean. States take :func:`dither`, parameters :func:`random_words`. Both go by
-the element's logical index in its parameter (``index``, int64) and the parameter's step number, never by
-address, thread or partition.
+Rounded to nearest, a decay of 0.1% a step is lost in the 8 bits of a bfloat16 mantissa: a state stalls. So
+values are rounded up or down at the odds of what is cut off, which is right in the mean. States take
+:func:`dither`, parameters :func:`random_words`. Both go by the element's logical index in its parameter
+(``index``, int64) and the parameter's step number, never by address, thread or partition.
 """
-
-from __future__ import annotations
 
 from typing import NamedTuple
 
@@ -17,8 +14,8 @@ from torch import Tensor
 MASK = 0xFFFFFFFF
 PARAM, MU, NU = range(3)  # what is rounded; each has a dither of its own
 WEYL = 0x9E3779B9  # 2^32 divided by the golden ratio
+# By PARAM, MU and NU: 2^32 times the fractions of the roots of 7, 2 and 3, made odd.
 DITHER_FACTORS = (0xA54FF53B, 0x6A09E667, 0xBB67AE85)
-"""2^32 times the fractions of the roots of 7, 2 and 3, made odd: by PARAM, MU, NU."""
 
 
 class Place(NamedTuple):
@@ -35,17 +32,13 @@ def random_key(seed: int, parameter: int) -> int:
 
 
 def dither(index: Tensor, place: Place) -> Tensor:
-    """32 bits for each element; a narrower dither takes the highest.
-
-    A Weyl sequence of index and step. Over steps, and over neighbours, it spreads more evenly than
-    independent random bits, so its errors cancel sooner.
-    """
+    """32 bits for each element, a Weyl sequence of index and step; a narrower dither takes the highest. Over
+    steps, and over neighbours, it spreads more evenly than random bits, so its errors cancel sooner."""
     return (index * DITHER_FACTORS[place.operand] + place.step * WEYL) & MASK
 
 
 def philox(counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[int, int]) -> tuple[Tensor, ...]:
-    """Philox 4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011): four words of
-    32 bits, as int64, for each counter."""
+    """Philox 4x32-10 (Salmon et al., SC 2011): four words of 32 bits, as int64, for each counter."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(10):

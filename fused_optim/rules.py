@@ -1,7 +1,5 @@
 """The update rules that there are: one line each. ``docs/design.md`` says what else a new one takes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,18 +10,14 @@ from . import reference
 
 @dataclass(frozen=True)
 class Rule:
-    """An update rule."""
-
     name: str  # the function's name in every language
     states: tuple[str, str]  # keys of mu and nu in ``optimizer.state[p]``
     reference: Callable[..., tuple[Tensor, Tensor, Tensor]]  # (p, g, mu, nu, coefficients) -> (p, mu, nu)
 
 
-RULES = {
-    rule.name: rule
-    for rule in (
-        Rule("adabelief", ("exp_avg", "exp_avg_var"), reference.adabelief),
-        Rule("adamaxw", ("exp_avg", "exp_inf"), reference.adamaxw),
-        Rule("adamw", ("exp_avg", "exp_avg_sq"), reference.adamw),
-    )
-}
+_ALL = (
+    Rule("adabelief", ("exp_avg", "exp_avg_var"), reference.adabelief),
+    Rule("adamaxw", ("exp_avg", "exp_inf"), reference.adamaxw),
+    Rule("adamw", ("exp_avg", "exp_avg_sq"), reference.adamw),
+)
+RULES = {rule.name: rule for rule in _ALL}

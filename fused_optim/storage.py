@@ -1,13 +1,10 @@
 """How values lie in memory. A rule sees the working precision only; a format says how to get there
-(``decode``) and back (``encode``). This file is the definition; ``docs/formats.md`` describes the formats,
-and ``docs/design.md`` says what a new one takes.
-"""
-
-from __future__ import annotations
+(``decode``) and back (``encode``). ``docs/formats.md`` describes the formats, ``docs/design.md`` says what a
+new one takes."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import torch
@@ -43,8 +40,7 @@ class Format:
     # What asks for it: a value of ``state_format`` for a moment, of ``master_weights`` for a parameter, or
     # "stochastic_rounding". Formats that have none are taken by dtype.
     choice: str | None = None
-    # A second tensor in the parameter's state. Of a moment's the key is a suffix to the moment's own key,
-    # and says which format the moment has.
+    # A second tensor in the state. A moment's has a suffix for its key, which says the moment's format.
     aux: Part | None = None
     index_dependent: bool = False  # whether an element's bits depend on its index in its parameter
     low_precision: bool = False  # whether kernels have a shorter way where all new values are finite
@@ -87,7 +83,7 @@ def _index(values: Tensor) -> Tensor:
 
 def _dither(values: Tensor, place: Place | None, n_bits: int) -> Tensor:
     if place is None:
-        return torch.full(values.shape, 1 << (n_bits - 1), device=values.device)
+        return torch.full(values.shape, 1 << n_bits >> 1, device=values.device)
     return dither(_index(values), place) >> (32 - n_bits)
 
 
@@ -104,12 +100,11 @@ def round_to_bf16(values: Tensor, word: Tensor) -> Tensor:
     return rounded.to(torch.int16).view(torch.bfloat16)
 
 
-def _encode_bf16_dither(values: Tensor, place: Place | None) -> Encoded:
+def _encode_bf16(values: Tensor, place: Place | None) -> Encoded:
+    """A parameter's rounding is random, a moment's goes by the dither."""
+    if place is not None and place.operand == PARAM:
+        return round_to_bf16(values, random_words(_index(values), place)), None
     return round_to_bf16(values, _dither(values, place, 16)), None
-
-
-def _encode_bf16_stochastic(values: Tensor, place: Place) -> Encoded:
-    return round_to_bf16(values, random_words(_index(values), place)), None
 
 
 def _decode_split(stored: Tensor, remainder: Tensor) -> Tensor:
@@ -121,33 +116,20 @@ def _decode_split(stored: Tensor, remainder: Tensor) -> Tensor:
     return float_of(high + torch.where(written, 0, low))
 
 
-def _encode_split(values: Tensor, word: Tensor | int, dtype: torch.dtype) -> Encoded:
+def _encode_split(dtype: torch.dtype, values: Tensor, place: Place | None) -> Encoded:
     """A bfloat16, rounded half away from zero, and the remainder, whose lowest bits are cut off after
-    ``word`` was added."""
+    a dither was added."""
     shift = 16 - torch.iinfo(dtype).bits
     b = torch.where(values.isnan(), 0x7FC00000, bits_of(values))
     # The largest finite values are cut: no dither carries them to infinity.
-    b = (b + torch.where(b & 0x7FFFFFFF >= 0x7F7FFF00, 0, word)) >> shift << shift
+    b = (b + torch.where(b & 0x7FFFFFFF >= 0x7F7FFF00, 0, _dither(values, place, shift))) >> shift << shift
     high = (b + 0x8000) >> 16
     return high.to(torch.int16).view(torch.bfloat16), ((b - (high << 16)) >> shift).to(dtype)
 
 
-def _encode_split16(values: Tensor, place: Place | None) -> Encoded:
-    return _encode_split(values, 0, torch.int16)
-
-
-def _encode_split8(values: Tensor, place: Place | None) -> Encoded:
-    return _encode_split(values, _dither(values, place, 8), torch.int8)
-
-
-_E4M3_ORDERS, _E5M3_ORDERS = 14, 30  # binary orders from a block's exponent to its largest value's
-
-
-def _block_exponent(magnitude: Tensor, orders: int) -> Tensor:
-    """For each block the exponent that is ``orders`` below that of its largest finite value."""
-    finite = torch.where(magnitude < 0x7F800000, magnitude, 0).reshape(-1)
-    blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
-    return ((blocks.amax(1) >> 23) - orders).clamp(min=0)
+# The 8-bit formats. A code is an exponent of ``width`` bits, which counts from the block's, and 3 bits of
+# mantissa; the last two codes are infinity and NaN. e4m3 has width 4, a sign, and subnormal values below
+# code 8. e5m3 has width 5, no sign, and code 0 for zero alone.
 
 
 def _of_elements(exponent: Tensor, shape: torch.Size) -> Tensor:
@@ -155,107 +137,79 @@ def _of_elements(exponent: Tensor, shape: torch.Size) -> Tensor:
     return exponent.to(torch.int64).repeat_interleave(BLOCK)[: shape.numel()].view(shape)
 
 
-def _finished(code: Tensor, magnitude: Tensor, each: Tensor, infinity: int) -> Tensor:
-    """Codes, none above that of the largest float32, which is 2039 with an exponent of 0; infinities and
-    NaNs have the two last."""
-    code = torch.minimum(code, 2039 - 8 * each)
-    code = torch.where(magnitude == 0x7F800000, infinity, code)
-    return torch.where(magnitude > 0x7F800000, infinity + 1, code)
-
-
-def _with_special(value: Tensor, code: Tensor, infinity: int) -> Tensor:
-    value = torch.where(code == infinity, torch.inf, value)
-    return torch.where(code == infinity + 1, torch.nan, value)
-
-
-def _encode_e5m3(values: Tensor, place: Place | None) -> Encoded:
-    magnitude = bits_of(values) & 0x7FFFFFFF
-    exponent = _block_exponent(magnitude, _E5M3_ORDERS)
-    each = _of_elements(exponent, values.shape)
-    code = ((magnitude + _dither(values, place, 20)) >> 20) - 8 * each
-    code = torch.where(magnitude == 0, 0, code.clamp(1, 248))
-    return _finished(code, magnitude, each, 254).to(torch.uint8), exponent.to(torch.uint8)
-
-
-def _decode_e5m3(stored: Tensor, exponent: Tensor) -> Tensor:
-    code, each = stored.to(torch.int64), _of_elements(exponent, stored.shape)
-    value = torch.where(code == 0, 0.0, float_of((code + 8 * each) << 20))
-    return _with_special(value, code, 254)
-
-
-def _encode_e4m3(values: Tensor, place: Place | None) -> Encoded:
-    b = bits_of(values)
+def _encode_8bit(width: int, values: Tensor, place: Place | None) -> Encoded:
+    b, nan = bits_of(values), (8 << width) - 1
     magnitude = b & 0x7FFFFFFF
-    exponent = _block_exponent(magnitude, _E4M3_ORDERS)
+    orders = (1 << width) - 2  # from a block's exponent to that of its largest finite value
+    finite = torch.where(magnitude < 0x7F800000, magnitude, 0).reshape(-1)
+    blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
+    exponent = ((blocks.amax(1) >> 23) - orders).clamp(min=0)
     each = _of_elements(exponent, values.shape)
-    # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
-    one = (each + 1) << 23
-    subnormal = bits_of(values.abs() + float_of(one)) - one
-    scaled = torch.where(magnitude < one, subnormal, magnitude - (each << 23))
-    code = ((scaled + _dither(values, place, 20)) >> 20).clamp(max=120)
-    # A NaN has no sign here: devices give the NaN of an operation different ones.
-    sign = torch.where(magnitude > 0x7F800000, 0, b >> 24 & 0x80)
-    return (_finished(code, magnitude, each, 126) | sign).to(torch.uint8), exponent.to(torch.uint8)
+    scaled = magnitude - (each << 23)
+    if width == 4:
+        # Below the smallest normal value codes are the mantissa's first bits of a sum with it.
+        one = (each + 1) << 23
+        scaled = torch.where(magnitude < one, bits_of(values.abs() + float_of(one)) - one, scaled)
+    code = ((scaled + _dither(values, place, 20)) >> 20).clamp(max=nan - 7)
+    if width == 5:
+        code = torch.where(magnitude == 0, 0, code.clamp(min=1))
+    # The largest float32 has the code 2039 under an exponent of 0. No finite value has one above that.
+    code = torch.minimum(code, 2039 - 8 * each)
+    code = torch.where(magnitude == 0x7F800000, nan - 1, code)
+    code = code if width == 5 else code | b >> 24 & 0x80
+    # A NaN has no sign: devices give the NaN of an operation different ones.
+    code = torch.where(magnitude > 0x7F800000, nan, code)
+    return code.to(torch.uint8), exponent.to(torch.uint8)
 
 
-def _decode_e4m3(stored: Tensor, exponent: Tensor) -> Tensor:
-    code, each = stored.to(torch.int64) & 0x7F, _of_elements(exponent, stored.shape)
-    one = (each + 1) << 23
-    subnormal = float_of((code << 20) + one) - float_of(one)
-    value = torch.where(code < 8, subnormal, float_of((code + 8 * each) << 20))
-    value = _with_special(value, code, 126)
-    return torch.where(stored > 0x7F, -value, value)
+def _decode_8bit(width: int, stored: Tensor, exponent: Tensor) -> Tensor:
+    nan, each = (8 << width) - 1, _of_elements(exponent, stored.shape)
+    code = stored.to(torch.int64) & nan
+    value = torch.where(code == 0, 0.0, float_of((code + 8 * each) << 20))
+    if width == 4:
+        one = (each + 1) << 23
+        value = torch.where(code < 8, float_of((code << 20) + one) - float_of(one), value)
+    value = torch.where(code == nan - 1, torch.inf, value)
+    value = torch.where(code == nan, torch.nan, value)
+    return torch.where(stored > nan, -value, value)
 
 
 _F32, _F64, _BF16, _F16, _U8 = torch.float32, torch.float64, torch.bfloat16, torch.float16, torch.uint8
 _from_bf16 = _plain(_BF16, _F32)[0]
-
-FORMATS = {
-    f.name: f
-    for f in (
-        Format("fp32", _F32, _F32, *_plain(_F32, _F32), (PARAM, MU, NU), "fp32"),
-        Format("fp64", _F64, _F64, *_plain(_F64, _F64), (PARAM, MU, NU)),
-        Format("bf16", _BF16, _F32, *_plain(_BF16, _F32), (PARAM,), low_precision=True),
-        Format("fp16", _F16, _F32, *_plain(_F16, _F32), (PARAM,)),
-        Format("split16", _BF16, _F32, _decode_split, _encode_split16, (PARAM,), "split16",
-               Part("remainder", torch.int16), low_precision=True),
-        Format("split8", _BF16, _F32, _decode_split, _encode_split8, (PARAM,), "split8",
-               Part("remainder", torch.int8), index_dependent=True, low_precision=True),
-        Format("bf16_stochastic", _BF16, _F32, _from_bf16, _encode_bf16_stochastic, (PARAM,),
-               "stochastic_rounding", index_dependent=True, low_precision=True),
-        Format("bf16_dither", _BF16, _F32, _from_bf16, _encode_bf16_dither, (MU, NU), "bf16",
-               index_dependent=True, low_precision=True),
-        Format("e4m3", _U8, _F32, _decode_e4m3, _encode_e4m3, (MU,), "8bit", Part("_e4m3", _U8, BLOCK),
-               index_dependent=True, low_precision=True, max_exponent=254 - _E4M3_ORDERS),
-        Format("e5m3", _U8, _F32, _decode_e5m3, _encode_e5m3, (NU,), "8bit", Part("_e5m3", _U8, BLOCK),
-               index_dependent=True, low_precision=True, max_exponent=254 - _E5M3_ORDERS),
-    )
-}  # fmt: skip
-
-# What else there is to know of formats follows from the records.
-_CHOSEN = {(operand, f.choice): f for f in FORMATS.values() for operand in f.operands}
-_PLAIN = {f.dtype: f for f in FORMATS.values() if f.plain}
-STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in FORMATS.values() if f.choice and MU in f.operands))
-MASTER_WEIGHTS = (None, *(f.choice for f in FORMATS.values() if f.aux and PARAM in f.operands))
-# Formats that split a float32, by the dtype of the remainder.
-REMAINDERS = {f.aux.dtype: f for f in FORMATS.values() if f.aux and PARAM in f.operands}
-# Formats of moments with block exponents, by the suffix of the key of these.
-BLOCK_FORMATS = {f.aux.key: f for f in FORMATS.values() if f.aux and f.aux.block > 1}
-
-REAL = {torch.complex64: torch.float32, torch.complex128: torch.float64}
-"""A complex number is two independent real ones."""
-
-
-def plain_format(dtype: torch.dtype) -> Format | None:
-    """Values of this dtype as they are, None if no rule takes it."""
-    return _PLAIN.get(REAL.get(dtype, dtype))
+_RECORDS = (
+    Format("fp32", _F32, _F32, *_plain(_F32, _F32), (PARAM, MU, NU), "fp32"),
+    Format("fp64", _F64, _F64, *_plain(_F64, _F64), (PARAM, MU, NU)),
+    Format("bf16", _BF16, _F32, *_plain(_BF16, _F32), (PARAM,), low_precision=True),
+    Format("fp16", _F16, _F32, *_plain(_F16, _F32), (PARAM,)),
+    Format("split16", _BF16, _F32, _decode_split, partial(_encode_split, torch.int16), (PARAM,), "split16",
+           Part("remainder", torch.int16), low_precision=True),
+    Format("split8", _BF16, _F32, _decode_split, partial(_encode_split, torch.int8), (PARAM,), "split8",
+           Part("remainder", torch.int8), index_dependent=True, low_precision=True),
+    Format("bf16_stochastic", _BF16, _F32, _from_bf16, _encode_bf16, (PARAM,), "stochastic_rounding",
+           index_dependent=True, low_precision=True),
+    Format("bf16_dither", _BF16, _F32, _from_bf16, _encode_bf16, (MU, NU), "bf16",
+           index_dependent=True, low_precision=True),
+    Format("e4m3", _U8, _F32, partial(_decode_8bit, 4), partial(_encode_8bit, 4), (MU,), "8bit",
+           Part("_e4m3", _U8, BLOCK), index_dependent=True, low_precision=True, max_exponent=240),
+    Format("e5m3", _U8, _F32, partial(_decode_8bit, 5), partial(_encode_8bit, 5), (NU,), "8bit",
+           Part("_e5m3", _U8, BLOCK), index_dependent=True, low_precision=True, max_exponent=224),
+)  # fmt: skip
+FORMATS = {f.name: f for f in _RECORDS}
+_CHOSEN = {(operand, f.choice): f for f in _RECORDS for operand in f.operands}
+_PLAIN = {f.dtype: f for f in _RECORDS if f.plain}
+_PLAIN |= {torch.complex64: _PLAIN[_F32], torch.complex128: _PLAIN[_F64]}  # two independent real numbers
+plain_format = _PLAIN.get  # values of a dtype as they are, None if no rule takes it
+STATE_FORMATS = tuple(dict.fromkeys(f.choice for f in _RECORDS if f.choice and MU in f.operands))
+MASTER_WEIGHTS = (None, *(f.choice for f in _RECORDS if f.aux and PARAM in f.operands))
+REMAINDERS = {f.aux.dtype: f for f in _RECORDS if f.aux and PARAM in f.operands}  # by the remainder's dtype
+BLOCK_FORMATS = {f.aux.key: f for f in _RECORDS if f.aux and f.aux.block > 1}  # by the exponents' key suffix
 
 
 def native_gradient(param: torch.dtype, grad: torch.dtype) -> bool:
     """Whether kernels for parameters of one dtype read gradients of another as they are: of the
     parameter's own dtype and of its working precision. The rest is copied first."""
-    plain = plain_format(param)
-    return plain is not None and REAL.get(grad, grad) in (plain.dtype, plain.working)
+    p, g = plain_format(param), plain_format(grad)
+    return p is not None and g is not None and g.dtype in (p.dtype, p.working)
 
 
 class Formats(NamedTuple):
@@ -275,7 +229,7 @@ def formats_of(
     dtype: torch.dtype, state_format: str, master_weights: str | None, stochastic_rounding: bool
 ) -> Formats:
     """The formats of a parameter of this dtype. Only a parameter of 16 bits has a choice of its own."""
-    param = _PLAIN[REAL.get(dtype, dtype)]
+    param = _PLAIN[dtype]
     mu = nu = _PLAIN[param.working]
     if param.working == _F32:
         mu, nu = _CHOSEN[MU, state_format], _CHOSEN[NU, state_format]
@@ -289,14 +243,13 @@ def check_formats(
     name: str, dtype: torch.dtype, state_format: str, master_weights: str | None, stochastic_rounding: bool
 ) -> None:
     """Raise a ValueError where a parameter cannot have the formats that were asked for, naming it."""
-    plain = _PLAIN[REAL.get(dtype, dtype)]
-    if state_format != "fp32" and (dtype.is_complex or plain.working != _F32):
-        raise ValueError(
-            f"state_format={state_format!r} is for float32, bfloat16 and float16 parameters, and parameter "
-            f"{name} has dtype {dtype}; give it an optimizer of its own with state_format='fp32'"
-        )
-    if formats_of(dtype, "fp32", master_weights, stochastic_rounding).param.dtype != plain.dtype:
+    why, instead = None, "give it an optimizer of its own"
+    param = formats_of(dtype, state_format, master_weights, stochastic_rounding).param
+    if state_format != "fp32" and (dtype.is_complex or dtype == _F64):
+        why = f"state_format={state_format!r} is for float32, bfloat16 and float16 parameters"
+        instead += " with state_format='fp32'"
+    elif param.dtype != _PLAIN[dtype].dtype:
         why = f"master_weights={master_weights!r} splits a float32 into a bfloat16 parameter and a remainder"
-        if stochastic_rounding:
-            why = "stochastic_rounding is for bfloat16 parameters"
-        raise ValueError(f"{why}, and parameter {name} has dtype {dtype}; give it an optimizer of its own")
+        why = "stochastic_rounding is for bfloat16 parameters" if stochastic_rounding else why
+    if why is not None:
+        raise ValueError(f"{why}, and parameter {name} has dtype {dtype}; {instead}")

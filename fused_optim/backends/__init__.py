@@ -1,9 +1,5 @@
-"""The backends: who can step which device, and who does.
-
-A backend is a :class:`Backend`; a new one is a module here and a line in ``BACKENDS``.
-"""
-
-from __future__ import annotations
+"""The backends: who can step which device, and who does. A new one is a module here that makes a
+:class:`Backend`, and a name in ``BACKENDS``."""
 
 import torch
 
@@ -14,8 +10,7 @@ from .triton import TRITON
 
 __all__ = ["BACKENDS", "Backend", "Inputs", "check_name", "extension", "select", "uploaded"]
 
-BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}
-"""In order of preference."""
+BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}  # in order of preference
 
 
 def check_name(name: str | None) -> None:
@@ -24,11 +19,7 @@ def check_name(name: str | None) -> None:
 
 
 def select(name: str | None, device: torch.device) -> Backend:
-    """The backend of this name, or for None the best that the device has.
-
-    Raises:
-        RuntimeError: the named backend is not available for the device; says why.
-    """
+    """The backend of this name, or for None the device's best; a RuntimeError says why it cannot be had."""
     if name is None:
         return next(b for b in BACKENDS.values() if b.why_not(device) is None)
     reason = BACKENDS[name].why_not(device)

@@ -1,7 +1,5 @@
 """What a backend is, and how a table gets to its device."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -20,9 +18,8 @@ class Inputs(NamedTuple):
     found_inf: Tensor | None  # 0-dim float32: if it is not 0, nothing changes
 
     @classmethod
-    def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> Inputs:
-        """With ``grad_scale`` and ``found_inf`` on ``device``. Towards the CPU a copy is waited for: there
-        the step reads it on the host."""
+    def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> "Inputs":
+        """With both scalars on ``device``. A copy to the CPU is waited for: there the host reads it."""
         wait = device.type == "cpu"
         scale, found_inf = (
             None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp
@@ -35,15 +32,12 @@ class Backend:
     """One way to make a step."""
 
     name: str  # what the user calls it
-    # Why it cannot step parameters on a device; None where it can.
-    why_not: Callable[[torch.device], str | None]
-    # Makes one step of a batch in place, step numbers included.
-    step: Callable[[Batch, Inputs], None]
-    # Brings in all that steps of such a batch run, with and without grad_scale and found_inf. It is called
-    # for all batches before anything is written, so that a compiler's error changes nothing.
+    why_not: Callable[[torch.device], str | None]  # why it cannot step parameters there; None where it can
+    step: Callable[[Batch, Inputs], None]  # one step of a batch in place, step numbers included
+    # Brings in all that such steps run, with or without grad_scale and found_inf. It is called for all
+    # batches before anything is written, so that a compiler's error changes nothing.
     load: Callable[[BatchKey, bool, bool], None] = lambda key, scaled, skippable: None
-    # Whether ``step`` makes all of a batch or nothing, whatever interrupts it.
-    steps_all_at_once: bool = True
+    steps_all_at_once: bool = True  # whether ``step`` makes all of a batch or nothing, whatever interrupts it
 
 
 def uploaded(held: dict[Any, Tensor], key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:

@@ -1,7 +1,5 @@
 """The reference: plain PyTorch on any device. The judge of all other backends."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -14,27 +12,25 @@ from .base import Backend, Inputs, uploaded
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     key, items = batch.key, batch.items
-    hyper_row = uploaded(
-        batch.on_device, "hyper_row", key.device, lambda: int64_tensor([o.hyper_row for o in items])
-    )
+    rows = uploaded(batch.on_device, "hyper", key.device, lambda: int64_tensor([o.hyper_row for o in items]))
     count = (torch.stack([o.step for o in items]) + 1).clamp(max=MAX_COUNT)
-    columns = coefficients(inputs.hyper[hyper_row], count, key.param.working, inputs.grad_scale)
+    columns = coefficients(inputs.hyper[rows], count, key.param.working, inputs.grad_scale)
     for o, t, *row in zip(items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
-        stored, aux = o.stored, o.aux
-        p, mu, nu = (f.decode(x, a) for f, x, a in zip(key.formats, stored, aux))
+        p, mu, nu = (f.decode(x, a) for f, x, a in zip(key.formats, o.stored, o.aux))
         writes = [(o.step, t)]
         new = key.rule.reference(p, g, mu, nu, c)
-        for f, operand, values, x, a in zip(key.formats, (PARAM, MU, NU), new, stored, aux):
+        for f, operand, values, x, a in zip(key.formats, (PARAM, MU, NU), new, o.stored, o.aux):
             encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))
             writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
-        _write(writes, None if inputs.found_inf is None else inputs.found_inf != 0)
+        _write(writes, inputs.found_inf)
 
 
-def _write(writes: list[tuple[Tensor, Tensor]], skip: Tensor | None) -> None:
+def _write(new: list[tuple[Tensor, Tensor]], found_inf: Tensor | None) -> None:
     """All or nothing of one parameter: what interrupts it is raised when all is written."""
-    new = [(target, value if skip is None else torch.where(skip, target, value)) for target, value in writes]
+    if found_inf is not None:
+        new = [(target, torch.where(found_inf != 0, target, value)) for target, value in new]
     finish(lambda: [target.copy_(value) for target, value in new])
 
 

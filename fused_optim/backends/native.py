@@ -1,9 +1,5 @@
-"""C++ on the CPU and CUDA C++ on the GPU: the same rule headers, compiled twice.
-
-The extensions know no torch: addresses, sizes and the stream go over as integers.
-"""
-
-from __future__ import annotations
+"""C++ on the CPU and CUDA C++ on the GPU: the same rule headers, compiled twice. The extensions know no
+torch: addresses, sizes and the stream go over as integers."""
 
 import importlib
 from functools import cache
@@ -19,10 +15,10 @@ CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 op
 
 
 @cache
-def extension(name: str) -> tuple[ModuleType | None, str]:
+def extension(name: str) -> tuple[ModuleType | None, str | None]:
     """A compiled module, or None and the reason why there is none."""
     try:
-        return importlib.import_module(f"fused_optim.{name}"), ""
+        return importlib.import_module(f"fused_optim.{name}"), None
     except ModuleNotFoundError:
         return None, (
             f"fused_optim.{name} was not built when the package was installed; "
@@ -33,9 +29,7 @@ def extension(name: str) -> tuple[ModuleType | None, str]:
 
 
 def _cpu_why_not(device: torch.device) -> str | None:
-    if device.type != "cpu":
-        return "it steps parameters on the CPU only"
-    return extension("_cpu")[1] or None
+    return extension("_cpu")[1] if device.type == "cpu" else "it steps parameters on the CPU only"
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
@@ -68,7 +62,7 @@ def _cuda_why_not(device: torch.device) -> str | None:
         return "it steps parameters on NVIDIA GPUs only"
     if torch.version.hip is not None:
         return "this torch is built for ROCm; the triton backend serves AMD GPUs"
-    return extension("_cuda")[1] or None
+    return extension("_cuda")[1]
 
 
 def _address(t: Tensor | None) -> int:

@@ -1,13 +1,7 @@
-"""Triton on a GPU: a prologue and one kernel for everything that a batch holds.
-
-With ``TRITON_INTERPRET=1`` Triton's interpreter runs the same kernels on the CPU, which is how they are
-tested where there is no GPU.
-"""
-
-from __future__ import annotations
+"""Triton on a GPU: a prologue and one kernel for everything that a batch holds. With ``TRITON_INTERPRET=1``
+Triton's interpreter runs them on the CPU, which is how they are tested where there is no GPU."""
 
 import importlib
-from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import Any
 
@@ -50,13 +44,9 @@ def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
     return constants, options(kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS), step_options
 
 
-def _on(device: torch.device) -> AbstractContextManager[Any]:
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
-
-
 @cache
 def _load(key: BatchKey, scaled: bool, skippable: bool) -> None:
-    with _on(key.device):
+    with torch.accelerator.device_index(key.device.index):  # None for the CPU, which changes nothing
         _kernels().load(key.param.working, scaled, skippable, *_arguments(key))
 
 
@@ -66,7 +56,7 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     rows, chunks, counters = table_on(batch, constants["CHUNK"])
     size = len(counters) * kernels.COEFFICIENT_COLUMNS.value
     coefficients = torch.empty(size, dtype=key.param.working, device=device)
-    with _on(device):
+    with torch.accelerator.device_index(device.index):
         kernels.launch_prologue(counters, *inputs, coefficients, prologue_options)
         kernels.launch_step(rows, chunks, counters, coefficients, constants, step_options)
 
