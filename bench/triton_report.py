@@ -79,19 +79,14 @@ def amd_report(kernel: Any) -> Row:
     guarded = re.findall(r"fcmp (?:uno|ord) (?:<(\d+) x )?(?:float|double)", llir)
     guards = sum(int(n or 1) for n in guarded)
     vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
-    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers, not to memory.
+    spilled = ("vgpr_spill_count", "private_segment_fixed_size")
     return {
         "registers": field("vgpr_count"),
         "spill_bytes": sum(map(field, spilled)),
         "loads": {}, "stores": {},
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
-        # Triton 3.6's LLVM cuts these up and joins them again in the assembly, where the table's
-        # addresses are in scalar registers.
-        "half_wide_loads": count(r"\bglobal_load_dwordx2 v\[\S+, v\[\S+, off", assembly),
-        "half_wide_stores": count(r"\bglobal_store_dwordx2 v\[\S+, v\[\S+, off", assembly),
-        "byte_loads": count(r"\bglobal_load_[us]byte(?:_d16(?:_hi)?)?\b", assembly),
-        "byte_stores": count(r"\bglobal_store_byte(?:_d16_hi)?\b", assembly),
         "contracted": fused - sum(n * count(pattern, assembly) for pattern, n in expanded.items()),
         "approximate": count(r"\bf(?:div|sqrt) (?:\w+ )*(?:afn|arcp|fast)\b|llvm\.amdgcn\.rcp\b", llir),
         "flushed": count(r'"denormal-fp-math-f32"="(?!ieee)', llir),
