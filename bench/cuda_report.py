@@ -64,4 +64,4 @@ def report(arch: str) -> list[Row]:
         sass = _by_kernel(_output(cuobjdump(), "-sass", cubin), "Function : ")
         text = _by_kernel(_output("cat", ptx), r"\.entry ")
     same = {"compiler": "nvcc", "target": f"cuda:{arch}", "threads": 256}
-    return [same | heads[k] | nvidia_counts(text[k], sass[k], used[k]) for k in heads]
+    return [same | heads[k] | nvidia_counts(text[k], used[k], sass[k]) for k in heads]

@@ -53,15 +53,12 @@ def compiled(kernel: Any, working: str, constants: Row, target: GPUTarget, optio
     return triton.compile(source, target=target, options=options)
 
 
-def nvidia_report(kernel: Any) -> Row:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        commands = ([cuobjdump(), option, cubin] for option in ("-res-usage", "-sass"))
-        usage, sass = (
-            subprocess.run(c, stdout=subprocess.PIPE, text=True, check=True).stdout for c in commands
-        )
-    return nvidia_counts(kernel.asm["ptx"], sass, usage)
+def nvidia_report(kernel: Any, issued: bool) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        commands = [[cuobjdump(), option, file.name] for option in ("-res-usage", "-sass")[: 1 + issued]]
+        texts = [subprocess.run(c, stdout=subprocess.PIPE, text=True, check=True).stdout for c in commands]
+    return nvidia_counts(kernel.asm["ptx"], *texts)
 
 
 def amd_report(kernel: Any) -> Row:
@@ -95,7 +92,7 @@ def amd_report(kernel: Any) -> Row:
     }  # fmt: skip
 
 
-def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool) -> list[Row]:
+def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued: bool) -> list[Row]:
     """A row for each kernel of ``step``; with ``fusion`` compiled as a launch must not be."""
     arch = name.split(":")[1]
     nvidia = name.startswith("cuda")
@@ -105,7 +102,7 @@ def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool) -> lis
         options = step.launch_options(target.backend, target.warp_size, threads, registers)
         options["enable_fp_fusion"] = fusion
         code = compiled(kernel, working, constants, target, options)
-        return {"threads": threads, **(nvidia_report if nvidia else amd_report)(code)}
+        return {"threads": threads, **(nvidia_report(code, issued) if nvidia else amd_report(code))}
 
     rows = []
     for rule in rules:
@@ -129,11 +126,12 @@ def main() -> None:
     parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
     parser.add_argument("--formats", action="append", metavar="PARAM:GRAD:STATES", help="default: the usual")
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
+    parser.add_argument("--issued", action="store_true", help="count the instructions issued (NVIDIA), too")
     given = parser.parse_args()
     step = load_kernels(given.kernels)
     triples = [tuple(f.split(":")) for f in given.formats or map(":".join, TRIPLES)]
     for target in given.target or ["cuda:90"]:
-        for row in reports(step, target, given.rule or RULES, triples, given.fp_fusion):
+        for row in reports(step, target, given.rule or RULES, triples, given.fp_fusion, given.issued):
             print(json.dumps(row))
 
 
