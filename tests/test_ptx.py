@@ -4,12 +4,10 @@ kernel must not do against a kernel that does it."""
 from __future__ import annotations
 
 import math
-import random
 import re
 import struct
 from collections.abc import Sequence
 
-import numpy as np
 import ptx
 import pytest
 import torch
@@ -276,66 +274,6 @@ def test_what_is_ordered_is_no_race() -> None:
     data = torch.zeros(THREADS, 4, dtype=torch.int32)
     run(body, data, shared=256)
     assert torch.equal(data[:, 0], (THREADS - 1 - torch.arange(THREADS)).int() ^ 1)
-
-
-def ordered(threads: ptx.Threads, thread: int, other: int, wrote: bool, of_block: int, of_warp: int) -> bool:
-    """Whether what ``other`` did, when its block and warp had met so often, lies before ``thread`` now."""
-    block, warp = threads.block[thread], threads.warp[thread]
-    met = block == threads.block[other] and threads.block_meetings[block] > of_block
-    exchanged = warp == threads.warp[other] and threads.warp_meetings[warp] > of_warp
-    return thread == other or bool(met) or (not wrote and bool(exchanged))
-
-
-def test_races_are_found() -> None:
-    """In random histories of accesses, barriers and exchanges, against every pair of accesses compared."""
-    blocks, n = 2, 2 * THREADS
-    lanes = np.arange(n)
-    block, warp = lanes // THREADS, lanes // ptx.WARP
-    races = 0
-    for seed in range(4000):
-        rng = random.Random(seed)
-        threads = ptx.Threads(block, warp, np.zeros(blocks, np.int64), np.zeros(n // ptx.WARP, np.int64))
-        space = ptx.Space(np.zeros(3, np.uint8), threads)
-        pool = rng.sample(range(ptx.WARP if seed % 3 == 0 else n), rng.choice([2, 3, 5]))
-        done: list[tuple[int, int, bool, int, int]] = []
-
-        for _ in range(rng.randint(2, 14)):
-            kind = rng.choice(["barrier", "exchange", "read", "read", "write"])
-            if kind == "barrier":
-                threads.block_meetings[rng.randrange(blocks)] += 1
-                continue
-            if kind == "exchange":
-                threads.warp_meetings[rng.randrange(n // ptx.WARP)] += 1
-                continue
-            who = sorted(rng.sample(pool, rng.randint(1, len(pool))))
-            places = [rng.randrange(3) for _ in who]
-            at, by = np.array(places)[:, None], np.array(who)
-            racing = any(
-                p == place
-                and (wrote or kind == "write")
-                and not ordered(threads, thread, other, wrote, *when)
-                for thread, place in zip(who, places)
-                for other, p, wrote, *when in done
-            )
-            if kind == "write":
-                good = space.store(at, by, np.full_like(at, 5, np.uint8))  # one value: no race among them
-            else:
-                good = space.load(at, by)[1]
-            assert bool(good.all()) is not racing, (seed, done, kind, who, places)
-            if racing:
-                races += 1
-                break
-            done += [
-                (
-                    t,
-                    p,
-                    kind == "write",
-                    int(threads.block_meetings[block[t]]),
-                    int(threads.warp_meetings[warp[t]]),
-                )
-                for t, p in zip(who, places)
-            ]
-    assert 1000 < races < 3000
 
 
 def test_constants_are_only_read() -> None:
