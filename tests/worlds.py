@@ -18,7 +18,7 @@ from fused_optim.backends.eager import EAGER
 from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
-from fused_optim.storage import FORMATS, Format, Part, native_gradient
+from fused_optim.storage import FORMATS, Format, native_gradient
 from fused_optim.table import ADDRESSES, Batch, BatchKey, Operands
 
 
@@ -49,18 +49,13 @@ def native_grads(param: Format) -> list[Format]:
 
 MOMENTS = [(mu, nu) for mu in of_operand(MU) for nu in of_operand(NU) if mu.choice == nu.choice]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
-COMBINATIONS = [
-    FP64, *(Formats(p, g, *m) for p in of_operand(PARAM) for g in native_grads(p) for m in MOMENTS)
-]  # fmt: skip
-COVERING = [
-    FP64,
-    *(
-        Formats(p, native_grads(p)[(i + k) % len(native_grads(p))], *m)
-        for i, p in enumerate(of_operand(PARAM))
-        for k, m in enumerate(MOMENTS)
-    ),
-]
+COMBINATIONS = [FP64]
+COVERING = [FP64]
 """Each parameter format with each of moments, and either with each of gradients."""
+for i, param in enumerate(of_operand(PARAM)):
+    grads = native_grads(param)
+    COMBINATIONS += [Formats(param, grad, *moments) for grad in grads for moments in MOMENTS]
+    COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 
 
@@ -98,28 +93,29 @@ class World:
         self.stored: list[list[Tensor]] = []
         self.aux: list[list[Tensor | None]] = []
         items = []
+        own, keys = storage.Formats(formats.param, formats.mu, formats.nu), RULES[rule].states
         for key, row in enumerate(rows):
-            numel, offsets = row.numel, row.offsets
-            g = self._guarded(formats.grad.dtype, numel, offsets[0])
-            stored, aux = [], []
-            for k, (f, operand) in enumerate(((formats.param, PARAM), (formats.mu, MU), (formats.nu, NU))):
-                values = self._values(numel, special).to(f.working)
-                place = Place(torch.tensor(row.count), key, operand)
-                new, new_aux = f.encode(values.square() if operand == NU else values, place)
-                stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                aux.append(
-                    None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux)
-                )
+            g = self._guarded(formats.grad.dtype, row.numel, row.offsets[0])
             step = torch.tensor(row.count)
-            keys = RULES[rule].states
-            state = {"step": step, **dict(zip(keys, stored[1:]))}
-            own = storage.Formats(formats.param, formats.mu, formats.nu)
-            for name, f, t in zip(("", *keys), own, aux):
+            state = {"step": step}
+            stored: list[Tensor] = []
+            aux: list[Tensor | None] = []
+            for k, (f, name, operand) in enumerate(zip(own, ("", *keys), (PARAM, MU, NU))):
+                values = self._values(row.numel, special).to(f.working)
+                place = Place(torch.tensor(row.count), key, operand)
+                new = f.encode(values.square() if operand == NU else values, place)
+                stored.append(self._guarded(f.dtype, row.numel, row.offsets[1 + k]).copy_(new[0]))
                 part = f.aux_of(name)
+                aux.append(None)
                 if part is not None:
-                    state[part.key] = t
+                    numel = part.numel(row.numel)
+                    aux[k] = state[part.key] = self._guarded(part.dtype, numel, row.offsets[4 + k]).copy_(
+                        new[1]
+                    )
+            state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
-            items.append(Operands(str(key), stored[0], stored[0], g, state, keys, own, row.hyper_row, random_key))
+            operands = (stored[0], stored[0], g, state, keys, own, row.hyper_row, random_key)
+            items.append(Operands(str(key), *operands))
             self.grads.append(g)
             self.steps.append(step)
             self.stored.append(stored)
@@ -133,9 +129,6 @@ class World:
         assert buffer.data_ptr() % 16 == 0
         self.buffers.append(buffer)
         return buffer[GUARD + offset : GUARD + offset + numel]
-
-    def _aux(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
-        return self._guarded(part.dtype, part.numel(numel), offset).copy_(values)
 
     def _values(self, numel: int, special: bool) -> Tensor:
         values = torch.randn(numel, generator=self.rng, dtype=torch.float64)
