@@ -28,15 +28,7 @@ pytest.importorskip("pip", reason="needs pip")
 ROOT = Path(__file__).parents[1]
 SUFFIX: str = sysconfig.get_config_var("EXT_SUFFIX")
 COREUTILS = {"cat", "cp", "env", "ls", "mkdir", "mv", "rm", "sh", "true", "uname"}
-COMPILERS = {
-    value.split()[0]
-    for value in map(sysconfig.get_config_var, ("CC", "CXX", "LDSHARED", "LDCXXSHARED"))
-    if value
-}
-"""The commands that this Python compiles and links extensions with."""
-needs_compiler = pytest.mark.skipif(
-    not all(map(shutil.which, [*COMPILERS, "g++"])), reason="needs a C++ compiler"
-)
+needs_compiler = pytest.mark.skipif(not all(map(shutil.which, ("c++", "g++"))), reason="needs a C++ compiler")
 
 
 def source_files(*kinds: str) -> list[str]:
@@ -60,12 +52,9 @@ def environment(**values: str) -> dict[str, str]:
 
 def without_compilers(path: Path) -> dict[str, str]:
     """An environment with coreutils on the PATH and nothing else."""
-    env = environment(PATH=str(mirror(path, COREUTILS.__contains__)))
-    for name in ("CC", "CXX", "CPP", "LDSHARED", "LDCXXSHARED", "CUDA_HOME", "CUDA_PATH"):
+    env = environment(PATH=str(mirror(path, COREUTILS.__contains__)), CC="gcc", CXX="g++")
+    for name in ("CPP", "LDSHARED", "LDCXXSHARED", "CUDA_HOME", "CUDA_PATH"):
         env.pop(name, None)
-    if any("/" in command for command in COMPILERS):
-        # The PATH does not hide these; what CC and CXX name is taken instead of them.
-        env.update(CC="gcc", CXX="g++")
     return env
 
 
@@ -175,15 +164,6 @@ def test_sdist_is_the_tree(builder: Builder) -> None:
         names = {name.partition("/")[2] for name in archive.getnames()}
     assert [name for name in source_files("--cached") if name not in names and name[0] != "."] == []
     assert compiled(sorted(names)) == []
-
-
-def test_build_dependencies(builder: Builder) -> None:
-    tomllib = pytest.importorskip("tomllib", reason="Python 3.10 reads no TOML")
-    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["build-system"]["requires"]
-    assert [re.split("[^\\w-]", name)[0] for name in needed] == ["setuptools", "pybind11"]
-    code = "import importlib.metadata as m; print(*{d.name for d in m.distributions()})"
-    names = builder.python("-c", code, cwd=builder.folder, env=environment()).succeeded()
-    assert set(names.split()) == {"pip", "setuptools", "pybind11"}
 
 
 @needs_compiler
@@ -330,12 +310,8 @@ def test_what_is_misspelt(builder: Builder, tree: Path) -> None:
 @pytest.mark.parametrize("mode", ["cpu", "cuda"])
 def test_no_compiler_for_what_was_asked_for(builder: Builder, tree: Path, mode: str) -> None:
     env = {**without_compilers(tree / "bin"), "FUSED_OPTIM_BUILD": mode}
-    if mode == "cuda":
-        env.update(CC="/nowhere/cc", CXX="/nowhere/c++")
     code, output = builder.hook("build_wheel", tree, env)
-    missing = env.get("CXX") or sysconfig.get_config_var("CXX").split()[0]
-    assert code != 0
-    assert re.search(rf"needs a C\+\+17 compiler .*'{re.escape(missing)}'", output), output
+    assert code != 0 and re.search(r"needs a C\+\+17 compiler .*'g(cc|\+\+)'", output), output
 
 
 @needs_compiler
