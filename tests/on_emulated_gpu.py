@@ -8,11 +8,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
-import ptx
 import pytest
 import torch
 from emulated_gpu import EmulatedGpu
@@ -127,24 +125,6 @@ def test_found_inf_changes_nothing(formats: Formats) -> None:
 @each(FEW)
 def test_64_bit_offsets(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
     check_64_bit_offsets(LIBRARY, formats, monkeypatch)
-
-
-LOSSES = {
-    "barriers": ("bar.sync \t0;", "", "is in a race"),
-    "a bound": ("setp.lt.s64", "setp.le.s64", "is outside what was allocated"),
-    "correct division": ("div.rn.f32", "div.full.f32", "does not know this: div.full.f32"),
-    "separate roundings": ("add.rn.f32", "add.f32", "does not know this: add.f32"),
-}
-
-
-@pytest.mark.parametrize("loss", LOSSES)
-def test_losses_are_seen(loss: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    good, bad, expected = LOSSES[loss]
-    monkeypatch.setattr(GPU, "replaced", {"step_kernel": (good, bad)})
-    # So that the kernel is loaded again.
-    monkeypatch.setattr(kernels.step_kernel, "device_caches", defaultdict(kernels.step_kernel.create_binder))
-    with pytest.raises(ptx.Fault, match=expected):
-        check_sizes_and_alignments(LIBRARY, "adabelief", FEW["split8:bf16:8bit"])
 
 
 # The optimizers.
