@@ -11,11 +11,13 @@ from typing import Any
 import pytest
 import torch
 
-from bench import gpu_check, gpu_proofs, kernels, measure, plan, report, worker
+from bench import cuda_report, gpu_check, gpu_proofs, kernels, measure, plan, report, worker
 from bench.__main__ import main
+from bench.formats import TRIPLES
 from bench.measure import Effort, Worker
 from bench.providers import PEERS, TORCH, Provider
 from bench.workloads import fitted, workload
+from fused_optim.rules import RULES
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = Effort(rounds=2, turn=0.001, most=1.0, timeout=100)
@@ -156,6 +158,10 @@ def test_the_readme_has_what_was_measured(tmp_path: Path, monkeypatch: pytest.Mo
 
 
 # The compiled kernels
+
+
+def test_kernels_that_are_read_are_found_in_csrc() -> None:
+    assert len(cuda_report.instances()) == len(RULES) * len(TRIPLES) + 2
 
 
 GOOD: dict[str, Any] = {
