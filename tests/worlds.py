@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -148,7 +148,7 @@ class World:
         """All memory, guards included, and the step numbers."""
         return [[b.clone() for b in self.buffers], [s.clone() for s in self.steps]]
 
-    def step(self, library: Library, inputs: Inputs, skipped: int = 0, **where: int) -> int:
+    def step(self, library: Any, inputs: Inputs, skipped: int = 0, **where: int) -> int:
         """One step by a library, of tensors as if ``skipped`` chunks lay before each; how many launches it
         took. ``where``: more arguments of the library's."""
         key, batch = self.batch.key, self.batch
@@ -183,16 +183,8 @@ class Work(NamedTuple):
     stored: list[Tensor]
 
 
-class Library(Protocol):
-    """Compiled kernels, however they are run."""
-
-    def chunk_size(self, formats: Formats) -> int: ...
-
-    def step(self, work: Work, **where: int) -> int: ...
-
-
 def step_both(
-    library: Library, worlds: list[World], grad_scale: float | None = None, found_inf: float | None = None,
+    library: Any, worlds: list[World], grad_scale: float | None = None, found_inf: float | None = None,
     skipped: int = 0,
 ) -> None:  # fmt: skip
     """One step of the first by eager and of the second by the library, which must agree."""
@@ -256,10 +248,11 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
     return worlds, [noticed for _, (noticed, *_) in cases]
 
 
-# Contracts that compiled kernels are held to, however they are run.
+# Contracts that compiled kernels are held to, however they are run: a library has chunk_size(formats) and
+# step(work, **where), which returns how many launches it took.
 
 
-def check_sizes_and_alignments(library: Library, rule: str, formats: Formats) -> None:
+def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> None:
     chunk = library.chunk_size(formats)
     worlds = [World(rule, formats, rows_of_sizes(chunk), special=True) for _ in range(2)]
     numbers = worlds[0].batch.chunks(chunk)[:, 1]
@@ -276,7 +269,7 @@ def steps_until_one(beta: float, working: torch.dtype) -> int:
     return next(n for n in itertools.count(1) if 1 - torch.tensor(rounded**n).to(working) == 1)
 
 
-def check_corrections_that_become_one(library: Library, rule: str, formats: Formats) -> None:
+def check_corrections_that_become_one(library: Any, rule: str, formats: Formats) -> None:
     """Step by step from corrections other than 1 to 1, with a learning rate that shows the last bit."""
     chunk, working = library.chunk_size(formats), formats.param.working
     first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
@@ -293,7 +286,7 @@ def check_corrections_that_become_one(library: Library, rule: str, formats: Form
         step_both(library, worlds)
 
 
-def check_64_bit_offsets(library: Library, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_64_bit_offsets(library: Any, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements from 2^33 on."""
     chunk, before = library.chunk_size(formats), 2**33
     rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
@@ -309,7 +302,7 @@ WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
-def check_all_codes_under_all_exponents(library: Library, grad_exponents: tuple[int, int]) -> None:
+def check_all_codes_under_all_exponents(library: Any, grad_exponents: tuple[int, int]) -> None:
     """Every finite code under every block exponent, and gradients that lead to every exponent."""
     blocks = 240
     numel = 2 * blocks * 128
@@ -334,7 +327,7 @@ def check_all_codes_under_all_exponents(library: Library, grad_exponents: tuple[
         step_both(library, worlds)
 
 
-def check_found_inf_changes_nothing(library: Library, rule: str, formats: Formats, found_inf: float) -> None:
+def check_found_inf_changes_nothing(library: Any, rule: str, formats: Formats, found_inf: float) -> None:
     world = World(rule, formats, rows_of_sizes(library.chunk_size(formats)))
     world.new_gradients(special=True)
     before = world.contents()
@@ -342,7 +335,7 @@ def check_found_inf_changes_nothing(library: Library, rule: str, formats: Format
     assert_same_bits(world.contents(), before)
 
 
-def check_counters(library: Library, rule: str, formats: Formats, steps: int) -> None:
+def check_counters(library: Any, rule: str, formats: Formats, steps: int) -> None:
     """Step numbers that end at the largest, under all hyperparameters, more than a program takes; and with
     nothing to step beside them."""
     counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT] * 5
