@@ -5,7 +5,6 @@ Bits are compared with eager on the CPU. All of it is skipped where there is no 
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
 from typing import Any
@@ -54,7 +53,8 @@ class Pair:
         self.eager = AdaBelief(self.copies, lr=float(lr), backend="eager", **options)
 
     def eager_steps(self, *learning_rates: float) -> None:
-        for self.eager.param_groups[0]["lr"] in learning_rates:
+        for lr in learning_rates:
+            self.eager.param_groups[0]["lr"] = lr
             self.eager.step()
 
     def check(self) -> None:
@@ -77,7 +77,8 @@ def test_nothing_waits(backend: str, flatten: bool, request: pytest.FixtureReque
     pair = Pair(backend, flatten=flatten)
     pair.ours.step()
     request.getfixturevalue("no_waiting")
-    for pair.ours.param_groups[0]["lr"] in (1e-2, 1e-3):
+    for lr in (1e-2, 1e-3):
+        pair.ours.param_groups[0]["lr"] = lr
         pair.ours.step()
     torch.cuda.set_sync_debug_mode("default")
     pair.eager_steps(1e-2, 1e-2, 1e-3)
@@ -127,25 +128,12 @@ def test_capture_refuses_what_would_freeze(backend: str) -> None:
         assert_same_bits(snapshot(other), before)
 
 
-def test_a_kernel_that_does_not_load_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = BACKENDS[backend]
-
-    def load(*_: object) -> None:
-        raise RuntimeError("the compiler's")
-
-    optimizer = AdaBelief(parameters("cuda"), backend=backend)
-    monkeypatch.setitem(BACKENDS, backend, dataclasses.replace(real, load=load))
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="the compiler's"):
-        optimizer.step()
-    assert_same_bits(snapshot(optimizer), before)
-
-
 def test_a_side_stream(backend: str) -> None:
     pair = Pair(backend)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     rates = [1e-3 / i for i in range(1, 7)]
-    for i, pair.ours.param_groups[0]["lr"] in enumerate(rates):
+    for i, lr in enumerate(rates):
+        pair.ours.param_groups[0]["lr"] = lr
         stream = streams[i % 2]
         stream.wait_stream(streams[1 - i % 2])
         stream.wait_stream(torch.cuda.current_stream())
