@@ -168,12 +168,6 @@ def _largest(a: Array, b: Array) -> Array:
     return np.where((a > b) | ((a == b) & np.signbit(b)) | np.isnan(b), a, b)
 
 
-def _smallest(a: Array, b: Array) -> Array:
-    if a.dtype.kind == "f":
-        raise Unknown
-    return np.minimum(a, b)
-
-
 def _permute(a: Array, b: Array, selector: Array) -> Array:
     pair = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     result = np.zeros_like(pair)
@@ -193,7 +187,7 @@ def _bit_field(a: Array, position: Array, length: Array) -> Array:
 
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "abs": np.abs, "add": np.add, "and": np.bitwise_and, "bfe": _bit_field, "div": np.divide, "max": _largest,
-    "min": _smallest, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
+    "min": np.minimum, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
     "or": np.bitwise_or, "prmt": _permute, "shl": _shift_left, "shr": _shift_right, "sqrt": np.sqrt,
     "sub": np.subtract, "xor": np.bitwise_xor,
 }  # fmt: skip
@@ -241,9 +235,9 @@ def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Arr
     """Of floating-point operations those that are exact or rounded once, to nearest."""
     floating = values[0].dtype.kind == "f"
     allowed = [("rn",)] if floating and name in ROUNDED else [()]
-    if floating and name in ("max", "min"):
+    if floating and name == "max":
         allowed.append(("NaN",))
-    if name not in OPERATIONS or how not in allowed:
+    if name not in OPERATIONS or how not in allowed or (floating and name == "min"):
         raise Unknown
     result = OPERATIONS[name](*values)
     if result.dtype != values[0].dtype:
