@@ -530,6 +530,7 @@ class Launch:
         known = {"st": {"global", "shared"}, "ld": {"global", "shared", "param"}}
         others = {f"v{len(registers)}"} if len(registers) > 1 else set()
         others |= {"nc"} if space == "global" and not store else set()
+        others |= {"cta"} if space == "shared" else set()  # ::cta, whose shared memory it is anyway
         if space not in known[instruction.name] or not {*instruction.modifiers[1:-1]} <= others:
             raise Unknown
         if space == "param":

@@ -236,7 +236,7 @@ def test_what_is_ordered_is_no_race() -> None:
     """Across a barrier, and to write after others of the warp read, across an exchange of what they read."""
     body = """
         shl.b32 %r4, %r1, 2; xor.b32 %r5, %r4, 4; sub.s32 %r6, 252, %r4; mov.u32 %r9, -1;
-        st.shared.b32 [%r4], %r1;
+        st.shared::cta.b32 [%r4], %r1;
         bar.sync 0;
         ld.shared.b32 %r7, [%r5];
         redux.sync.max.s32 %r3, %r7, %r9;
