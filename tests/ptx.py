@@ -275,14 +275,14 @@ class Space:
         self.read_at = np.zeros((2, size), np.int64)
 
     def _after(self, who: Array, when: Array, places: Array, lanes: Array, read: bool = False) -> Array:
-        """Whether what threads ``who`` did at ``places``, read or written, lies before what ``lanes`` do now."""
+        """Whether what ``who`` did at ``places``, read or written, lies before what ``lanes`` do now."""
         t = self.threads
         good = np.ones(len(lanes), bool)
         for before in who[:, places]:
             together = t.block[before] == t.block[lanes]
             together &= t.block_meetings[t.block[lanes]] > when[0, places]
             if read:
-                # An exchange is no barrier of memory, but it is assumed to give what depends on what was read.
+                # An exchange is no barrier of memory; it is assumed to give what depends on what was read.
                 exchanged = t.warp_meetings[t.warp[lanes]] > when[1, places]
                 together |= (t.warp[before] == t.warp[lanes]) & exchanged
             good &= (before < 0) | (before == lanes) | together
