@@ -25,10 +25,10 @@ def _output(*command: object) -> str:
     return subprocess.run(["c++filt"], input=text, capture_output=True, text=True, check=True).stdout
 
 
-def _instances() -> dict[str, Row]:
+def instances() -> dict[str, Row]:
     """The kernels for each rule and each of TRIPLES, and what a row says of each."""
     text = "".join(path.read_text() for path in (*(CSRC / "rules").glob("*.h"), CSRC / "codecs.h"))
-    pairs = re.findall(r'struct (\w+)[^{};]*\{\s+static constexpr const char\* name = "(\w+)"', text)
+    pairs = re.findall(r'struct (\w+)[^{};]*\{[^{}]*?static constexpr const char\* name = "(\w+)"', text)
     classes = {name: cls for cls, name in pairs}
     kernels = {
         f"prologue_kernel<{c}>": head("prologue", p) for c, p in (("float", "fp32"), ("double", "fp64"))
@@ -52,7 +52,7 @@ def report(arch: str) -> list[Row]:
         r"^NVCC_EXACT\b.*?= (\[.*?\])", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL
     )
     assert flags is not None, "setup.py has no NVCC_EXACT"
-    heads = _instances()
+    heads = instances()
     lines = [f"template __global__ void {kernel}(CudaTask);" for kernel in heads]
     with tempfile.TemporaryDirectory() as folder:
         source, cubin, ptx = (Path(folder, name) for name in ("kernels.cu", "cubin", "ptx"))
@@ -64,4 +64,4 @@ def report(arch: str) -> list[Row]:
         sass = _by_kernel(_output(cuobjdump(), "-sass", cubin), "Function : ")
         text = _by_kernel(_output("cat", ptx), r"\.entry ")
     same = {"compiler": "nvcc", "target": f"cuda:{arch}", "threads": 256}
-    return [same | heads[k] | nvidia_counts(text[k], sass[k], used[k]) for k in heads]
+    return [same | heads[k] | nvidia_counts(text[k], used[k], sass[k]) for k in heads]

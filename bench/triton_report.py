@@ -53,15 +53,12 @@ def compiled(kernel: Any, working: str, constants: Row, target: GPUTarget, optio
     return triton.compile(source, target=target, options=options)
 
 
-def nvidia_report(kernel: Any) -> Row:
-    with tempfile.TemporaryDirectory() as folder:
-        cubin = Path(folder, "cubin")
-        cubin.write_bytes(kernel.asm["cubin"])
-        commands = ([cuobjdump(), option, cubin] for option in ("-res-usage", "-sass"))
-        usage, sass = (
-            subprocess.run(c, stdout=subprocess.PIPE, text=True, check=True).stdout for c in commands
-        )
-    return nvidia_counts(kernel.asm["ptx"], sass, usage)
+def nvidia_report(kernel: Any, issued: bool) -> Row:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        Path(file.name).write_bytes(kernel.asm["cubin"])
+        commands = [[cuobjdump(), option, file.name] for option in ("-res-usage", "-sass")[: 1 + issued]]
+        texts = [subprocess.run(c, stdout=subprocess.PIPE, text=True, check=True).stdout for c in commands]
+    return nvidia_counts(kernel.asm["ptx"], *texts)
 
 
 def amd_report(kernel: Any) -> Row:
@@ -79,19 +76,14 @@ def amd_report(kernel: Any) -> Row:
     guarded = re.findall(r"fcmp (?:uno|ord) (?:<(\d+) x )?(?:float|double)", llir)
     guards = sum(int(n or 1) for n in guarded)
     vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
-    spilled = ("vgpr_spill_count", "sgpr_spill_count", "private_segment_fixed_size")
+    # Scalar registers spill into lanes of vector registers, not to memory.
+    spilled = ("vgpr_spill_count", "private_segment_fixed_size")
     return {
         "registers": field("vgpr_count"),
         "spill_bytes": sum(map(field, spilled)),
         "loads": {}, "stores": {},
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
-        # Triton 3.6's LLVM cuts these up and joins them again in the assembly, where the table's
-        # addresses are in scalar registers.
-        "half_wide_loads": count(r"\bglobal_load_dwordx2 v\[\S+, v\[\S+, off", assembly),
-        "half_wide_stores": count(r"\bglobal_store_dwordx2 v\[\S+, v\[\S+, off", assembly),
-        "byte_loads": count(r"\bglobal_load_[us]byte(?:_d16(?:_hi)?)?\b", assembly),
-        "byte_stores": count(r"\bglobal_store_byte(?:_d16_hi)?\b", assembly),
         "contracted": fused - sum(n * count(pattern, assembly) for pattern, n in expanded.items()),
         "approximate": count(r"\bf(?:div|sqrt) (?:\w+ )*(?:afn|arcp|fast)\b|llvm\.amdgcn\.rcp\b", llir),
         "flushed": count(r'"denormal-fp-math-f32"="(?!ieee)', llir),
@@ -100,7 +92,7 @@ def amd_report(kernel: Any) -> Row:
     }  # fmt: skip
 
 
-def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool) -> list[Row]:
+def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued: bool) -> list[Row]:
     """A row for each kernel of ``step``; with ``fusion`` compiled as a launch must not be."""
     arch = name.split(":")[1]
     nvidia = name.startswith("cuda")
@@ -110,7 +102,7 @@ def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool) -> lis
         options = step.launch_options(target.backend, target.warp_size, threads, registers)
         options["enable_fp_fusion"] = fusion
         code = compiled(kernel, working, constants, target, options)
-        return {"threads": threads, **(nvidia_report if nvidia else amd_report)(code)}
+        return {"threads": threads, **(nvidia_report(code, issued) if nvidia else amd_report(code))}
 
     rows = []
     for rule in rules:
@@ -134,11 +126,12 @@ def main() -> None:
     parser.add_argument("--rule", action="append", choices=RULES, help="default: all")
     parser.add_argument("--formats", action="append", metavar="PARAM:GRAD:STATES", help="default: the usual")
     parser.add_argument("--fp-fusion", action="store_true", help="compile as a launch must not be")
+    parser.add_argument("--issued", action="store_true", help="count the instructions issued (NVIDIA), too")
     given = parser.parse_args()
     step = load_kernels(given.kernels)
     triples = [tuple(f.split(":")) for f in given.formats or map(":".join, TRIPLES)]
     for target in given.target or ["cuda:90"]:
-        for row in reports(step, target, given.rule or RULES, triples, given.fp_fusion):
+        for row in reports(step, target, given.rule or RULES, triples, given.fp_fusion, given.issued):
             print(json.dumps(row))
 
 

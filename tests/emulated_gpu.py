@@ -26,7 +26,6 @@ class EmulatedGpu:
             arguments, and those that it may only read.
         kernels: those that were loaded.
         launched: the names of those that were launched.
-        replaced: by a kernel's name a text in its PTX and what to put in its place, when it is loaded.
     """
 
     def __init__(self, capability: int) -> None:
@@ -34,7 +33,6 @@ class EmulatedGpu:
         self.memory: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda: ((), ())
         self.kernels: list[ptx.Kernel] = []
         self.launched: list[str] = []
-        self.replaced: dict[str, tuple[str, str]] = {}
         self.utils = self
         self._ptx_file = ""
         triton.knobs.runtime.kernel_load_start_hook.add(self._loading)
@@ -57,12 +55,7 @@ class EmulatedGpu:
 
     def load_binary(self, name: str, binary: bytes, shared: int, device: int) -> tuple[Any, ...]:
         with open(self._ptx_file) as file:
-            text = file.read()
-        if name in self.replaced:
-            old, new = self.replaced[name]
-            assert old in text, f"{name} has no {old!r}"
-            text = text.replace(old, new)
-        (kernel,) = ptx.parse(text)
+            (kernel,) = ptx.parse(file.read())
         self.kernels.append(kernel)
         registers, spills, most_threads = 0, 0, 1024
         return name, kernel, registers, spills, most_threads

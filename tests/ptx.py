@@ -168,12 +168,6 @@ def _largest(a: Array, b: Array) -> Array:
     return np.where((a > b) | ((a == b) & np.signbit(b)) | np.isnan(b), a, b)
 
 
-def _smallest(a: Array, b: Array) -> Array:
-    if a.dtype.kind == "f":
-        raise Unknown
-    return np.minimum(a, b)
-
-
 def _permute(a: Array, b: Array, selector: Array) -> Array:
     pair = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
     result = np.zeros_like(pair)
@@ -192,35 +186,17 @@ def _bit_field(a: Array, position: Array, length: Array) -> Array:
 
 
 OPERATIONS: dict[str, Callable[..., Array]] = {
-    "abs": np.abs,
-    "add": np.add,
-    "and": np.bitwise_and,
-    "bfe": _bit_field,
-    "div": np.divide,
-    "max": _largest,
-    "min": _smallest,
-    "mov": lambda a: a,
-    "mul": np.multiply,
-    "neg": np.negative,
-    "not": np.invert,
-    "or": np.bitwise_or,
-    "prmt": _permute,
-    "shl": _shift_left,
-    "shr": _shift_right,
-    "sqrt": np.sqrt,
-    "sub": np.subtract,
-    "xor": np.bitwise_xor,
-}
+    "abs": np.abs, "add": np.add, "and": np.bitwise_and, "bfe": _bit_field, "div": np.divide, "max": _largest,
+    "min": np.minimum, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
+    "or": np.bitwise_or, "prmt": _permute, "shl": _shift_left, "shr": _shift_right, "sqrt": np.sqrt,
+    "sub": np.subtract, "xor": np.bitwise_xor,
+}  # fmt: skip
 ROUNDED = frozenset(["add", "sub", "mul", "div", "sqrt"])
 """Operations that must say that they round to nearest: a compiler may contract those that do not."""
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
-    "eq": np.equal,
-    "ne": np.not_equal,
-    "lt": np.less,
-    "le": np.less_equal,
-    "gt": np.greater,
+    "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,
     "ge": np.greater_equal,
-}
+}  # fmt: skip
 
 
 def _compare(name: str, a: Array, b: Array) -> Array:
@@ -259,9 +235,9 @@ def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Arr
     """Of floating-point operations those that are exact or rounded once, to nearest."""
     floating = values[0].dtype.kind == "f"
     allowed = [("rn",)] if floating and name in ROUNDED else [()]
-    if floating and name in ("max", "min"):
+    if floating and name == "max":
         allowed.append(("NaN",))
-    if name not in OPERATIONS or how not in allowed:
+    if name not in OPERATIONS or how not in allowed or (floating and name == "min"):
         raise Unknown
     result = OPERATIONS[name](*values)
     if result.dtype != values[0].dtype:
@@ -298,24 +274,19 @@ class Space:
         self.readers = np.full((2, size), -1, np.int64)
         self.read_at = np.zeros((2, size), np.int64)
 
-    def _ordered(self, before: Array, meetings: Array, lanes: Array, read: bool) -> Array:
-        """Whether what threads ``before`` did, read or written, lies before what ``lanes`` do now."""
+    def _after(self, who: Array, when: Array, places: Array, lanes: Array, read: bool = False) -> Array:
+        """Whether what ``who`` did at ``places``, read or written, lies before what ``lanes`` do now."""
         t = self.threads
-        together = (t.block[before] == t.block[lanes]) & (t.block_meetings[t.block[lanes]] > meetings[0])
-        if read:
-            # An exchange is no barrier of memory, but it is assumed to give what depends on what was read.
-            together |= (t.warp[before] == t.warp[lanes]) & (t.warp_meetings[t.warp[lanes]] > meetings[1])
-        return (before < 0) | (before == lanes) | together
-
-    def _after_writers(self, places: Array, lanes: Array) -> Array:
-        first, last = (
-            self._ordered(w[places], self.written_at[:, places], lanes, False) for w in self.writers
-        )
-        return first & last
-
-    def _after_readers(self, places: Array, lanes: Array) -> Array:
-        first, last = (self._ordered(r[places], self.read_at[:, places], lanes, True) for r in self.readers)
-        return first & last
+        good = np.ones(len(lanes), bool)
+        for before in who[:, places]:
+            together = t.block[before] == t.block[lanes]
+            together &= t.block_meetings[t.block[lanes]] > when[0, places]
+            if read:
+                # An exchange is no barrier of memory; it is assumed to give what depends on what was read.
+                exchanged = t.warp_meetings[t.warp[lanes]] > when[1, places]
+                together |= (t.warp[before] == t.warp[lanes]) & exchanged
+            good &= (before < 0) | (before == lanes) | together
+        return good
 
     def _now(self, lanes: Array) -> Array:
         t = self.threads
@@ -324,8 +295,8 @@ class Space:
     def load(self, at: Array, lanes: Array) -> tuple[Array, Array]:
         """Bytes at ``at`` [threads, width], and of which threads the writes before are ordered."""
         flat, each = at.ravel(), np.repeat(lanes, at.shape[1])
-        ordered = self._after_writers(flat, each)
-        forgotten = self._after_readers(flat, each)
+        ordered = self._after(self.writers, self.written_at, flat, each)
+        forgotten = self._after(self.readers, self.read_at, flat, each, read=True)
         first, last = self.readers[:, flat]
         # Threads are in order: of several that read one byte the last assignment is the last thread's.
         self.readers[1, flat] = np.where(forgotten, each, np.maximum(last, each))
@@ -337,7 +308,8 @@ class Space:
         """Write bytes ``values`` at ``at`` [threads, width]; of which threads that is ordered after what
         others did there."""
         flat, each = at.ravel(), np.repeat(lanes, at.shape[1])
-        ordered = self._after_writers(flat, each) & self._after_readers(flat, each)
+        ordered = self._after(self.writers, self.written_at, flat, each)
+        ordered &= self._after(self.readers, self.read_at, flat, each, read=True)
         self.contents[flat] = values.ravel()
         ordered &= self.contents[flat] == values.ravel()  # not so where two threads write different values
         self.writers[1, flat] = each
@@ -396,12 +368,8 @@ class Launch:
         self.arguments = dict(zip(kernel.parameters, arguments))
         n = blocks * kernel.threads
         self.lanes = np.arange(n)
-        self.threads = Threads(
-            self.lanes // kernel.threads,
-            self.lanes // WARP,
-            np.zeros(blocks, np.int64),
-            np.zeros(n // WARP, np.int64),
-        )
+        meetings = np.zeros(blocks, np.int64), np.zeros(n // WARP, np.int64)
+        self.threads = Threads(self.lanes // kernel.threads, self.lanes // WARP, *meetings)
         self.memory = GlobalMemory(tensors, constants, self.threads)
         self.shared_bytes = shared
         self.shared = Space(np.zeros(blocks * shared, np.uint8), self.threads)
@@ -436,11 +404,8 @@ class Launch:
         self.memory.write_back()
 
     def fault(self, instruction: Instruction, what: str, lane: int | None = None) -> Fault:
-        where = (
-            ""
-            if lane is None
-            else f"thread {lane % self.kernel.threads} of block {lane // self.kernel.threads} "
-        )
+        block, thread = divmod(lane or 0, self.kernel.threads)
+        where = "" if lane is None else f"thread {thread} of block {block} "
         return Fault(f"{self.kernel.name}: {where}{what}: {instruction.text}")
 
     def _value(self, operand: Any, dtype: np.dtype[Any]) -> Array:
@@ -453,13 +418,12 @@ class Launch:
         if isinstance(operand, int):
             bits = np.dtype("u1" if dtype == bool else f"u{dtype.itemsize}")
             number = np.array(operand & (2 ** (8 * bits.itemsize) - 1), bits)
-            return np.broadcast_to(
-                number.astype(bool) if dtype == bool else number.view(dtype), len(self.lanes)
-            )
+            number = number.astype(bool) if dtype == bool else number.view(dtype)
+            return np.broadcast_to(number, len(self.lanes))
         if operand == self.kernel.shared:
             return np.zeros(len(self.lanes), dtype)  # where it begins
         if operand not in self.values:
-            if isinstance(operand, str) and operand.startswith("%"):
+            if operand.startswith("%"):
                 raise Fault(f"{self.kernel.name}: {operand} is read before it is written")
             raise Unknown
         value = self.values[operand]
@@ -566,6 +530,7 @@ class Launch:
         known = {"st": {"global", "shared"}, "ld": {"global", "shared", "param"}}
         others = {f"v{len(registers)}"} if len(registers) > 1 else set()
         others |= {"nc"} if space == "global" and not store else set()
+        others |= {"cta"} if space == "shared" else set()  # ::cta, whose shared memory it is anyway
         if space not in known[instruction.name] or not {*instruction.modifiers[1:-1]} <= others:
             raise Unknown
         if space == "param":

@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same_bits
 from torch import Tensor
 
+from fused_optim import storage
 from fused_optim.backends import extension
 from fused_optim.rounding import MU, NU, PARAM, Place, dither, philox, random_key, random_words
 from fused_optim.storage import BLOCK, FORMATS, bits_of, float_of, round_to_bf16
@@ -115,16 +117,8 @@ def test_a_remainder_can_be_made_for_a_master(name: str) -> None:
         # A tie that was rounded to even needs a remainder of +32768, one more than there is.
         error = (bits_of(back) - bits_of(x)).abs()
         assert int(error.max()) <= (1 if name == "split16" else 256)
-        assert not bool(format.remainder_of(param * 4, x)[param.abs() > 1e-30].any()), (
-            "it belongs to another value"
-        )
-
-
-def test_rounding_half_to_even_does_not_leave_a_remainder_of_16_bits() -> None:
-    """Why split16 rounds half away from zero: the other way a remainder can be +32768."""
-    x = float_of(torch.tensor([0x3F808000]))
-    even = bits_of(x.to(torch.bfloat16).float())
-    assert int(bits_of(x) - even) == 32768
+        of_another_value = format.remainder_of(param * 4, x)[param.abs() > 1e-30]
+        assert not bool(of_another_value.any())
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 1000])
@@ -142,46 +136,37 @@ def test_split8_is_off_by_less_than_a_unit_of_24_bits(step: int) -> None:
         assert torch.equal(bits_of(again)[real], bits_of(back)[real])
 
 
-@pytest.mark.parametrize("operand", [MU, NU])
-def test_every_8bit_code_decodes_and_encodes_to_itself(operand: int) -> None:
+@pytest.mark.parametrize("name, orders, largest", [("e4m3", 14, 120), ("e5m3", 30, 248)])
+def test_every_8bit_code_decodes_and_encodes_to_itself(name: str, orders: int, largest: int) -> None:
     """All values that there are, under all exponents."""
-    name, largest, infinity = ("e4m3", 120, 126) if operand == MU else ("e5m3", 248, 254)
-    for exponent in range(255 - (14 if operand == MU else 30)):
-        finite = torch.arange(largest + 1 if exponent < (240 if operand == MU else 224) else largest)
-        codes = torch.cat([finite, torch.tensor([infinity, infinity + 1])])
-        if operand == MU:
+    for exponent in range(255 - orders):
+        finite = torch.arange(largest + 1 if exponent < 254 - orders else largest)
+        codes = torch.cat([finite, torch.tensor([largest + 6, largest + 7])])  # infinity and NaN
+        if name == "e4m3":
             codes = torch.cat([codes, codes + 128])
         # The block's largest value fixes its exponent: a block of its own for each code.
-        top = torch.full((len(codes), BLOCK), 8 * (14 if operand == MU else 30) + 7)
+        top = torch.full((len(codes), BLOCK), 8 * orders + 7)
         top[:, 0] = codes
-        stored, exponents = (
-            top.reshape(-1).to(torch.uint8),
-            torch.full((len(codes),), exponent, dtype=torch.uint8),
-        )
-        values = FORMATS[name].decode(stored, exponents)
-        again = FORMATS[name].decode(*FORMATS[name].encode(values, place(operand=operand)))
+        exponents = torch.full((len(codes),), exponent, dtype=torch.uint8)
+        values = FORMATS[name].decode(top.reshape(-1).to(torch.uint8), exponents)
+        again = FORMATS[name].decode(*of_step(values, name, 3))
         assert_same_bits(again, values, f"exponent {exponent}")
 
 
 @pytest.mark.parametrize("name", ["e4m3", "e5m3"])
 def test_all_dithers_of_chosen_values(name: str) -> None:
     """Dithers evenly among all 2^20: the mean is the value, and each result one of its neighbours."""
-    operand = OPERANDS[name]
     for value in (1.0, 1.0625, 1.3, 1.9999, 0.4242, 0.07, 3e-5 if name == "e5m3" else 1e-3):
         block = torch.ones(BLOCK)
         block[5] = value * 0.49
         block[6] = value
-        seen = {}
+        seen = []
         # Codes only depend on the dither's top 20 bits; take them all through a patched dither.
         with pytest.MonkeyPatch.context() as patch:
             for k in range(0, 2**20, 2**14):
-                patch.setattr(
-                    "fused_optim.storage.dither",
-                    lambda index, at, k=k: torch.full_like(index, k << 12),
-                )
-                decoded = FORMATS[name].decode(*FORMATS[name].encode(block, place(operand=operand)))
-                seen[k] = float(decoded[6])
-        got = torch.tensor(list(seen.values()), dtype=torch.float64)
+                patch.setattr(storage, "dither", lambda index, at, k=k: torch.full_like(index, k << 12))
+                seen.append(float(FORMATS[name].decode(*of_step(block, name, 3))[6]))
+        got = torch.tensor(seen, dtype=torch.float64)
         assert len(got.unique()) <= 2
         assert abs(float(got.mean()) - float(block[6])) <= 2e-2 * float(block[6]) / 8
         assert bool(((got - float(block[6])).abs() < float(block[6]) / 8).all())
@@ -244,18 +229,14 @@ def test_every_nan_is_stored_alike(name: str) -> None:
         assert_same_bits(got, alone[0])
 
 
-def test_a_neighbouring_block_does_not_matter() -> None:
-    rng = torch.Generator().manual_seed(1)
-    x = torch.rand(3 * BLOCK, generator=rng)
-    for name in ("e4m3", "e5m3"):
-        want = of_step(x, name, 5)
-        y = x.clone()
-        y[BLOCK : 2 * BLOCK] = torch.nan
-        got = of_step(y, name, 5)
-        for t, u in zip(want, got):
-            assert t is not None and u is not None
-            third = len(t) // 3
-            assert torch.equal(t[:third], u[:third]) and torch.equal(t[2 * third :], u[2 * third :])
+@pytest.mark.parametrize("name", ["e4m3", "e5m3"])
+def test_a_neighbouring_block_does_not_matter(name: str) -> None:
+    x = torch.rand(3, BLOCK, generator=torch.Generator().manual_seed(1))
+    y = x.clone()
+    y[1] = torch.nan
+    for want, got in zip(*(of_step(values.view(-1), name, 5) for values in (x, y))):
+        assert want is not None and got is not None
+        assert torch.equal(want.view(3, -1)[[0, 2]], got.view(3, -1)[[0, 2]])
 
 
 def test_the_dither_is_even_over_steps_and_elements() -> None:
@@ -273,21 +254,10 @@ def test_the_dither_is_even_over_steps_and_elements() -> None:
         assert abs(float((x * y).mean())) < 5 / 12 / len(x) ** 0.5
 
 
-def test_all_random_words_give_exact_counts() -> None:
-    """Over all 65,536 words a value goes up as often as the fraction cut off says, exactly."""
-    words = torch.arange(65536)
-    for bits in (0x3F801234, 0xBF80FFFF, 0x3F800001, 0x40490FDB, 0x3F80E000, 0x3F802000):
-        x = float_of(torch.full((65536,), bits))
-        got = round_to_bf16(x, words)
-        down = round_to_bf16(x[:1], words[:1]).double()
-        cut = (x[:1].double() - down).abs() / (unit_above(round_to_bf16(x[:1], words[:1])) - down).abs()
-        assert int((got.double() != down).sum()) == int(cut * 65536)
-
-
 def test_stochastic_rounding_is_unbiased() -> None:
     """A million draws for each value: |z| < 5."""
     n = 2**20
-    for value in (1 + 2**-9, 1 + 2**-16 * 100, -3.14159265, 1e-30, 0.1):
+    for value in (1 + 2**-16 * 100, -3.14159265, 1e-30):
         x = torch.full((n,), value)
         got = FORMATS["bf16_stochastic"].encode(x, place())[0].double()
         low, high = got.min(), got.max()
@@ -307,56 +277,39 @@ def test_random_words_go_by_seed_step_parameter_and_index_alone() -> None:
     assert float((far == words).float().mean()) < 0.01
 
 
-def _native() -> object:
-    native, why = extension("_cpu")
-    if native is None:
+@pytest.fixture
+def native() -> Any:
+    module, why = extension("_cpu")
+    if module is None:
         pytest.skip(why)
-    return native
+    return module
 
 
 @pytest.mark.parametrize("name", OPERANDS)
-def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None:
-    native = _native()
-    format, operand = FORMATS[name], OPERANDS[name]
-    for isa in native.isas():  # type: ignore[attr-defined]
-        for x in slices(name if isa == native.isas()[0] else ""):  # type: ignore[attr-defined]
-            at = place(operand=operand)
-            want, want_aux = format.encode(x, at)
-            got = torch.empty_like(want)
-            aux = torch.empty_like(want_aux) if want_aux is not None else torch.empty(0)
-            native.encode(  # type: ignore[attr-defined]
-                isa,
-                operand,
-                name,
-                x.data_ptr(),
-                len(x),
-                int(at.step),
-                at.key,
-                got.data_ptr(),
-                aux.data_ptr(),
-            )
-            assert_same_bits(got, want, f"{isa}: stored")
-            if want_aux is not None:
-                assert_same_bits(aux, want_aux, f"{isa}: aux")
+def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str, native: Any) -> None:
+    format, at = FORMATS[name], place(operand=OPERANDS[name])
+    for isa in native.isas():
+        for x in slices(name if isa == native.isas()[0] else ""):
+            want = format.encode(x, at)
+            got, aux = (torch.empty(0) if t is None else torch.empty_like(t) for t in want)
+            to = (got.data_ptr(), aux.data_ptr())
+            native.encode(isa, at.operand, name, x.data_ptr(), len(x), int(at.step), at.key, *to)
+            assert_same_bits([got, None if want[1] is None else aux], list(want), f"{isa}: stored")
             back = torch.empty_like(x)
-            native.decode(  # type: ignore[attr-defined]
-                isa, name, got.data_ptr(), aux.data_ptr(), len(x), back.data_ptr()
-            )
-            assert_same_bits(back, format.decode(want, want_aux), f"{isa}: decoded")
+            native.decode(isa, name, *to, len(x), back.data_ptr())
+            assert_same_bits(back, format.decode(*want), f"{isa}: decoded")
 
 
 @pytest.mark.parametrize("finite", [False, True], ids=["all", "finite alone, which take fewer operations"])
-@pytest.mark.parametrize("name", ["e4m3", "e5m3"])
-def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(name: str, finite: bool) -> None:
-    native = _native()
-    codes = torch.arange(256, dtype=torch.uint8).repeat(256 // 2)[: 255 * BLOCK].contiguous()
-    codes = torch.cat([codes, torch.arange(256, dtype=torch.uint8).flip(0).repeat(128)[: 255 * BLOCK]])
+@pytest.mark.parametrize("name, exponents, infinity", [("e4m3", 241, 126), ("e5m3", 225, 254)])
+def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(
+    name: str, exponents: int, infinity: int, finite: bool, native: Any
+) -> None:
+    codes = torch.arange(256, dtype=torch.uint8).repeat(255)
     if finite:
-        codes[(codes & 0x7F if name == "e4m3" else codes) >= (126 if name == "e4m3" else 254)] = 1
-    exponents = torch.arange(255, dtype=torch.uint8).repeat(2) % (241 if name == "e4m3" else 225)
-    for isa in native.isas():  # type: ignore[attr-defined]
+        codes[(codes & 0x7F if name == "e4m3" else codes) >= infinity] = 1
+    of_blocks = torch.arange(255, dtype=torch.uint8).repeat_interleave(2) % exponents
+    for isa in native.isas():
         got = torch.empty(len(codes))
-        native.decode(  # type: ignore[attr-defined]
-            isa, name, codes.data_ptr(), exponents.data_ptr(), len(codes), got.data_ptr()
-        )
-        assert_same_bits(got, FORMATS[name].decode(codes, exponents))
+        native.decode(isa, name, codes.data_ptr(), of_blocks.data_ptr(), len(codes), got.data_ptr())
+        assert_same_bits(got, FORMATS[name].decode(codes, of_blocks))

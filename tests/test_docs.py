@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from bench import report
-from fused_optim import adabelief, adamaxw, optimizer
+from fused_optim import adabelief, adamaxw, adamw, optimizer
+from fused_optim.backends import BACKENDS
 from fused_optim.state import state_parts
 from fused_optim.storage import formats_of
 
@@ -19,14 +20,15 @@ ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
 
 
-def test_readme_example() -> None:
+def test_readme_example(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(BACKENDS, "triton")  # its interpreter, which is chosen here, takes a minute
     (example,) = re.findall(r"```python\n(.*?)```", README.read_text(), re.DOTALL)
     names: dict[str, object] = {}
     exec(example, names)  # noqa: S102 (our own README)
     assert names["loss"].item() < 50  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("module", [adabelief, adamaxw, optimizer])
+@pytest.mark.parametrize("module", [adabelief, adamaxw, adamw, optimizer])
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
     assert tried > 0 and failed == 0

@@ -5,9 +5,9 @@ Bits are compared with eager on the CPU. All of it is skipped where there is no 
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
 from collections.abc import Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -41,10 +41,26 @@ def parameters(device: str) -> list[Tensor]:
     return params
 
 
-def check(got: list[Tensor], optimizer: AdaBelief, want: list[Tensor], eager: AdaBelief) -> None:
-    for p, q in zip(got, want):
-        assert_same_bits(p.detach().cpu(), q.detach())
-        assert_same_bits({k: v.cpu() for k, v in optimizer.state[p].items()}, eager.state[q])
+class Pair:
+    """The same parameters on GPUs, stepped by a backend, and on the CPU, by eager."""
+
+    def __init__(
+        self, backend: str, lr: Any = 1e-2, devices: tuple[str, ...] = ("cuda",), **options: Any
+    ) -> None:
+        self.params = [p for device in devices for p in parameters(device)]
+        self.copies = [p for _ in devices for p in parameters("cpu")]
+        self.ours = AdaBelief(self.params, lr=lr, backend=backend, **options)
+        self.eager = AdaBelief(self.copies, lr=float(lr), backend="eager", **options)
+
+    def eager_steps(self, *learning_rates: float) -> None:
+        for lr in learning_rates:
+            self.eager.param_groups[0]["lr"] = lr
+            self.eager.step()
+
+    def check(self) -> None:
+        for p, q in zip(self.params, self.copies):
+            assert_same_bits(p.detach().cpu(), q.detach())
+            assert_same_bits({k: v.cpu() for k, v in self.ours.state[p].items()}, self.eager.state[q])
 
 
 @pytest.fixture
@@ -58,44 +74,37 @@ def no_waiting() -> Iterator[None]:
 
 
 def test_nothing_waits(backend: str, flatten: bool, request: pytest.FixtureRequest) -> None:
-    got, want = parameters("cuda"), parameters("cpu")
-    optimizer = AdaBelief(got, lr=1e-2, flatten=flatten, backend=backend)
-    eager = AdaBelief(want, lr=1e-2, backend="eager")
-    optimizer.step()
+    pair = Pair(backend, flatten=flatten)
+    pair.ours.step()
     request.getfixturevalue("no_waiting")
     for lr in (1e-2, 1e-3):
-        optimizer.param_groups[0]["lr"] = lr
-        optimizer.step()
+        pair.ours.param_groups[0]["lr"] = lr
+        pair.ours.step()
     torch.cuda.set_sync_debug_mode("default")
-    for lr in (1e-2, 1e-2, 1e-3):
-        eager.param_groups[0]["lr"] = lr
-        eager.step()
-    check(got, optimizer, want, eager)
+    pair.eager_steps(1e-2, 1e-2, 1e-3)
+    pair.check()
 
 
 def test_capture_and_replay_with_a_learning_rate_on_the_gpu(backend: str, flatten: bool) -> None:
-    got, want = parameters("cuda"), parameters("cpu")
     lr = torch.tensor(1e-2, device="cuda")
-    optimizer = AdaBelief(got, lr=lr, weight_decay=0.1, flatten=flatten, backend=backend)
-    eager = AdaBelief(want, lr=1e-2, weight_decay=0.1, backend="eager")
+    pair = Pair(backend, lr, weight_decay=0.1, flatten=flatten)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
-        optimizer.step()
+        pair.ours.step()
     torch.cuda.current_stream().wait_stream(side)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        optimizer.step()
-    eager.step()
-    for value in (1e-2, 1e-3, 1e-4):
+        pair.ours.step()
+    values = [float(torch.tensor(value)) for value in (1e-2, 1e-2, 1e-3, 1e-4)]
+    for value in values[1:]:
         lr.fill_(value)
         graph.replay()
-        eager.param_groups[0]["lr"] = float(torch.tensor(value))
-        eager.step()
-    check(got, optimizer, want, eager)
-    optimizer.step()
-    eager.step()
-    check(got, optimizer, want, eager)
+    pair.eager_steps(*values)
+    pair.check()
+    pair.ours.step()
+    pair.eager.step()
+    pair.check()
 
 
 # What is refused leaves a graph without kernels, of which torch warns.
@@ -119,63 +128,45 @@ def test_capture_refuses_what_would_freeze(backend: str) -> None:
         assert_same_bits(snapshot(other), before)
 
 
-def test_a_kernel_that_does_not_load_changes_nothing(backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    real = BACKENDS[backend]
-
-    def load(key: object) -> None:
-        raise RuntimeError("the compiler's")
-
-    optimizer = AdaBelief(parameters("cuda"), backend=backend)
-    monkeypatch.setitem(BACKENDS, backend, dataclasses.replace(real, load=load))
-    before = snapshot(optimizer)
-    with pytest.raises(RuntimeError, match="the compiler's"):
-        optimizer.step()
-    assert_same_bits(snapshot(optimizer), before)
-
-
 def test_a_side_stream(backend: str) -> None:
-    got, want = parameters("cuda"), parameters("cpu")
-    optimizer, eager = AdaBelief(got, backend=backend), AdaBelief(want, backend="eager")
+    pair = Pair(backend)
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
-    for i in range(6):
+    rates = [1e-3 / i for i in range(1, 7)]
+    for i, lr in enumerate(rates):
+        pair.ours.param_groups[0]["lr"] = lr
         stream = streams[i % 2]
         stream.wait_stream(streams[1 - i % 2])
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
-            optimizer.param_groups[0]["lr"] = 1e-3 / (i + 1)
-            optimizer.step()
-        eager.param_groups[0]["lr"] = 1e-3 / (i + 1)
-        eager.step()
+            pair.ours.step()
     torch.cuda.synchronize()
-    check(got, optimizer, want, eager)
+    pair.eager_steps(*rates)
+    pair.check()
 
 
 @pytest.mark.parametrize("overflow", [False, True])
 def test_grad_scaler(backend: str, overflow: bool) -> None:
-    got, want = parameters("cuda"), parameters("cpu")
-    optimizer, eager = AdaBelief(got, backend=backend), AdaBelief(want, backend="eager")
-    optimizer.step()
-    eager.step()
+    pair = Pair(backend)
+    pair.ours.step()
+    pair.eager.step()
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)
     scaler.scale(torch.zeros((), device="cuda"))
     if overflow:
-        got[1].grad[7] = torch.inf
-    scaler.step(optimizer)
+        pair.params[1].grad[7] = torch.inf
+    scaler.step(pair.ours)
     scaler.update()
-    eager.grad_scale = torch.tensor(1024.0)
+    pair.eager.grad_scale = torch.tensor(1024.0)
     if not overflow:
-        eager.step()
-    check(got, optimizer, want, eager)
+        pair.eager.step()
+    pair.check()
 
 
 def test_a_second_device(backend: str) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    got = [p for i in range(2) for p in parameters(f"cuda:{i}")]
-    want = [p for _ in range(2) for p in parameters("cpu")]
-    optimizer, eager = AdaBelief(got, backend=backend), AdaBelief(want, backend="eager")
+    pair = Pair(backend, devices=("cuda:0", "cuda:1"))
     for _ in range(3):
-        optimizer.step()
-        eager.step()
+        pair.ours.step()
+        pair.eager.step()
     assert torch.cuda.current_device() == 0
-    check(got, optimizer, want, eager)
+    pair.check()

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ from fused_optim.backends.eager import EAGER
 from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
-from fused_optim.storage import FORMATS, Format, Part, native_gradient
+from fused_optim.storage import FORMATS, Format, native_gradient
 from fused_optim.table import ADDRESSES, Batch, BatchKey, Operands
 
 
@@ -49,18 +49,13 @@ def native_grads(param: Format) -> list[Format]:
 
 MOMENTS = [(mu, nu) for mu in of_operand(MU) for nu in of_operand(NU) if mu.choice == nu.choice]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
-COMBINATIONS = [
-    FP64, *(Formats(p, g, *m) for p in of_operand(PARAM) for g in native_grads(p) for m in MOMENTS)
-]  # fmt: skip
-COVERING = [
-    FP64,
-    *(
-        Formats(p, native_grads(p)[(i + k) % len(native_grads(p))], *m)
-        for i, p in enumerate(of_operand(PARAM))
-        for k, m in enumerate(MOMENTS)
-    ),
-]
+COMBINATIONS = [FP64]
+COVERING = [FP64]
 """Each parameter format with each of moments, and either with each of gradients."""
+for i, param in enumerate(of_operand(PARAM)):
+    grads = native_grads(param)
+    COMBINATIONS += [Formats(param, grad, *moments) for grad in grads for moments in MOMENTS]
+    COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 
 
@@ -98,28 +93,29 @@ class World:
         self.stored: list[list[Tensor]] = []
         self.aux: list[list[Tensor | None]] = []
         items = []
-        batch_key = BatchKey(torch.device("cpu"), RULES[rule], *formats)
+        batch_key, keys = BatchKey(torch.device("cpu"), RULES[rule], *formats), RULES[rule].states
         for key, row in enumerate(rows):
-            numel, offsets = row.numel, row.offsets
-            g = self._guarded(formats.grad.dtype, numel, offsets[0])
-            stored, aux = [], []
-            for k, (f, operand) in enumerate(((formats.param, PARAM), (formats.mu, MU), (formats.nu, NU))):
-                values = self._values(numel, special).to(f.working)
-                place = Place(torch.tensor(row.count), key, operand)
-                new, new_aux = f.encode(values.square() if operand == NU else values, place)
-                stored.append(self._guarded(f.dtype, numel, offsets[1 + k]).copy_(new))
-                aux.append(
-                    None if new_aux is None else self._aux(f.aux, numel, offsets[4 + k], new_aux)
-                )
+            g = self._guarded(formats.grad.dtype, row.numel, row.offsets[0])
             step = torch.tensor(row.count)
-            keys = RULES[rule].states
-            state = {"step": step, **dict(zip(keys, stored[1:]))}
-            for name, f, t in zip(("", *keys), batch_key.formats, aux):
+            state = {"step": step}
+            stored: list[Tensor] = []
+            aux: list[Tensor | None] = []
+            for k, (f, name, operand) in enumerate(zip(batch_key.formats, ("", *keys), (PARAM, MU, NU))):
+                values = self._values(row.numel, special).to(f.working)
+                place = Place(torch.tensor(row.count), key, operand)
+                new = f.encode(values.square() if operand == NU else values, place)
+                stored.append(self._guarded(f.dtype, row.numel, row.offsets[1 + k]).copy_(new[0]))
                 part = f.aux_of(name)
+                aux.append(None)
                 if part is not None:
-                    state[part.key] = t
+                    numel = part.numel(row.numel)
+                    aux[k] = state[part.key] = self._guarded(part.dtype, numel, row.offsets[4 + k]).copy_(
+                        new[1]
+                    )
+            state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
-            items.append(Operands(str(key), stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key))
+            operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key)
+            items.append(Operands(str(key), *operands))
             self.grads.append(g)
             self.steps.append(step)
             self.stored.append(stored)
@@ -133,9 +129,6 @@ class World:
         assert buffer.data_ptr() % 16 == 0
         self.buffers.append(buffer)
         return buffer[GUARD + offset : GUARD + offset + numel]
-
-    def _aux(self, part: Part, numel: int, offset: int, values: Tensor) -> Tensor:
-        return self._guarded(part.dtype, part.numel(numel), offset).copy_(values)
 
     def _values(self, numel: int, special: bool) -> Tensor:
         values = torch.randn(numel, generator=self.rng, dtype=torch.float64)
@@ -155,7 +148,7 @@ class World:
         """All memory, guards included, and the step numbers."""
         return [[b.clone() for b in self.buffers], [s.clone() for s in self.steps]]
 
-    def step(self, library: Library, inputs: Inputs, skipped: int = 0, **where: int) -> int:
+    def step(self, library: Any, inputs: Inputs, skipped: int = 0, **where: int) -> int:
         """One step by a library, of tensors as if ``skipped`` chunks lay before each; how many launches it
         took. ``where``: more arguments of the library's."""
         key, batch = self.batch.key, self.batch
@@ -190,16 +183,8 @@ class Work(NamedTuple):
     stored: list[Tensor]
 
 
-class Library(Protocol):
-    """Compiled kernels, however they are run."""
-
-    def chunk_size(self, formats: Formats) -> int: ...
-
-    def step(self, work: Work, **where: int) -> int: ...
-
-
 def step_both(
-    library: Library, worlds: list[World], grad_scale: float | None = None, found_inf: float | None = None,
+    library: Any, worlds: list[World], grad_scale: float | None = None, found_inf: float | None = None,
     skipped: int = 0,
 ) -> None:  # fmt: skip
     """One step of the first by eager and of the second by the library, which must agree."""
@@ -263,10 +248,11 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
     return worlds, [noticed for _, (noticed, *_) in cases]
 
 
-# Contracts that compiled kernels are held to, however they are run.
+# Contracts that compiled kernels are held to, however they are run: a library has chunk_size(formats) and
+# step(work, **where), which returns how many launches it took.
 
 
-def check_sizes_and_alignments(library: Library, rule: str, formats: Formats) -> None:
+def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> None:
     chunk = library.chunk_size(formats)
     worlds = [World(rule, formats, rows_of_sizes(chunk), special=True) for _ in range(2)]
     numbers = worlds[0].batch.chunks(chunk)[:, 1]
@@ -283,7 +269,7 @@ def steps_until_one(beta: float, working: torch.dtype) -> int:
     return next(n for n in itertools.count(1) if 1 - torch.tensor(rounded**n).to(working) == 1)
 
 
-def check_corrections_that_become_one(library: Library, rule: str, formats: Formats) -> None:
+def check_corrections_that_become_one(library: Any, rule: str, formats: Formats) -> None:
     """Step by step from corrections other than 1 to 1, with a learning rate that shows the last bit."""
     chunk, working = library.chunk_size(formats), formats.param.working
     first, second = (steps_until_one(beta, working) for beta in (0.9, 0.999))
@@ -300,7 +286,7 @@ def check_corrections_that_become_one(library: Library, rule: str, formats: Form
         step_both(library, worlds)
 
 
-def check_64_bit_offsets(library: Library, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_64_bit_offsets(library: Any, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
     """Elements from 2^33 on."""
     chunk, before = library.chunk_size(formats), 2**33
     rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
@@ -316,7 +302,7 @@ WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
-def check_all_codes_under_all_exponents(library: Library, grad_exponents: tuple[int, int]) -> None:
+def check_all_codes_under_all_exponents(library: Any, grad_exponents: tuple[int, int]) -> None:
     """Every finite code under every block exponent, and gradients that lead to every exponent."""
     blocks = 240
     numel = 2 * blocks * 128
@@ -341,7 +327,7 @@ def check_all_codes_under_all_exponents(library: Library, grad_exponents: tuple[
         step_both(library, worlds)
 
 
-def check_found_inf_changes_nothing(library: Library, rule: str, formats: Formats, found_inf: float) -> None:
+def check_found_inf_changes_nothing(library: Any, rule: str, formats: Formats, found_inf: float) -> None:
     world = World(rule, formats, rows_of_sizes(library.chunk_size(formats)))
     world.new_gradients(special=True)
     before = world.contents()
@@ -349,7 +335,7 @@ def check_found_inf_changes_nothing(library: Library, rule: str, formats: Format
     assert_same_bits(world.contents(), before)
 
 
-def check_counters(library: Library, rule: str, formats: Formats, steps: int) -> None:
+def check_counters(library: Any, rule: str, formats: Formats, steps: int) -> None:
     """Step numbers that end at the largest, under all hyperparameters, more than a program takes; and with
     nothing to step beside them."""
     counts = [0, 1, 5, 1000, MAX_COUNT - 3, MAX_COUNT - 1, MAX_COUNT] * 5
