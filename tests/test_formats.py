@@ -29,7 +29,6 @@ from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import extension
 from fused_optim.storage import REMAINDERS
 
-SHAPES = [(300,), (7, 40), (), (129,)]
 OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dtype == BF16}
 
 
