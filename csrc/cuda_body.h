@@ -113,6 +113,7 @@ template <class T>
 FUSED_OPTIM_DEVICE void advance_counters(const CudaTask& task, int thread) {
   if (skips(task)) return;
   const Coefficients<T>* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
+#pragma unroll 1
   for (int64_t i = thread; i < task.n_counters; i += kThreads)
     *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
 }
