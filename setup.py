@@ -134,6 +134,7 @@ def extension(name: str, sources: list[str]) -> Extension:
         extra_compile_args=[
             "-std=c++17",
             "-O3",
+            "-g0",  # of functions that are all inlined it would take half of the compiler's time
             "-fvisibility=hidden",
             "-fopenmp-simd",
             "-Wno-psabi",

@@ -8,7 +8,7 @@
 
 #include "cuda_codecs.h"
 #include "rules/all.h"
-#include "table.h"
+#include "step_cuda.h"
 
 #if defined(__CUDACC__)
 #define FUSED_OPTIM_DEVICE __device__ __forceinline__
@@ -22,29 +22,12 @@ constexpr int kThreads = 256;
 constexpr int kLanes = 32;  // of a warp
 constexpr int kPrologueThreads = 128;
 
-// 4,096 elements fill a GPU from a million parameters on, and still set some 100 KiB of
-// traffic against a block's three dependent reads: chunk, row, coefficients.
-constexpr int64_t kChunk = 4096;
+// The longest access, in bytes: fused_optim.table.VECTOR_BYTES.
+constexpr int kLongest = 16;
 
-// One access; the longer is fused_optim.table.VECTOR_BYTES.
-struct alignas(16) Access16 {
-  uint32_t x, y, z, w;
-};
-struct alignas(8) Access8 {
-  uint32_t x, y;
-};
-
-// Addresses in the device's memory; `grad_scale` and `found_inf` are null for none.
-struct CudaTask {
-  const Row* rows;
-  const Chunk* chunks;
-  int64_t n_chunks;
-  const Counter* counters;
-  int64_t n_counters;
-  const Hyperparameters* hyper;
-  void* coefficients;
-  const float* grad_scale;
-  const float* found_inf;
+template <int bytes>
+struct alignas(bytes) Access {
+  uint32_t word[bytes / 4];
 };
 
 // An address that the table holds. From a bare integer the compiler would make generic
@@ -63,29 +46,20 @@ FUSED_OPTIM_DEVICE T* global(int64_t address) {
 template <class T>
 FUSED_OPTIM_DEVICE T read_only(const T* p) {
 #if defined(__CUDA_ARCH__)
-  return __ldg(p);
+  if constexpr (std::is_arithmetic<T>::value) {
+    return __ldg(p);
+  } else {
+    using Word = std::conditional_t<alignof(T) == 8, unsigned long long, unsigned>;
+    struct Words {
+      Word word[sizeof(T) / sizeof(Word)];
+    } words;
+#pragma unroll
+    for (size_t i = 0; i < sizeof(T) / sizeof(Word); ++i) words.word[i] = __ldg(reinterpret_cast<const Word*>(p) + i);
+    return bit_cast<T>(words);
+  }
 #else
   return *p;
 #endif
-}
-
-FUSED_OPTIM_DEVICE Chunk read_only(const Chunk* p) { return {read_only(&p->row), read_only(&p->chunk)}; }
-
-FUSED_OPTIM_DEVICE Row read_only(const Row* p) {
-  return {read_only(&p->numel),       read_only(&p->counter),  read_only(&p->grad),     read_only(&p->param),
-          read_only(&p->mu),          read_only(&p->nu),       read_only(&p->param_aux),
-          read_only(&p->mu_aux),    read_only(&p->nu_aux), read_only(&p->key)};
-}
-
-template <class T>
-FUSED_OPTIM_DEVICE Coefficients<T> read_only(const Coefficients<T>* p) {
-  struct Numbers {
-    T value[sizeof(Coefficients<T>) / sizeof(T)];
-  } numbers;
-  const T* const source = reinterpret_cast<const T*>(p);
-#pragma unroll
-  for (size_t i = 0; i < sizeof(numbers) / sizeof(T); ++i) numbers.value[i] = read_only(source + i);
-  return bit_cast<Coefficients<T>>(numbers);
 }
 
 // Keeps what was read above from being read below, so that reads wait together and not one
@@ -131,10 +105,9 @@ class InMemory {
   static constexpr bool kInWords = n > 1 && sizeof(Stored) < 4;
   static constexpr int kBits = 8 * sizeof(Stored);
   static constexpr size_t kBytes = n * sizeof(Stored);
-  using Access = std::conditional_t<
-      n == 1, Stored, std::conditional_t<kBytes % sizeof(Access16) == 0, Access16, Access8>>;
-  static constexpr int kAccesses = kBytes / sizeof(Access);
-  static_assert(kAccesses * sizeof(Access) == kBytes, "neighbours must fill whole accesses");
+  using One = std::conditional_t<n == 1, Stored, Access<kBytes % kLongest == 0 ? kLongest : 8>>;
+  static constexpr int kAccesses = kBytes / sizeof(One);
+  static_assert(kAccesses * sizeof(One) == kBytes, "neighbours must fill whole accesses");
 
  public:
   using Item = std::conditional_t<kInWords, uint32_t, Stored>;
@@ -143,17 +116,17 @@ class InMemory {
   Item item[n / kEach];
 
   FUSED_OPTIM_DEVICE void read(const Stored* source) {
-    Access all[kAccesses];
+    One all[kAccesses];
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) all[i] = reinterpret_cast<const Access*>(source)[i];
+    for (int i = 0; i < kAccesses; ++i) all[i] = reinterpret_cast<const One*>(source)[i];
     memcpy(item, all, kBytes);
   }
 
   FUSED_OPTIM_DEVICE void write(Stored* target) const {
-    Access all[kAccesses];
+    One all[kAccesses];
     memcpy(all, item, kBytes);
 #pragma unroll
-    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<Access*>(target)[i] = all[i];
+    for (int i = 0; i < kAccesses; ++i) reinterpret_cast<One*>(target)[i] = all[i];
   }
 
   FUSED_OPTIM_DEVICE Wide<Stored> get(int k) const {
@@ -267,14 +240,14 @@ struct Elements {
     value[k] = Codec::load(stored.get(k), part);
   }
 
-  // Whether a code in memory is that of infinity or NaN. Four are finite_path at once: no sum leaves its byte.
+  // Whether a code in memory is that of infinity or NaN. Four are tested at once: no sum leaves its byte.
   FUSED_OPTIM_DEVICE bool has_special_codes() const {
     uint32_t special = 0;
     if constexpr (kBlocked<Codec>) {
 #pragma unroll
       for (const uint32_t codes : stored.item) {
         const uint32_t sums = (codes & 0x7f7f7f7fu) + (Codec::code_bits + 1 - Codec::infinity) * 0x01010101u;
-        special |= Codec::code_bits == 0xffu ? sums & codes : sums;
+        special |= Codec::sign_bit == 0 ? sums & codes : sums;
       }
     }
     return (special & 0x80808080u) != 0;
@@ -409,9 +382,9 @@ struct Neighbours {
 // Neighbours that a thread takes of a full chunk: 16 bytes of 16-bit operands, 8 of 8-bit ones.
 // With 16 elements of the latter ones registers would not do.
 template <class T, class... Codec>
-constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : sizeof(Access16) / sizeof(T);
+constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
 
-// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has an special value it
+// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has a special value it
 // writes nothing and returns false.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
@@ -505,7 +478,7 @@ FUSED_OPTIM_DEVICE void step_body(const CudaTask& task, int64_t block, int threa
     return;
   }
   const int length = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
-  // A warp that meets an special value steps its round as spans, by the code that short chunks have.
+  // A warp that meets a special value steps its round as spans, by the code that short chunks have.
 #pragma unroll 1
   do {
     int first = thread / kLanes * span, end = length, stride = kThreads / kLanes * span;

@@ -3,10 +3,7 @@
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
 #include "cuda_body.h"
-#include "step_cuda.h"
 
 namespace fused_optim {
 
@@ -27,13 +24,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   step_body<Rule, Param, Grad, Mu, Nu>(task, blockIdx.x, static_cast<int>(threadIdx.x));
 }
 
-template <class A, class B>
-constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Working>::value;
-
 using Kernel = void (*)(CudaTask);
 
 // The step kernel among those of one part, null where there is none. Defined in step_cuda_kernels.cu.
 template <int part>
-Kernel find_step(const CudaStep& step);
+Kernel find_step(const Names& names);
 
 }  // namespace fused_optim

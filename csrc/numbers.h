@@ -10,6 +10,9 @@
 
 namespace fused_optim {
 
+template <class... T>
+struct Types {};  // a list of rules or codecs
+
 template <class T>
 struct Traits;  // the types of a number's or a vector's size, and what has no operator
 

@@ -12,10 +12,8 @@
 // each, and not one for each rule with each parameter format.
 #pragma once
 
-#include "codecs.h"
 #include "cpu_task.h"
 #include "vectors.h"
-#include "rules/all.h"
 
 // Of lambdas: gcc would call those that are used twice.
 #define FUSED_OPTIM_INLINE __attribute__((always_inline))
@@ -151,7 +149,7 @@ struct Tile {
   // All of a block, elements `i` to `end`, is written.
   FUSED_OPTIM_HD void end_block(int64_t block, int64_t i, int64_t end) {
     if constexpr (kBlocked<Codec>) {
-      if (any_at_least(largest, kFiniteLimit)) {
+      if (largest_of(largest) >= kFiniteLimit) {
         finite_values = false;
         largest = Words{};
         for (; i < end; i += kWords) take_magnitudes(Codec::magnitude(read_vector(values + i)));
@@ -164,7 +162,7 @@ struct Tile {
   // Whether `store_finite` will do, after all of the tile was written.
   FUSED_OPTIM_HD bool has_finite_values() const {
     if constexpr (!kBuffered<Codec>) return true;
-    return Codec::low_precision && (kBlocked<Codec> ? finite_values : !any_at_least(largest, kFiniteLimit));
+    return Codec::low_precision && (kBlocked<Codec> ? finite_values : largest_of(largest) < kFiniteLimit);
   }
 
   FUSED_OPTIM_HD void begin_dithers(int64_t begin, const Place& place) {
@@ -349,24 +347,6 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
   }
 }
 
-// Small tensors lie in memory of their own each, where no prefetcher of the processor's finds them.
-inline void prefetch_row(const Row& row) {
-  for (const int64_t operand : {row.grad, row.param, row.mu, row.nu})
-    prefetch_bytes(reinterpret_cast<const void*>(operand), 256);
-}
-
-void step_chunks(const Task& task, int64_t first, int64_t last) {
-  for (int64_t k = first; k < last; ++k) {
-    if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row)
-      prefetch_row(task.rows[task.chunks[k + 2].row]);
-    const Chunk chunk = task.chunks[k];
-    const Row& row = task.rows[chunk.row];
-    const int64_t number = chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk;
-    const int64_t begin = number * task.chunk_size, end = minimum(begin + task.chunk_size, row.numel);
-    task.step_elements(row, begin, end, task.grad_is_own, task.coefficients_of(row.counter));
-  }
-}
-
 // One operand alone, for the tests of codecs.
 template <class Codec, Operand operand>
 void encode_operand(const float* values, const Place& place, int64_t n, void* stored, void* aux) {
@@ -398,22 +378,15 @@ void decode_operand(const void* stored, const void* aux, int64_t n, float* value
   }
 }
 
-// Calls `visitor` with the codec of that name; false where there is none that is encoded.
-template <class Visitor>
-bool with_codec(const char* format, Visitor visitor) {
-#define FUSED_OPTIM_PAIR(Mu, Nu) FUSED_OPTIM_CASE(Mu) FUSED_OPTIM_CASE(Nu)
-#define FUSED_OPTIM_CASE(Codec)              \
-  if constexpr (kBuffered<Codec>) {          \
-    if (same(format, Codec::name)) {         \
-      visitor(Codec{});                      \
-      return true;                           \
-    }                                        \
-  }
-  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
-  FUSED_OPTIM_MOMENTS(FUSED_OPTIM_PAIR)
-#undef FUSED_OPTIM_CASE
-#undef FUSED_OPTIM_PAIR
-  return false;
+// Calls `use` with the codec of that name; false where there is none that is encoded.
+template <class Use>
+bool with_codec(const char* format, Use use) {
+  const auto use_encoded = [&](auto codec) {
+    if constexpr (kBuffered<decltype(codec)>) use(codec);
+    return kBuffered<decltype(codec)>;
+  };
+  return with_name(ParamCodecs{}, format, use_encoded) || with_name(MuCodecs{}, format, use_encoded) ||
+         with_name(Types<NuOf<E4M3>>{}, format, use_encoded);
 }
 
 bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n, void* stored,
@@ -431,37 +404,15 @@ bool decode(const char* format, const void* stored, const void* aux, int64_t n, 
   return with_codec(format, [&](auto codec) { decode_operand<decltype(codec)>(stored, aux, n, values); });
 }
 
-template <class Rule, class Param>
-StepElements find_of(const Task& task) {
-#define FUSED_OPTIM_CASE(Mu, Nu)                                                                                   \
-  if constexpr (std::is_same<typename Mu::Working, typename Param::Working>::value)                                \
-    if (same(task.mu_format, Mu::name) && same(task.nu_format, Nu::name)) return step_elements<Rule, Param, Mu, Nu>;
-  FUSED_OPTIM_MOMENTS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return nullptr;
+StepElements find(const Names& names) {
+  StepElements found = nullptr;
+  with_names(names, [&](auto rule, auto param, auto, auto mu, auto nu) {
+    found = step_elements<decltype(rule), decltype(param), decltype(mu), decltype(nu)>;
+  });
+  return found;
 }
 
-template <class Rule>
-bool find_of(Task& task) {
-#define FUSED_OPTIM_CASE(Param)                                                                 \
-  if (same(task.param_format, Param::name)) {                                                   \
-    task.grad_is_own = same(task.grad_format, Param::PlainCodec::name);                         \
-    if (!task.grad_is_own && !same(task.grad_format, PlainOf<typename Param::Working>::name)) return false; \
-    task.step_elements = find_of<Rule, Param>(task);                                            \
-  }
-  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return task.step_elements != nullptr;
-}
-
-// Puts into the task the function that serves its rule and formats. False where there is none.
-bool find(Task& task) {
-#define FUSED_OPTIM_CASE(Rule) \
-  if (same(task.rule, Rule::name)) return find_of<Rule>(task);
-  FUSED_OPTIM_RULES(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
-}
+const Isa isa = {find, encode, decode};
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim

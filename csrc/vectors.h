@@ -50,12 +50,18 @@ FUSED_OPTIM_HD Doubles read_vector(const double* from) { return read_as<Doubles>
 FUSED_OPTIM_HD void write_vector(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
 FUSED_OPTIM_HD void write_vector(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
 
+// The compiler makes one instruction of it.
+template <class Vector>
+FUSED_OPTIM_HD Vector square_roots(Vector x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
+  return x;
+}
+
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim
 
 // For each instruction set: read_vector of integers, which widens them to 32 bits and keeps a sign;
-// write_halves and write_bytes, which cut; read_upper_halves and write_upper_halves; square_roots,
-// largest_of and any_at_least.
+// write_halves and write_bytes, which cut; read_upper_halves and write_upper_halves; largest_of.
 #if FUSED_OPTIM_VECTOR_BYTES == 64
 #include "vectors_avx512.h"
 #elif FUSED_OPTIM_VECTOR_BYTES == 32
@@ -67,10 +73,13 @@ FUSED_OPTIM_HD void write_vector(double* to, Doubles values) { memcpy(to, &value
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-FUSED_OPTIM_HD void write_vector(uint16_t* to, Words values) { write_halves(to, values); }
-FUSED_OPTIM_HD void write_vector(int16_t* to, Words values) { write_halves(to, values); }
-FUSED_OPTIM_HD void write_vector(uint8_t* to, Words values) { write_bytes(to, values); }
-FUSED_OPTIM_HD void write_vector(int8_t* to, Words values) { write_bytes(to, values); }
+template <class Stored>
+FUSED_OPTIM_HD void write_vector(Stored* to, Words values) {
+  if constexpr (sizeof(Stored) == 2)
+    write_halves(to, values);
+  else
+    write_bytes(to, values);
+}
 
 // The first `n` of a vector alone, one or more. A call of memcpy for each operand of a tensor of one
 // element takes longer than its step.

@@ -20,26 +20,10 @@ FUSED_OPTIM_HD void write_halves(void* to, Words values) { write_short<uint16_t>
 FUSED_OPTIM_HD void write_bytes(void* to, Words values) { write_short<uint8_t>(to, values); }
 FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_vector(from) << 16; }
 FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) { write_halves(to, values >> 16); }
-#if defined(__SSE2__)
-FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm_sqrt_ps(reinterpret_cast<__m128>(x))); }
-FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm_sqrt_pd(reinterpret_cast<__m128d>(x))); }
-#else
-template <class Vector>
-FUSED_OPTIM_HD Vector square_roots(Vector x) {
-  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
-  return x;
-}
-#endif
 FUSED_OPTIM_HD uint32_t largest_of(Words values) {
   uint32_t largest = 0;
   for (int64_t i = 0; i < kWords; ++i) largest = values[i] > largest ? values[i] : largest;
   return largest;
-}
-FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
-  const auto reached = values >= limit;
-  uint64_t halves[2];
-  memcpy(halves, &reached, sizeof(reached));
-  return (halves[0] | halves[1]) != 0;
 }
 
 }  // namespace FUSED_OPTIM_ISA

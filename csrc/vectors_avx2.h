@@ -40,18 +40,12 @@ FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
   const __m128i bytes = _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1));
   memcpy(to, &bytes, 8);
 }
-FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm256_sqrt_ps(reinterpret_cast<__m256>(x))); }
-FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm256_sqrt_pd(reinterpret_cast<__m256d>(x))); }
 FUSED_OPTIM_HD uint32_t largest_of(Words values) {
   const __m256i all = reinterpret_cast<__m256i>(values);
   __m128i largest = _mm_max_epu32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
   largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0x4e));
   largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0xb1));
   return static_cast<uint32_t>(_mm_cvtsi128_si32(largest));
-}
-FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
-  const Ints reached = reinterpret_cast<Ints>(values >= limit);
-  return !_mm256_testz_si256(reinterpret_cast<__m256i>(reached), reinterpret_cast<__m256i>(reached));
 }
 
 }  // namespace FUSED_OPTIM_ISA

@@ -38,12 +38,7 @@ FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
   const __m128i bytes = _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(values));
   memcpy(to, &bytes, sizeof(bytes));
 }
-FUSED_OPTIM_HD Floats square_roots(Floats x) { return reinterpret_cast<Floats>(_mm512_sqrt_ps(reinterpret_cast<__m512>(x))); }
-FUSED_OPTIM_HD Doubles square_roots(Doubles x) { return reinterpret_cast<Doubles>(_mm512_sqrt_pd(reinterpret_cast<__m512d>(x))); }
 FUSED_OPTIM_HD uint32_t largest_of(Words values) { return _mm512_reduce_max_epu32(reinterpret_cast<__m512i>(values)); }
-FUSED_OPTIM_HD bool any_at_least(Words values, uint32_t limit) {
-  return _mm512_cmpge_epu32_mask(reinterpret_cast<__m512i>(values), _mm512_set1_epi32(static_cast<int>(limit))) != 0;
-}
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim

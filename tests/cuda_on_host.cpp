@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <random>
 #include <string>
@@ -187,21 +188,20 @@ int64_t guarded(char* error, int64_t size, const Use& use) {
 
 extern "C" {
 
-// `numbers`: the integers of CudaStep in their order, the device last.
+// `numbers`: the fields of CudaTask, the stream and the device.
 int64_t step_on_host(const char* rule, const char* param, const char* grad, const char* mu, const char* nu,
                      const int64_t* numbers, char* error, int64_t size) {
   n_launched = 0;
-  const int64_t* n = numbers;
-  const fused_optim::CudaStep step{rule, param, grad, mu,   nu,   n[0], n[1], n[2],
-                                   n[3], n[4],  n[5], n[6], n[7], n[8], n[9], static_cast<int>(n[10])};
-  return guarded(error, size, [&] { return fused_optim::step_cuda(step); });
+  fused_optim::CudaTask task;
+  std::memcpy(&task, numbers, sizeof(task));
+  const int64_t stream = numbers[9], device = numbers[10];
+  return guarded(error, size, [&] {
+    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, stream, static_cast<int>(device));
+  });
 }
 
-int64_t chunk_size() { return fused_optim::cuda_chunk_size(); }
-
-int64_t coefficients_bytes(const char* param, char* error, int64_t size) {
-  return guarded(error, size, [&] { return fused_optim::cuda_coefficients_bytes(param); });
-}
+int64_t chunk_size() { return fused_optim::kChunk; }
+int64_t coefficients_bytes() { return fused_optim::kCoefficientsBytes; }
 
 // Blocks, threads, stream and device of a launch of the last step.
 const int64_t* launch_of_last_step(int i) { return &launched[i].blocks; }
