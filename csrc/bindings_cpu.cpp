@@ -1,8 +1,4 @@
 // fused_optim._cpu: addresses and sizes come in as integers; no torch header anywhere.
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
-
 #include <vector>
 
 #include "addresses.h"
@@ -131,15 +127,14 @@ void step_cpu(const std::string& isa, const NameStrings& strings, const std::arr
 
 void encode(const std::string& isa, int operand, const std::string& format, int64_t values, int64_t n, uint32_t step,
             uint64_t key, int64_t stored, int64_t aux) {
-  if (!isa_named(isa).encode(static_cast<Operand>(operand), format.c_str(), reinterpret_cast<const float*>(values),
-                             Place{step, key}, n, reinterpret_cast<void*>(stored), reinterpret_cast<void*>(aux)))
+  const Place place{step, key};
+  if (!isa_named(isa).encode(format.c_str(), static_cast<Operand>(operand), values, place, n, stored, aux))
     throw std::invalid_argument("no CPU code that encodes format '" + format + "'");
 }
 
 void decode(const std::string& isa, const std::string& format, int64_t stored, int64_t aux, int64_t n,
             int64_t values) {
-  if (!isa_named(isa).decode(format.c_str(), reinterpret_cast<const void*>(stored),
-                             reinterpret_cast<const void*>(aux), n, reinterpret_cast<float*>(values)))
+  if (!isa_named(isa).decode(format.c_str(), stored, aux, n, values))
     throw std::invalid_argument("no CPU code that decodes format '" + format + "'");
 }
 

@@ -18,10 +18,8 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("step", &step_of_integers,
         "Launches one step of every row of a table and returns the number of kernels. Takes the names of rule and "
         "formats, the fields of CudaTask, the stream and the device.");
-  m.def("device_count", &cuda_device_count, "GPUs that there are; 0 without a driver.");
   m.attr("chunk_size") = kChunk;
   m.attr("coefficients_bytes") = kCoefficientsBytes;
-  m.attr("runtime_version") = cuda_runtime_version();
   m.attr("archs") = cuda_archs();
   m.attr("compiler") = cuda_compiler();
 }

@@ -45,24 +45,10 @@ FUSED_OPTIM_APART inline void random_tile(const Place& place, int64_t begin, uin
   }
   for (int64_t i = 0; i < kTile / 8; ++i) {
     for (int k = 0; k < 4; ++k) {
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-      const uint32_t halves = words[k][i] << 16 | words[k][i] >> 16;
-#else
-      const uint32_t halves = words[k][i];
-#endif
-      memcpy(random + 8 * i + 2 * k, &halves, sizeof(halves));
+      random[8 * i + 2 * k] = static_cast<uint16_t>(words[k][i]);
+      random[8 * i + 2 * k + 1] = static_cast<uint16_t>(words[k][i] >> 16);
     }
   }
-}
-
-template <class Stored>
-FUSED_OPTIM_HD bool any_code_at_least(const Stored* codes, int64_t n, uint8_t mask, uint8_t limit) {
-  uint8_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto code = static_cast<uint8_t>(codes[i] & mask);
-    largest = code > largest ? code : largest;
-  }
-  return largest >= limit;
 }
 
 // `body(i, count)` for each vector of elements `i` to `end`.
@@ -79,10 +65,12 @@ FUSED_OPTIM_HD void for_vectors(int64_t i, int64_t end, Body body) {
 template <class Codec>
 constexpr bool kBuffered = !std::is_same<typename Codec::Stored, typename Codec::Working>::value;
 
-// Updated values of a tile that are not encoded yet.
 template <class Codec>
+constexpr int64_t kBlockLength = kBlocked<Codec> ? kBlockElements : kTile;
+
+// Updated values of a tile that are not encoded yet.
 struct Buffer {
-  alignas(Words) float values[kBuffered<Codec> ? kTile : 1];
+  alignas(Words) float values[kTile];
 };
 
 // A tile of one operand of a row.
@@ -90,8 +78,7 @@ template <class Codec, Operand operand>
 struct Tile {
   using Stored = typename Codec::Stored;
   using Aux = typename Codec::Aux;
-  using Vector = typename VectorOf<typename Codec::Working>::Vector;
-  static_assert(!kBlocked<Codec> || Codec::block == kBlockElements, "blocks of one size are walked");
+  using Vector = VectorOf<typename Codec::Working>;
 
   Stored* stored;
   Aux* aux;
@@ -102,7 +89,7 @@ struct Tile {
   bool finite_codes, finite_values;
 
   // `begin`: the index of the tile's first element.
-  FUSED_OPTIM_HD Tile(int64_t stored_address, int64_t aux_address, int64_t begin, Buffer<Codec>& buffer)
+  FUSED_OPTIM_HD Tile(int64_t stored_address, int64_t aux_address, int64_t begin, Buffer& buffer)
       : stored(reinterpret_cast<Stored*>(stored_address) + begin),
         aux(reinterpret_cast<Aux*>(aux_address) + begin / Codec::block),
         values(buffer.values),
@@ -114,10 +101,19 @@ struct Tile {
     if constexpr (kAuxEach<Codec>) prefetch_bytes(aux + kAhead, kTile * sizeof(Aux));
   }
 
-  // Whether the codes of elements `i` to `end` are finite.
-  FUSED_OPTIM_HD void look_at_codes(int64_t i, int64_t end) {
-    if constexpr (kBlocked<Codec>)
-      finite_codes = !any_code_at_least(stored + i, end - i, Codec::code_bits, Codec::infinity);
+  // Whether the codes of all `n` elements are finite.
+  FUSED_OPTIM_HD void look_at_codes(int64_t n) {
+    if constexpr (kBlocked<Codec>) {
+      uint8_t largest_code = 0;
+      const auto look = [&](int64_t n) FUSED_OPTIM_INLINE {
+        for (int64_t i = 0; i < n; ++i) {
+          const auto code = static_cast<uint8_t>(stored[i] & Codec::code_bits);
+          largest_code = code > largest_code ? code : largest_code;
+        }
+      };
+      n == kTile ? look(kTile) : look(n);  // a number that is known is a loop without a remainder
+      finite_codes = largest_code < Codec::infinity;
+    }
   }
 
   FUSED_OPTIM_HD void begin_block(int64_t block) {
@@ -183,7 +179,7 @@ struct Tile {
         bits = dithers;
         dithers += dithers_step;
       }
-      std::conditional_t<kBlocked<Codec>, uint32_t, typename VectorOf<Aux>::Vector> part{};
+      std::conditional_t<kBlocked<Codec>, uint32_t, VectorOf<Aux>> part{};
       if constexpr (kBlocked<Codec>) part = exponent;
       if constexpr (finite && Codec::low_precision)
         write_vector<Codec::is_upper_half>(stored + i, Codec::store_finite(x, bits, part), n);
@@ -203,10 +199,9 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64
   alignas(Words) uint16_t random[Codec::random == kPhilox ? kTile : 1];
   if constexpr (Codec::random == kPhilox) random_tile(place, begin, random);
   tile.begin_dithers(begin, place);
-  const int64_t length = kBlocked<Codec> ? kBlockElements : kTile;
-  for (int64_t block = 0, first = 0; first < n; ++block, first += length) {
+  for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Codec>) {
     tile.begin_block(block);
-    const int64_t end = minimum(first + length, n);
+    const int64_t end = minimum(first + kBlockLength<Codec>, n);
     const auto encode_all = [&](auto finite) FUSED_OPTIM_INLINE {
       for_vectors<kWords>(first, end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
         tile.template encode<finite.value>(i, count, random);
@@ -224,7 +219,7 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64
 template <class Own>
 struct Gradient {
   using T = typename Own::Working;
-  using Vector = typename VectorOf<T>::Vector;
+  using Vector = VectorOf<T>;
 
   const void* first;
   bool is_own;
@@ -250,9 +245,6 @@ struct Gradient {
   }
 };
 
-template <class Mu, class Nu>
-constexpr int64_t kBlockLength = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : kTile;
-
 // Puts a tile's updated moments into its buffers, and new block exponents in their places. Returns whether
 // all are finite. Inlined: as a function apart it took 10% longer and saved little of the compiler's time.
 template <class Rule, class Mu, class Nu, class Own>
@@ -261,15 +253,10 @@ FUSED_OPTIM_HD bool update_moments(Tile<Mu, kMu> mu, Tile<Nu, kNu> nu, Gradient<
   mu.prefetch();
   grad.prefetch(begin);
   nu.prefetch();
-  if (n == kTile) {  // a number that is known is a loop without a remainder
-    mu.look_at_codes(0, kTile);
-    nu.look_at_codes(0, kTile);
-  } else {
-    mu.look_at_codes(0, n);
-    nu.look_at_codes(0, n);
-  }
-  for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu, Nu>) {
-    const int64_t end = minimum(first + kBlockLength<Mu, Nu>, n);
+  mu.look_at_codes(n);
+  nu.look_at_codes(n);
+  for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
+    const int64_t end = minimum(first + kBlockLength<Mu>, n);
     mu.begin_block(block);
     nu.begin_block(block);
     for_vectors<kWords>(first, end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
@@ -289,17 +276,15 @@ FUSED_OPTIM_HD bool update_moments(Tile<Mu, kMu> mu, Tile<Nu, kNu> nu, Gradient<
 template <class Rule, class Param, class Mu, class Nu>
 void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients) {
   using T = typename Param::Working;
-  using Vector = typename VectorOf<T>::Vector;
+  using Vector = VectorOf<T>;
   static_assert(!kBlocked<Param>, "only moments share exponents");
-  static_assert(kBuffered<Mu> == kBuffered<Nu>, "moments are both in the working precision or neither");
-  constexpr int64_t size = VectorOf<T>::size;
+  static_assert(kBuffered<Mu> == kBuffered<Nu> && kBlocked<Mu> == kBlocked<Nu>, "moments take the same way");
+  constexpr int64_t size = kSize<T>;
   constexpr bool buffered = kBuffered<Param> || kBuffered<Mu>;
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(coefficients);
   const Gradient<typename Param::PlainCodec> grad{reinterpret_cast<const void*>(row.grad), grad_is_own};
   const Place place{c.count, static_cast<uint64_t>(row.key)};
-  Buffer<Param> param_buffer;
-  Buffer<Mu> mu_buffer;
-  Buffer<Nu> nu_buffer;
+  Buffer param_buffer, mu_buffer, nu_buffer;
   for (int64_t n; begin < end; begin += n) {
     n = buffered ? minimum(kTile, end - begin) : end - begin;
     Tile<Param, kParam> param(row.param, row.param_aux, begin, param_buffer);
@@ -322,10 +307,10 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
       const bool finite = update_moments<Rule>(mu, nu, grad, begin, n, c);
       mu.begin_dithers(begin, place);
       nu.begin_dithers(begin, place);
-      for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu, Nu>) {
+      for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
+        const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
         mu.begin_block(block);
         nu.begin_block(block);
-        const int64_t block_end = minimum(first + kBlockLength<Mu, Nu>, n);
         for_vectors<size>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
           const Vector p = param.read(i, count), m = read_vector(mu.values + i), v = read_vector(nu.values + i);
           // Read again only where it is asked for: otherwise a tile takes some 10% longer.
@@ -349,15 +334,14 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
 
 // One operand alone, for the tests of codecs.
 template <class Codec, Operand operand>
-void encode_operand(const float* values, const Place& place, int64_t n, void* stored, void* aux) {
-  Buffer<Codec> buffer;
-  // A tile of blocks is one block here.
-  constexpr int64_t length = kBlocked<Codec> ? kBlockElements : kTile;
-  for (int64_t begin = 0; begin < n; begin += length) {
-    const int64_t end = minimum(length, n - begin);
-    Tile<Codec, operand> tile(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(aux), begin, buffer);
+void encode_operand(int64_t values, const Place& place, int64_t n, int64_t stored, int64_t aux) {
+  Buffer buffer;
+  for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
+    const int64_t end = minimum(kBlockLength<Codec>, n - begin);
+    const float* const from = reinterpret_cast<const float*>(values) + begin;
+    Tile<Codec, operand> tile(stored, aux, begin, buffer);
     for_vectors<kWords>(0, end, [&](int64_t i, auto count) {
-      tile.write(read_vector(values + begin + i, count), i, count);
+      tile.write(read_vector(from + i, count), i, count);
     });
     tile.end_block(0, 0, end);
     encode_tile(tile, tile.has_finite_values(), begin, end, place);
@@ -365,16 +349,15 @@ void encode_operand(const float* values, const Place& place, int64_t n, void* st
 }
 
 template <class Codec>
-void decode_operand(const void* stored, const void* aux, int64_t n, float* values) {
-  Buffer<Codec> buffer;
+void decode_operand(int64_t stored, int64_t aux, int64_t n, int64_t values) {
+  Buffer buffer;
   for (int64_t begin = 0; begin < n; begin += kBlockElements) {
     const int64_t end = minimum(kBlockElements, n - begin);
-    Tile<Codec, kMu> tile(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(aux), begin, buffer);
-    tile.look_at_codes(0, end);
+    float* const to = reinterpret_cast<float*>(values) + begin;
+    Tile<Codec, kMu> tile(stored, aux, begin, buffer);
+    tile.look_at_codes(end);
     tile.begin_block(0);
-    for_vectors<kWords>(0, end, [&](int64_t i, auto count) {
-      write_vector(values + begin + i, tile.read(i, count), count);
-    });
+    for_vectors<kWords>(0, end, [&](int64_t i, auto count) { write_vector(to + i, tile.read(i, count), count); });
   }
 }
 
@@ -389,8 +372,8 @@ bool with_codec(const char* format, Use use) {
          with_name(Types<NuOf<E4M3>>{}, format, use_encoded);
 }
 
-bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n, void* stored,
-            void* aux) {
+bool encode(const char* format, Operand operand, int64_t values, const Place& place, int64_t n, int64_t stored,
+            int64_t aux) {
   return with_codec(format, [&](auto codec) {
     using Codec = decltype(codec);
     const auto encode = operand == kParam ? encode_operand<Codec, kParam>
@@ -400,7 +383,7 @@ bool encode(Operand operand, const char* format, const float* values, const Plac
   });
 }
 
-bool decode(const char* format, const void* stored, const void* aux, int64_t n, float* values) {
+bool decode(const char* format, int64_t stored, int64_t aux, int64_t n, int64_t values) {
   return with_codec(format, [&](auto codec) { decode_operand<decltype(codec)>(stored, aux, n, values); });
 }
 

@@ -9,8 +9,6 @@
 namespace fused_optim {
 namespace {
 
-constexpr int64_t kMaxBlocks = 2147483647;
-
 [[noreturn]] void fail(cudaError_t error, const std::string& what, int device) {
   cudaGetLastError();  // forgets it, so that no later launch is blamed
   throw std::runtime_error(what + " on cuda:" + std::to_string(device) + " failed: " +
@@ -42,7 +40,6 @@ class DeviceGuard {
 
 void launch(Kernel kernel, int64_t blocks, int threads, const CudaTask& task, int64_t stream, int device,
             const std::string& what, const Names& names) {
-  if (blocks > kMaxBlocks) throw std::invalid_argument("one launch takes 2^31 - 1 blocks at most");
   void* arguments[] = {const_cast<CudaTask*>(&task)};
   const cudaError_t error = cudaLaunchKernel(
       reinterpret_cast<const void*>(kernel), dim3(static_cast<unsigned>(blocks)),
@@ -65,17 +62,6 @@ int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int devi
   launch(kernel, task.n_chunks + 1, kThreads, task, stream, device, "", names);
   return 2;
 }
-
-int cuda_device_count() {
-  int count = 0;
-  if (cudaGetDeviceCount(&count) != cudaSuccess) {
-    cudaGetLastError();
-    return 0;
-  }
-  return count;
-}
-
-int cuda_runtime_version() { return CUDART_VERSION; }
 
 std::string cuda_archs() {
   std::string names;

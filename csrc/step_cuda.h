@@ -26,8 +26,6 @@ constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many
 // refuses.
 int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int device);
 
-int cuda_device_count();  // 0 where there is no GPU or no driver
-int cuda_runtime_version();
 std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"
 std::string cuda_compiler();
 

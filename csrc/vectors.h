@@ -21,41 +21,24 @@ constexpr int64_t kWords = FUSED_OPTIM_VECTOR_BYTES / 4;
 
 // The vector that a stored number is read into, and how many of them there are in one.
 template <class Stored>
-struct VectorOf {
-  using Vector = Words;
-  static constexpr int64_t size = kWords;
-};
-template <>
-struct VectorOf<float> {
-  using Vector = Floats;
-  static constexpr int64_t size = kWords;
-};
-template <>
-struct VectorOf<double> {
-  using Vector = Doubles;
-  static constexpr int64_t size = kWords / 2;
-};
+using VectorOf = std::conditional_t<std::is_same<Stored, double>::value, Doubles,
+                                    std::conditional_t<std::is_same<Stored, float>::value, Floats, Words>>;
+template <class Stored>
+constexpr int64_t kSize = std::is_same<Stored, double>::value ? kWords / 2 : kWords;
 
 template <class To, class From>
-FUSED_OPTIM_HD To read_as(const From* from) {
+FUSED_OPTIM_HD To load(const From* from) {
   To to;
   memcpy(&to, from, sizeof(to));
   return to;
 }
 
 // A whole vector from memory, and to it.
-FUSED_OPTIM_HD Floats read_vector(const float* from) { return read_as<Floats>(from); }
-FUSED_OPTIM_HD Doubles read_vector(const double* from) { return read_as<Doubles>(from); }
+FUSED_OPTIM_HD Floats read_vector(const float* from) { return load<Floats>(from); }
+FUSED_OPTIM_HD Doubles read_vector(const double* from) { return load<Doubles>(from); }
 
 FUSED_OPTIM_HD void write_vector(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
 FUSED_OPTIM_HD void write_vector(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
-
-// The compiler makes one instruction of it.
-template <class Vector>
-FUSED_OPTIM_HD Vector square_roots(Vector x) {
-  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
-  return x;
-}
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim
@@ -87,9 +70,9 @@ template <class Stored>
 FUSED_OPTIM_HD void copy_from(Stored* part, const Stored* from, int64_t n) {
 #if FUSED_OPTIM_VECTOR_BYTES == 64
   const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n * sizeof(Stored)), from);
-  memcpy(part, &bytes, VectorOf<Stored>::size * sizeof(Stored));
+  memcpy(part, &bytes, kSize<Stored> * sizeof(Stored));
 #else
-  memset(part, 0, VectorOf<Stored>::size * sizeof(Stored));
+  memset(part, 0, kSize<Stored> * sizeof(Stored));
   memcpy(part, from, n * sizeof(Stored));
 #endif
 }
@@ -97,7 +80,7 @@ template <class Stored>
 FUSED_OPTIM_HD void copy_to(Stored* to, const Stored* part, int64_t n) {
 #if FUSED_OPTIM_VECTOR_BYTES == 64
   __m512i bytes = _mm512_setzero_si512();
-  memcpy(&bytes, part, VectorOf<Stored>::size * sizeof(Stored));
+  memcpy(&bytes, part, kSize<Stored> * sizeof(Stored));
   _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - n * sizeof(Stored)), bytes);
 #else
   memcpy(to, part, n * sizeof(Stored));
@@ -110,7 +93,7 @@ struct All {};
 
 template <bool upper_halves = false, class Stored, class Count>
 FUSED_OPTIM_HD auto read_vector(const Stored* from, Count n) {
-  Stored part[VectorOf<Stored>::size];
+  Stored part[kSize<Stored>];
   if constexpr (!std::is_same<Count, All>::value) {
     copy_from(part, from, n);
     from = part;
@@ -123,7 +106,7 @@ FUSED_OPTIM_HD auto read_vector(const Stored* from, Count n) {
 
 template <bool upper_halves = false, class Stored, class Vector, class Count>
 FUSED_OPTIM_HD void write_vector(Stored* to, Vector values, Count n) {
-  Stored part[VectorOf<Stored>::size];
+  Stored part[kSize<Stored>];
   Stored* const whole = std::is_same<Count, All>::value ? to : part;
   if constexpr (upper_halves)
     write_upper_halves(whole, values);
@@ -157,28 +140,4 @@ FUSED_OPTIM_HD Words in_register(Words constant) {
 }
 
 }  // namespace FUSED_OPTIM_ISA
-
-template <>
-struct Traits<FUSED_OPTIM_ISA::Floats> {
-  using Float = FUSED_OPTIM_ISA::Floats;
-  using Word = FUSED_OPTIM_ISA::Words;
-  using Int = FUSED_OPTIM_ISA::Ints;
-  static FUSED_OPTIM_HD Float square_root(Float x) { return FUSED_OPTIM_ISA::square_roots(x); }
-  static FUSED_OPTIM_HD Float absolute(Float x) { return bit_cast<Float>(bit_cast<Word>(x) & 0x7fffffffu); }
-};
-template <>
-struct Traits<FUSED_OPTIM_ISA::Words> : Traits<FUSED_OPTIM_ISA::Floats> {};
-template <>
-struct Traits<FUSED_OPTIM_ISA::Ints> : Traits<FUSED_OPTIM_ISA::Floats> {};
-
-template <>
-struct Traits<FUSED_OPTIM_ISA::Doubles> {
-  using Double = FUSED_OPTIM_ISA::Doubles;
-  typedef uint64_t Bits __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
-  static FUSED_OPTIM_HD Double square_root(Double x) { return FUSED_OPTIM_ISA::square_roots(x); }
-  static FUSED_OPTIM_HD Double absolute(Double x) {
-    return bit_cast<Double>(bit_cast<Bits>(x) & 0x7fffffffffffffffu);
-  }
-};
-
 }  // namespace fused_optim

@@ -9,7 +9,7 @@ using Short __attribute__((vector_size(kWords * sizeof(Stored)))) = Stored;
 
 template <class Stored>
 FUSED_OPTIM_HD Words read_vector(const Stored* from) {
-  return __builtin_convertvector(read_as<Short<Stored>>(from), Words);
+  return __builtin_convertvector(load<Short<Stored>>(from), Words);
 }
 template <class Stored>
 FUSED_OPTIM_HD void write_short(void* to, Words values) {

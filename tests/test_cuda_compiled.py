@@ -275,16 +275,12 @@ def test_the_extension() -> None:
     assert cuda.chunk_size % 2048 == 0
     numbers, divisors, words = 12, 4, 3
     assert cuda.coefficients_bytes == 8 * (numbers + divisors) + 4 * (words + 1)
-    assert cuda.device_count() >= 0
-    assert (
-        re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ") and cuda.runtime_version
-    )
+    assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ")
     for names in UNKNOWN:
         with pytest.raises(ValueError, match=".*".join(names)):
             cuda.step(names, [0] * 9, 0, 0)
-    if cuda.device_count() == 0:
-        with pytest.raises(RuntimeError, match="cuda:0 failed"):
-            cuda.step(("adamaxw", *["fp32"] * 4), [0, 0, 0, 0, 1, 0, 0, 0, 0], 0, 0)
+    with pytest.raises(RuntimeError, match="cuda:1000 failed"):
+        cuda.step(("adamaxw", *["fp32"] * 4), [0, 0, 0, 0, 1, 0, 0, 0, 0], 0, 1000)
 
 
 # The machine code
@@ -722,7 +718,7 @@ def test_lost_vectors_and_registers_are_seen(tmp_path: Path) -> None:
         assert path.read_text().count(old) == 1, f"{old!r} is not in {file}"
         path.write_text(path.read_text().replace(old, new))
 
-    replace("cuda_body.h", "struct alignas(bytes) Access", "struct Access")
+    replace("cuda_kernels.h", "struct alignas(bytes) Access", "struct Access")
     replace("cuda_kernels.h", "sizeof(T) == 8 ? 3 : 4", "8")
     compile_code(tmp_path, ["90"], COMPILED_TO_LOSE, tmp_path / "csrc")
     lost = read_code(tmp_path)
