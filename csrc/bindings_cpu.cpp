@@ -53,12 +53,17 @@ struct Task : Table {
 
 constexpr int64_t kAhead = 16;  // step numbers, each in a tensor of its own
 
-// Coefficients for every counter. Neighbours mostly share group and step number, so a coefficient set is
-// worked out when one of them changes.
+// Small tensors lie in memory of their own each, where no prefetcher of the processor's finds them.
+void prefetch(const Row& row) {
+  for (const int64_t operand : {row.grad, row.param, row.mu, row.nu})
+    for (int64_t i = 0; i < 256; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(operand) + i, 1);
+}
+
 template <class T>
-std::vector<Coefficients<T>> coefficient_sets(const Task& task, std::vector<int32_t>& set_of_counter) {
+void run(const Task& task) {
+  // Neighbours mostly share group and step number, so coefficients are worked out when one of them changes.
   std::vector<Coefficients<T>> sets;
-  set_of_counter.resize(task.n_counters);
+  std::vector<int32_t> set_of_counter(task.n_counters);
   int64_t last_count = -1, last_hyper = -1;
   for (int64_t i = 0; i < task.n_counters; ++i) {
     const Counter& counter = task.counters[i];
@@ -72,19 +77,6 @@ std::vector<Coefficients<T>> coefficient_sets(const Task& task, std::vector<int3
     }
     set_of_counter[i] = static_cast<int32_t>(sets.size()) - 1;
   }
-  return sets;
-}
-
-// Small tensors lie in memory of their own each, where no prefetcher of the processor's finds them.
-void prefetch(const Row& row) {
-  for (const int64_t operand : {row.grad, row.param, row.mu, row.nu})
-    for (int64_t i = 0; i < 256; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(operand) + i, 1);
-}
-
-template <class T>
-void run(const Task& task) {
-  std::vector<int32_t> set_of_counter;
-  const std::vector<Coefficients<T>> sets = coefficient_sets<T>(task, set_of_counter);
   // A thread takes several chunks at a time, so that ten thousand tiny tensors do not mean
   // ten thousand requests for work; 32 portions a thread even out their speeds.
   const int64_t portion = 1 + task.n_chunks / (32 * static_cast<int64_t>(task.threads));
@@ -125,17 +117,11 @@ void step_cpu(const std::string& isa, const NameStrings& strings, const std::arr
     run<float>(task);
 }
 
-void encode(const std::string& isa, int operand, const std::string& format, int64_t values, int64_t n, uint32_t step,
-            uint64_t key, int64_t stored, int64_t aux) {
-  const Place place{step, key};
-  if (!isa_named(isa).encode(format.c_str(), static_cast<Operand>(operand), values, place, n, stored, aux))
-    throw std::invalid_argument("no CPU code that encodes format '" + format + "'");
-}
-
-void decode(const std::string& isa, const std::string& format, int64_t stored, int64_t aux, int64_t n,
-            int64_t values) {
-  if (!isa_named(isa).decode(format.c_str(), stored, aux, n, values))
-    throw std::invalid_argument("no CPU code that decodes format '" + format + "'");
+void convert(const std::string& isa, const std::string& format, int operand, bool encode, int64_t values, int64_t n,
+             uint32_t step, uint64_t key, int64_t stored, int64_t aux) {
+  const auto of = static_cast<Operand>(operand);
+  if (!isa_named(isa).convert(format.c_str(), of, encode, values, Place{step, key}, n, stored, aux))
+    throw std::invalid_argument("no CPU code for format '" + format + "'");
 }
 
 }  // namespace
@@ -146,8 +132,7 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("step", &step_cpu,
         "One step of every row of a table. Takes an instruction set, the names of rule and formats, the fields of "
         "Table, the elements of a chunk, what gradients are divided by, and the number of threads.");
-  m.def("encode", &encode, "Values into a format that is not the working precision's own.");
-  m.def("decode", &decode, "What encode stored, back to values.");
+  m.def("convert", &convert, "Values into a format that is not the working precision's own, or back.");
   py::class_<Addresses>(m, "Addresses", "Where an optimizer's tensors are: see fused_optim/addresses.py.")
       .def(py::init<py::list, py::list, int64_t>())
       .def("works", &Addresses::works)

@@ -367,6 +367,7 @@ constexpr bool kNativeGrad = std::is_same<Grad, typename Param::PlainCodec>::val
 using GradCodecs = Types<Fp32, Fp64, Bf16, Fp16>;
 using ParamCodecs = Types<Fp32, Fp64, Bf16, Fp16, Split16, Split8, Bf16Stochastic>;
 using MuCodecs = Types<Fp32, Fp64, Bf16Dither, E4M3>;
+using EncodedCodecs = Types<Bf16, Fp16, Split16, Split8, Bf16Stochastic, Bf16Dither, E4M3, E5M3>;
 
 // The second moment's format, which goes with the first's.
 template <class Mu>

@@ -14,10 +14,9 @@ using StepElements = void (*)(const Row&, int64_t begin, int64_t end, bool grad_
 
 struct Isa {
   StepElements (*find)(const Names& names);  // null where what is named does not go together
-  // One operand alone, for the tests of codecs; false where there is no codec of that name.
-  bool (*encode)(const char* format, Operand operand, int64_t values, const Place& place, int64_t n, int64_t stored,
-                 int64_t aux);
-  bool (*decode)(const char* format, int64_t stored, int64_t aux, int64_t n, int64_t values);
+  // Encodes or decodes one operand alone, for the tests of codecs; false where there is no codec of that name.
+  bool (*convert)(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
+                  int64_t stored, int64_t aux);
 };
 
 namespace baseline {

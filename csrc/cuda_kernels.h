@@ -16,6 +16,7 @@ namespace fused_optim {
 
 constexpr int kThreads = 256;
 constexpr int kLanes = 32;  // of a warp
+constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kPrologueThreads = 128;
 
 // The longest access, in bytes: fused_optim.table.VECTOR_BYTES.
@@ -57,10 +58,6 @@ FUSED_OPTIM_DEVICE T read_only(const T* p) {
   return *p;
 #endif
 }
-
-// Keeps what was read above from being read below, so that reads wait together and not one
-// after another.
-FUSED_OPTIM_DEVICE void issue_reads() { asm volatile("" ::: "memory"); }
 
 FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
   return task.found_inf != nullptr && read_only(task.found_inf) != 0.0f;
@@ -147,8 +144,6 @@ class InMemory {
     for (int i = 0; i < kAccesses; ++i) static_cast<One*>(target)[i] = static_cast<const One*>(source)[i];
   }
 };
-
-constexpr uint32_t kAllLanes = 0xffffffffu;
 
 // The largest of the values that `lanes` neighbouring lanes have; all lanes of the warp must ask. (Of two
 // redux.sync for the two blocks of a warp nvcc makes as many instructions, and takes up to 4 registers more.)
@@ -294,8 +289,8 @@ struct Operands {
 
 // Whether full chunks are stepped by the codecs of finite values, with a test. With float32 moments it
 // would take more instructions than it saves.
-template <class Mu, class Nu>
-constexpr bool kFinitePath = Mu::low_precision && Nu::low_precision;
+template <class Mu>
+constexpr bool kFinitePath = Mu::low_precision;
 
 // `n` neighbours of each.
 template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
@@ -319,25 +314,23 @@ struct Neighbours {
     g.read(from.g, i);
     mu.read(from.mu, i);
     nu.read(from.nu, i);
-    issue_reads();
+    asm volatile("" ::: "memory");  // all of it before anything else, so that reads wait together
   }
 
   // `first`: the index in the parameter. Returns whether a new value is special, of those that blocks do not
   // tell of.
   //
-  // With low-precision moments a full chunk has two loops, with and without the first moment's corrections, and
-  // the question which of them is asked once for a thread's neighbours. Asked for each element it takes up
-  // to 16% more instructions where there are corrections; and two loops take up to 7% more with float32
-  // moments, whose kernels wait for memory. Without them, each element asks for the second moment's: a
-  // third loop saves 3 instructions of 64, but with corrections it took up to 3.3% more, and one kernel
-  // spilled. The next step's correction, Nesterov's, is 1 where this step's is.
+  // With low-precision moments a full chunk has two loops, with and without the first moment's corrections. To ask
+  // for each element takes up to 16% more instructions where there are corrections, and two loops take up to 7%
+  // more with float32 moments. Without corrections, each element asks for the second moment's: a third loop saves 3
+  // instructions of 64, but with corrections it took up to 3.3% more. Nesterov's correction is 1 where this is.
   FUSED_OPTIM_DEVICE bool update(const Coefficients<T>& c, int64_t first, const Place& place) {
     p.begin(first, place);
     mu.begin(first, place);
     nu.begin(first, place);
     Coefficients<T> known = c;
     known.grad_divisor.is_one = 0;  // what is asked for is its value: a flag took up to 1% more
-    if (n > 1 && kFinitePath<Mu, Nu> && c.bias_correction1.is_one) {
+    if (n > 1 && kFinitePath<Mu> && c.bias_correction1.is_one) {
       known.bias_correction1.is_one = known.bias_correction1_next.is_one = 1;
       return update_each(known);
     }
@@ -376,7 +369,7 @@ constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : 
 // writes nothing and returns false.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
-  constexpr bool finite_path = kFinitePath<Mu, Nu>;
+  constexpr bool finite_path = kFinitePath<Mu>;
   std::conditional_t<finite_path, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
                      Neighbours<Rule, Param, Grad, Mu, Nu, n>>
       x;
@@ -395,12 +388,9 @@ FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& ope
   return true;
 }
 
-template <class Mu, class Nu>
-constexpr bool kAnyBlocked = kBlocked<Mu> || kBlocked<Nu>;
-
 // Elements that a warp takes at a time where each lane takes one: whole blocks.
-template <class Mu, class Nu>
-constexpr int kSpan = kAnyBlocked<Mu, Nu> ? kBlockElements : kLanes;
+template <class Mu>
+constexpr int kSpan = kBlocked<Mu> ? kBlockElements : kLanes;
 
 // Spans, from `first` to `end` and `stride` apart, of any values and alignment. What a block's elements share
 // is known only when all are updated: so blocked formats update twice and write the second time.
@@ -413,9 +403,9 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
     uint32_t mu_largest = 0, nu_largest = 0;
     x.read_exponents(operands, first);
 #pragma unroll 1
-    for (bool write = !kAnyBlocked<Mu, Nu>;; write = true) {
+    for (bool write = !kBlocked<Mu>;; write = true) {
 #pragma unroll 1
-      for (int i = first + lane; i < first + kSpan<Mu, Nu> && i < end; i += kLanes) {
+      for (int i = first + lane; i < first + kSpan<Mu> && i < end; i += kLanes) {
         x.read(operands, i);
         x.update(operands.c, operands.begin + i, operands.place);
         if (write) {
@@ -447,8 +437,8 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   const int64_t block = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
   using T = typename Param::Working;
-  static_assert(!kBlocked<Param> && !kBlocked<Grad>, "blocks are for moments");
-  constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu, Nu>;
+  static_assert(!kBlocked<Param> && !kBlocked<Grad> && kBlocked<Mu> == kBlocked<Nu>, "blocks are for moments");
+  constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu>;
   static_assert(kChunk % round == 0, "a chunk must be whole rounds of all threads");
   static_assert(kLanes * n % span == 0, "a warp's neighbours must be whole spans");
   if (block == task.n_chunks) return advance_counters<T>(task, thread);
@@ -469,7 +459,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
                                                c};
   const int lane = thread % kLanes;
   int i = thread * n;
-  if (full && !kFinitePath<Mu, Nu>) {
+  if (full && !kFinitePath<Mu>) {
 #pragma unroll 1
     for (; i < kChunk; i += round) step_neighbours<Rule, n>(operands, i);
     return;

@@ -1,8 +1,6 @@
-// The CPU step. This file is compiled once for each instruction set, in a namespace of
-// its own, by a short .cpp that sets FUSED_OPTIM_ISA, FUSED_OPTIM_VECTOR_BYTES and the compiler's
-// target. What is called from here is compiled for it too, so all of our own headers come after it;
-// what they define outside of that namespace is always inlined, or the linker would keep one
-// instruction set's copy for all.
+// The CPU step. This file is compiled once for each instruction set, in a namespace of its own, by a short .cpp that
+// sets FUSED_OPTIM_ISA and FUSED_OPTIM_VECTOR_BYTES. What our own headers define outside of that namespace is always
+// inlined, or the linker would keep one instruction set's copy for all.
 //
 // Vectors of neighbours are decoded and updated in registers; a tensor's last, short vector takes the
 // same way. What is not stored as it is waits in a buffer until all of its tile is known, and is
@@ -11,6 +9,32 @@
 // What a tile needs of one format alone is a function of its own and not inlined: the compiler makes a few of
 // each, and not one for each rule with each parameter format.
 #pragma once
+
+// The headers of others come before an instruction set is chosen: none of their functions may be compiled for one
+// that the machine may lack.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#if FUSED_OPTIM_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+#if FUSED_OPTIM_VECTOR_BYTES == 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what gcc 12's own intrinsics leave undefined
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#elif FUSED_OPTIM_VECTOR_BYTES == 32
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#endif
 
 #include "cpu_task.h"
 #include "vectors.h"
@@ -218,30 +242,23 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64
 // a step branch alike.
 template <class Own>
 struct Gradient {
-  using T = typename Own::Working;
-  using Vector = VectorOf<T>;
-
-  const void* first;
+  const typename Own::Stored* own;
+  const typename Own::Working* working;
   bool is_own;
 
+  FUSED_OPTIM_HD Gradient(int64_t address, bool grad_is_own)
+      : own(reinterpret_cast<const typename Own::Stored*>(address)),
+        working(reinterpret_cast<const typename Own::Working*>(address)),
+        is_own(grad_is_own && kBuffered<Own>) {}
+
   FUSED_OPTIM_HD void prefetch(int64_t i) const {
-    if constexpr (kBuffered<Own>) {
-      if (is_own) prefetch_bytes(at<Own>(i) + kAhead, kTile * sizeof(typename Own::Stored));
-    }
+    if (is_own) prefetch_bytes(own + i + kAhead, kTile * sizeof(*own));
   }
 
   template <class Count>
-  FUSED_OPTIM_HD Vector read(int64_t i, Count n) const {
-    if constexpr (kBuffered<Own>) {
-      if (is_own) return Own::load(read_vector<Own::is_upper_half>(at<Own>(i), n), NoAux{});
-    }
-    return read_vector(at<PlainOf<T>>(i), n);
-  }
-
- private:
-  template <class Codec>
-  FUSED_OPTIM_HD const typename Codec::Stored* at(int64_t i) const {
-    return static_cast<const typename Codec::Stored*>(first) + i;
+  FUSED_OPTIM_HD VectorOf<typename Own::Working> read(int64_t i, Count n) const {
+    if (is_own) return Own::load(read_vector<Own::is_upper_half>(own + i, n), NoAux{});
+    return read_vector(working + i, n);
   }
 };
 
@@ -282,7 +299,7 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
   constexpr int64_t size = kSize<T>;
   constexpr bool buffered = kBuffered<Param> || kBuffered<Mu>;
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(coefficients);
-  const Gradient<typename Param::PlainCodec> grad{reinterpret_cast<const void*>(row.grad), grad_is_own};
+  const Gradient<typename Param::PlainCodec> grad(row.grad, grad_is_own);
   const Place place{c.count, static_cast<uint64_t>(row.key)};
   Buffer param_buffer, mu_buffer, nu_buffer;
   for (int64_t n; begin < end; begin += n) {
@@ -332,59 +349,36 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
   }
 }
 
-// One operand alone, for the tests of codecs.
+// Encodes or decodes one operand alone.
 template <class Codec, Operand operand>
-void encode_operand(int64_t values, const Place& place, int64_t n, int64_t stored, int64_t aux) {
+void convert_operand(bool encode, int64_t values, const Place& place, int64_t n, int64_t stored, int64_t aux) {
   Buffer buffer;
   for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
     const int64_t end = minimum(kBlockLength<Codec>, n - begin);
-    const float* const from = reinterpret_cast<const float*>(values) + begin;
+    float* const there = reinterpret_cast<float*>(values) + begin;
     Tile<Codec, operand> tile(stored, aux, begin, buffer);
-    for_vectors<kWords>(0, end, [&](int64_t i, auto count) {
-      tile.write(read_vector(from + i, count), i, count);
-    });
-    tile.end_block(0, 0, end);
-    encode_tile(tile, tile.has_finite_values(), begin, end, place);
+    if (encode) {
+      for_vectors<kWords>(0, end, [&](int64_t i, auto count) { tile.write(read_vector(there + i, count), i, count); });
+      tile.end_block(0, 0, end);
+      encode_tile(tile, tile.has_finite_values(), begin, end, place);
+    } else {
+      tile.look_at_codes(end);
+      tile.begin_block(0);
+      for_vectors<kWords>(0, end, [&](int64_t i, auto count) { write_vector(there + i, tile.read(i, count), count); });
+    }
   }
 }
 
-template <class Codec>
-void decode_operand(int64_t stored, int64_t aux, int64_t n, int64_t values) {
-  Buffer buffer;
-  for (int64_t begin = 0; begin < n; begin += kBlockElements) {
-    const int64_t end = minimum(kBlockElements, n - begin);
-    float* const to = reinterpret_cast<float*>(values) + begin;
-    Tile<Codec, kMu> tile(stored, aux, begin, buffer);
-    tile.look_at_codes(end);
-    tile.begin_block(0);
-    for_vectors<kWords>(0, end, [&](int64_t i, auto count) { write_vector(to + i, tile.read(i, count), count); });
-  }
-}
-
-// Calls `use` with the codec of that name; false where there is none that is encoded.
-template <class Use>
-bool with_codec(const char* format, Use use) {
-  const auto use_encoded = [&](auto codec) {
-    if constexpr (kBuffered<decltype(codec)>) use(codec);
-    return kBuffered<decltype(codec)>;
-  };
-  return with_name(ParamCodecs{}, format, use_encoded) || with_name(MuCodecs{}, format, use_encoded) ||
-         with_name(Types<NuOf<E4M3>>{}, format, use_encoded);
-}
-
-bool encode(const char* format, Operand operand, int64_t values, const Place& place, int64_t n, int64_t stored,
-            int64_t aux) {
-  return with_codec(format, [&](auto codec) {
+bool convert(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
+             int64_t stored, int64_t aux) {
+  return with_name(EncodedCodecs{}, format, [&](auto codec) {
     using Codec = decltype(codec);
-    const auto encode = operand == kParam ? encode_operand<Codec, kParam>
-                        : operand == kMu  ? encode_operand<Codec, kMu>
-                                          : encode_operand<Codec, kNu>;
-    encode(values, place, n, stored, aux);
+    const auto convert = operand == kParam ? convert_operand<Codec, kParam>
+                         : operand == kMu  ? convert_operand<Codec, kMu>
+                                           : convert_operand<Codec, kNu>;
+    convert(encode, values, place, n, stored, aux);
+    return true;
   });
-}
-
-bool decode(const char* format, int64_t stored, int64_t aux, int64_t n, int64_t values) {
-  return with_codec(format, [&](auto codec) { decode_operand<decltype(codec)>(stored, aux, n, values); });
 }
 
 StepElements find(const Names& names) {
@@ -395,7 +389,11 @@ StepElements find(const Names& names) {
   return found;
 }
 
-const Isa isa = {find, encode, decode};
+const Isa isa = {find, convert};
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim
+
+#if defined(__clang__) && FUSED_OPTIM_VECTOR_BYTES > 16
+#pragma clang attribute pop
+#endif

@@ -1,24 +1,14 @@
-// The step kernels, some 35 of each rule. setup.py compiles this file once for each FUSED_OPTIM_PART of 4, side
-// by side; a part has the kernels of every fourth pair of moment formats.
+// The step kernels, some 35 of each rule. setup.py compiles this file once for each FUSED_OPTIM_PART, side by side; a
+// part has the kernels whose first moment is stored in as many bytes.
 #include "cuda_kernels.h"
 
 namespace fused_optim {
-namespace {
-
-template <class Codec, class... All>
-constexpr int place_in(Types<All...>) {
-  int place = 0;
-  (void)((std::is_same<Codec, All>::value || (++place, false)) || ...);
-  return place;
-}
-
-}  // namespace
 
 template <int part>
 Kernel find_step(const Names& names) {
   Kernel found = nullptr;
   with_names(names, [&](auto rule, auto param, auto grad, auto mu, auto nu) {
-    if constexpr (place_in<decltype(mu)>(MuCodecs{}) % 4 == part)
+    if constexpr (sizeof(typename decltype(mu)::Stored) == part)
       found = step_kernel<decltype(rule), decltype(param), decltype(grad), decltype(mu), decltype(nu)>;
   });
   return found;

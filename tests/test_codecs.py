@@ -324,24 +324,13 @@ def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None
             want, want_aux = format.encode(x, at)
             got = torch.empty_like(want)
             aux = torch.empty_like(want_aux) if want_aux is not None else torch.empty(0)
-            native.encode(  # type: ignore[attr-defined]
-                isa,
-                operand,
-                name,
-                x.data_ptr(),
-                len(x),
-                int(at.step),
-                at.key,
-                got.data_ptr(),
-                aux.data_ptr(),
-            )
+            of = (len(x), int(at.step), at.key, got.data_ptr(), aux.data_ptr())
+            native.convert(isa, name, operand, True, x.data_ptr(), *of)  # type: ignore[attr-defined]
             assert_same_bits(got, want, f"{isa}: stored")
             if want_aux is not None:
                 assert_same_bits(aux, want_aux, f"{isa}: aux")
             back = torch.empty_like(x)
-            native.decode(  # type: ignore[attr-defined]
-                isa, name, got.data_ptr(), aux.data_ptr(), len(x), back.data_ptr()
-            )
+            native.convert(isa, name, operand, False, back.data_ptr(), *of)  # type: ignore[attr-defined]
             assert_same_bits(back, format.decode(want, want_aux), f"{isa}: decoded")
 
 
@@ -356,7 +345,6 @@ def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(name: str, fin
     exponents = torch.arange(255, dtype=torch.uint8).repeat(2) % (241 if name == "e4m3" else 225)
     for isa in native.isas():  # type: ignore[attr-defined]
         got = torch.empty(len(codes))
-        native.decode(  # type: ignore[attr-defined]
-            isa, name, codes.data_ptr(), exponents.data_ptr(), len(codes), got.data_ptr()
-        )
+        of = (len(codes), 0, 0, codes.data_ptr(), exponents.data_ptr())
+        native.convert(isa, name, MU, False, got.data_ptr(), *of)  # type: ignore[attr-defined]
         assert_same_bits(got, FORMATS[name].decode(codes, exponents))

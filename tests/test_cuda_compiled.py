@@ -247,7 +247,7 @@ def test_refused_launches_are_errors(host: Host) -> None:
     finally:
         host.library.refuse_launches(False)
     assert host.library.current() == 0
-    with pytest.raises(RuntimeError, match="current on cuda:7 failed: the error's text"):
+    with pytest.raises(RuntimeError, match="current for adabelief .* on cuda:7 failed: the error's text"):
         world.step(host, world.inputs(None, None), device=7)
     assert_same_bits(world.contents(), before)
 
