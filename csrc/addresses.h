@@ -1,6 +1,5 @@
-// Where an optimizer's tensors are, asked at each step. Tensors are asked through the DLPack exchange
-// table that torch.Tensor has (made for libraries that know no torch header), dicts and lists through
-// CPython's C API.
+// Where an optimizer's tensors are, asked at each step: tensors through the DLPack exchange table that torch.Tensor
+// has for libraries that know no torch header, dicts and lists through CPython's C API.
 #pragma once
 
 #include <pybind11/pybind11.h>

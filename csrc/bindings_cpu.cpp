@@ -1,4 +1,5 @@
 // fused_optim._cpu: addresses and sizes come in as integers; no torch header anywhere.
+#include <stdexcept>
 #include <vector>
 
 #include "addresses.h"
@@ -142,7 +143,5 @@ PYBIND11_MODULE(_cpu, m) {
 #else
   m.attr("openmp") = false;
 #endif
-#if defined(__VERSION__)
   m.attr("compiler") = __VERSION__;
-#endif
 }

@@ -3,8 +3,7 @@
 //   name                 as in fused_optim/storage.py
 //   PlainCodec           of a parameter: the codec of its dtype's values as they are
 //   Working              what the rules compute with: float or double
-//   Stored, Aux          what lies in memory: one Stored an element, and one Aux for each `block` elements
-//                        (NoAux for none)
+//   Stored, Aux          what lies in memory: one Stored an element, one Aux (NoAux for none) for each `block`
 //   random               which random bits `store` is given: none, 32 of the dither or 16 of Philox
 //   load(stored, aux)    the value in the working precision
 //   store(x, random, aux)  what to store. Where block is 1, it sets `aux`; else `aux` is the block exponent,
@@ -14,10 +13,8 @@
 //                        except for a zero with a negative remainder
 //   is_upper_half        what is stored is 16 bits that are the upper halves of words
 //
-// Values, integers and random bits are single numbers or vectors of them, see numbers.h. What is
-// stored comes and goes in 32 bits, cut to Stored in memory.
-//
-// NaN becomes the canonical NaN of the format.
+// Values, integers and random bits are single numbers or vectors of them, see numbers.h. What is stored comes and goes
+// in 32 bits, cut to Stored in memory. NaN becomes the canonical NaN of the format.
 #pragma once
 
 #include <cstdint>

@@ -19,14 +19,8 @@ struct Isa {
                   int64_t stored, int64_t aux);
 };
 
-namespace baseline {
-extern const Isa isa;
-}
-namespace avx2 {
-extern const Isa isa;
-}
-namespace avx512 {
-extern const Isa isa;
-}
+namespace baseline { extern const Isa isa; }
+namespace avx2 { extern const Isa isa; }
+namespace avx512 { extern const Isa isa; }
 
 }  // namespace fused_optim

@@ -6,11 +6,7 @@
 #include "cuda_codecs.h"
 #include "step_cuda.h"
 
-#if defined(__CUDACC__)
 #define FUSED_OPTIM_DEVICE __device__ __forceinline__
-#else
-#define FUSED_OPTIM_DEVICE inline
-#endif
 
 namespace fused_optim {
 
@@ -27,8 +23,7 @@ struct alignas(bytes) Access {
   uint32_t word[bytes / 4];
 };
 
-// An address that the table holds. From a bare integer the compiler would make generic
-// accesses, which test the address space each time.
+// An address that the table holds. From a bare integer the compiler would make generic accesses, which are slower.
 template <class T>
 FUSED_OPTIM_DEVICE T* global(int64_t address) {
 #if defined(__CUDA_ARCH__)
@@ -287,11 +282,6 @@ struct Operands {
   Coefficients<typename Param::Working> c;
 };
 
-// Whether full chunks are stepped by the codecs of finite values, with a test. With float32 moments it
-// would take more instructions than it saves.
-template <class Mu>
-constexpr bool kFinitePath = Mu::low_precision;
-
 // `n` neighbours of each.
 template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
 struct Neighbours {
@@ -330,7 +320,7 @@ struct Neighbours {
     nu.begin(first, place);
     Coefficients<T> known = c;
     known.grad_divisor.is_one = 0;  // what is asked for is its value: a flag took up to 1% more
-    if (n > 1 && kFinitePath<Mu> && c.bias_correction1.is_one) {
+    if (n > 1 && Mu::low_precision && c.bias_correction1.is_one) {
       known.bias_correction1.is_one = known.bias_correction1_next.is_one = 1;
       return update_each(known);
     }
@@ -365,12 +355,12 @@ struct Neighbours {
 template <class T, class... Codec>
 constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
 
-// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has a special value it
-// writes nothing and returns false.
+// A thread's `n` elements from `i` on of a full chunk, with low-precision moments by the codecs of finite values:
+// where some lane of the warp has a special value it writes nothing and returns false. With float32 moments that
+// would take more instructions than it saves.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
-  constexpr bool finite_path = kFinitePath<Mu>;
-  std::conditional_t<finite_path, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
+  std::conditional_t<Mu::low_precision, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
                      Neighbours<Rule, Param, Grad, Mu, Nu, n>>
       x;
   x.read_exponents(operands, i);
@@ -379,7 +369,7 @@ FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& ope
   special |= x.update(operands.c, operands.begin + i, operands.place);
   const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
   special |= maximum(mu_largest, nu_largest) >= kFiniteLimit;
-  if (finite_path && __any_sync(kAllLanes, special)) return false;
+  if (Mu::low_precision && __any_sync(kAllLanes, special)) return false;
   // One after another, since what is written needs no register any more; mu last, since its
   // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
   x.p.write(operands.p, i, 0);
@@ -459,7 +449,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
                                                c};
   const int lane = thread % kLanes;
   int i = thread * n;
-  if (full && !kFinitePath<Mu>) {
+  if (full && !Mu::low_precision) {
 #pragma unroll 1
     for (; i < kChunk; i += round) step_neighbours<Rule, n>(operands, i);
     return;

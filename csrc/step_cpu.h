@@ -39,8 +39,7 @@
 #include "cpu_task.h"
 #include "vectors.h"
 
-// Of lambdas: gcc would call those that are used twice.
-#define FUSED_OPTIM_INLINE __attribute__((always_inline))
+#define FUSED_OPTIM_INLINE __attribute__((always_inline))  // of lambdas: gcc would call those that are used twice
 #define FUSED_OPTIM_APART __attribute__((noinline))
 
 namespace fused_optim {
@@ -69,8 +68,10 @@ FUSED_OPTIM_APART inline void random_tile(const Place& place, int64_t begin, uin
   }
   for (int64_t i = 0; i < kTile / 8; ++i) {
     for (int k = 0; k < 4; ++k) {
-      random[8 * i + 2 * k] = static_cast<uint16_t>(words[k][i]);
-      random[8 * i + 2 * k + 1] = static_cast<uint16_t>(words[k][i] >> 16);
+#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
+      words[k][i] = words[k][i] << 16 | words[k][i] >> 16;
+#endif
+      memcpy(random + 8 * i + 2 * k, &words[k][i], sizeof(uint32_t));
     }
   }
 }
@@ -238,68 +239,19 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64
   }
 }
 
-// The gradient, in the parameter's plain format, which is `Own`, or in the working precision. All vectors of
-// a step branch alike.
-template <class Own>
-struct Gradient {
-  const typename Own::Stored* own;
-  const typename Own::Working* working;
-  bool is_own;
-
-  FUSED_OPTIM_HD Gradient(int64_t address, bool grad_is_own)
-      : own(reinterpret_cast<const typename Own::Stored*>(address)),
-        working(reinterpret_cast<const typename Own::Working*>(address)),
-        is_own(grad_is_own && kBuffered<Own>) {}
-
-  FUSED_OPTIM_HD void prefetch(int64_t i) const {
-    if (is_own) prefetch_bytes(own + i + kAhead, kTile * sizeof(*own));
-  }
-
-  template <class Count>
-  FUSED_OPTIM_HD VectorOf<typename Own::Working> read(int64_t i, Count n) const {
-    if (is_own) return Own::load(read_vector<Own::is_upper_half>(own + i, n), NoAux{});
-    return read_vector(working + i, n);
-  }
-};
-
-// Puts a tile's updated moments into its buffers, and new block exponents in their places. Returns whether
-// all are finite. Inlined: as a function apart it took 10% longer and saved little of the compiler's time.
-template <class Rule, class Mu, class Nu, class Own>
-FUSED_OPTIM_HD bool update_moments(Tile<Mu, kMu> mu, Tile<Nu, kNu> nu, Gradient<Own> grad, int64_t begin, int64_t n,
-                                      Coefficients<float> c) {
-  mu.prefetch();
-  grad.prefetch(begin);
-  nu.prefetch();
-  mu.look_at_codes(n);
-  nu.look_at_codes(n);
-  for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
-    const int64_t end = minimum(first + kBlockLength<Mu>, n);
-    mu.begin_block(block);
-    nu.begin_block(block);
-    for_vectors<kWords>(first, end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
-      Floats m = mu.read(i, count), v = nu.read(i, count);
-      Rule::moments(grad.read(begin + i, count) / c.grad_divisor, m, v, c);
-      mu.write(m, i, count);
-      nu.write(v, i, count);
-    });
-    mu.end_block(block, first, end);
-    nu.end_block(block, first, end);
-  }
-  return mu.has_finite_values() && nu.has_finite_values();
-}
-
 // Elements `begin` to `end` of a row. The coefficients are a copy, since no write to a tensor can
 // change that: else they are read again for each vector.
 template <class Rule, class Param, class Mu, class Nu>
 void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients) {
   using T = typename Param::Working;
   using Vector = VectorOf<T>;
+  using OwnGrad = typename Param::PlainCodec;
   static_assert(!kBlocked<Param>, "only moments share exponents");
   static_assert(kBuffered<Mu> == kBuffered<Nu> && kBlocked<Mu> == kBlocked<Nu>, "moments take the same way");
-  constexpr int64_t size = kSize<T>;
   constexpr bool buffered = kBuffered<Param> || kBuffered<Mu>;
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(coefficients);
-  const Gradient<typename Param::PlainCodec> grad(row.grad, grad_is_own);
+  const auto* const own_grad = reinterpret_cast<const typename OwnGrad::Stored*>(row.grad);
+  const auto* const working_grad = reinterpret_cast<const T*>(row.grad);
   const Place place{c.count, static_cast<uint64_t>(row.key)};
   Buffer param_buffer, mu_buffer, nu_buffer;
   for (int64_t n; begin < end; begin += n) {
@@ -308,12 +260,20 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
     Tile<Mu, kMu> mu(row.mu, row.mu_aux, begin, mu_buffer);
     Tile<Nu, kNu> nu(row.nu, row.nu_aux, begin, nu_buffer);
     param.prefetch();
-    const auto read_grad = [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
-      return grad.read(begin + i, count) / c.grad_divisor;
+    mu.prefetch();
+    nu.prefetch();
+    if (kBuffered<OwnGrad> && grad_is_own) prefetch_bytes(own_grad + begin + kAhead, kTile * sizeof(*own_grad));
+    // All vectors of a step branch alike.
+    const auto read_grad = [&](int64_t i, auto count) FUSED_OPTIM_INLINE -> Vector {
+      if constexpr (kBuffered<OwnGrad>) {
+        if (grad_is_own)
+          return OwnGrad::load(read_vector<OwnGrad::is_upper_half>(own_grad + begin + i, count), NoAux{}) /
+                 c.grad_divisor;
+      }
+      return read_vector(working_grad + begin + i, count) / c.grad_divisor;
     };
     if constexpr (!kBuffered<Mu>) {
-      grad.prefetch(begin);
-      for_vectors<size>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+      for_vectors<kSize<T>>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
         Vector p = param.read(i, count), m = mu.read(i, count), v = nu.read(i, count);
         step<Rule>(p, read_grad(i, count), m, v, c);
         mu.write(m, i, count);
@@ -321,14 +281,29 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
         param.write(p, i, count);
       });
     } else {
-      const bool finite = update_moments<Rule>(mu, nu, grad, begin, n, c);
+      mu.look_at_codes(n);
+      nu.look_at_codes(n);
+      for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
+        const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
+        mu.begin_block(block);
+        nu.begin_block(block);
+        for_vectors<kWords>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+          Vector m = mu.read(i, count), v = nu.read(i, count);
+          Rule::moments(read_grad(i, count), m, v, c);
+          mu.write(m, i, count);
+          nu.write(v, i, count);
+        });
+        mu.end_block(block, first, block_end);
+        nu.end_block(block, first, block_end);
+      }
+      const bool finite = mu.has_finite_values() && nu.has_finite_values();
       mu.begin_dithers(begin, place);
       nu.begin_dithers(begin, place);
       for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
         const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
         mu.begin_block(block);
         nu.begin_block(block);
-        for_vectors<size>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+        for_vectors<kWords>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
           const Vector p = param.read(i, count), m = read_vector(mu.values + i), v = read_vector(nu.values + i);
           // Read again only where it is asked for: otherwise a tile takes some 10% longer.
           const Vector g = c.nesterov ? read_grad(i, count) : Vector{};

@@ -21,9 +21,8 @@ constexpr int64_t kChunk = 4096;
 
 constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many as any format needs
 
-// Launches one step, waits for nothing, and returns the number of kernels launched. Throws
-// std::invalid_argument for what no kernel is built for, std::runtime_error for what CUDA
-// refuses.
+// Launches one step, waits for nothing, and returns the number of kernels launched. Throws std::invalid_argument for
+// what no kernel is built for, std::runtime_error for what CUDA refuses.
 int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int device);
 
 std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"

@@ -23,6 +23,8 @@ using cudaStream_t = struct Stream*;
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice };
 
 #define __global__
+#define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __CUDA_ARCH_LIST__ 800, 900
 #define __CUDACC_VER_MAJOR__ 0
