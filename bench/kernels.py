@@ -141,7 +141,7 @@ def predicted(row: Row) -> str:
     reads of the table before it as much.
     """
     n, threads, moved = elements_per_thread(row), row["threads"], row["bytes_per_element"]
-    passes = 1 if row["compiler"] != "nvcc" else 4096 // (threads * n)  # kChunk of csrc/cuda_body.h
+    passes = 1 if row["compiler"] != "nvcc" else 4096 // (threads * n)  # kChunk of csrc/step_cuda.h
     issued = row["path"]["all"] / n + row["path"]["before"] / (n * passes)
     blocks = min(2048 // threads, 65536 // (-(-row["registers"] // 8) * 8 * threads))
     waiting = blocks * threads * n * passes * moved / ((1 + passes) * 800e-9)

@@ -1,6 +1,5 @@
-// Where an optimizer's tensors are, asked at each step. Tensors are asked through the DLPack exchange
-// table that torch.Tensor has (made for libraries that know no torch header), dicts and lists through
-// CPython's C API.
+// Where an optimizer's tensors are, asked at each step: tensors through the DLPack exchange table that torch.Tensor
+// has for libraries that know no torch header, dicts and lists through CPython's C API.
 #pragma once
 
 #include <pybind11/pybind11.h>
@@ -26,15 +25,9 @@ struct DLTensor {
 };
 
 struct DLPackExchangeAPI {
-  struct {
-    uint32_t major, minor;
-  } version;
-  void* prev_api;
-  void* managed_tensor_allocator;
-  void* managed_tensor_from_py_object_no_sync;
-  void* managed_tensor_to_py_object_no_sync;
+  uint32_t major, minor;
+  void* not_called_here[4];
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
-  void* current_work_stream;
 };
 
 // fused_optim/addresses.py says what is compared; this is the same in C++. It keeps numbers alone: the
@@ -49,9 +42,8 @@ class Addresses {
       : grads_(reinterpret_cast<int64_t*>(grads)) {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
-    const py::capsule capsule = tensor.attr("__dlpack_c_exchange_api__");
-    api_ = static_cast<const DLPackExchangeAPI*>(capsule.get_pointer());
-    if (api_->version.major != 1 || api_->dltensor_from_py_object_no_sync == nullptr) return;
+    api_ = py::capsule(tensor.attr("__dlpack_c_exchange_api__"));
+    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr) return;
     remembering_ = true;
     works_ = ask_tensors(params.ptr(), held.ptr()) != kChanged;
     remembering_ = false;
@@ -61,39 +53,40 @@ class Addresses {
 
   int ask(py::list params, py::list held, py::list keys, py::list states, py::list names, py::list values,
           py::list param_lists, py::dict state) {
-    if (!same_lists(param_lists, params.ptr()) || !same_dicts(state.ptr(), keys, states, names, values))
+    if (!same_lists(param_lists, {params.ptr()}) ||
+        !same_dicts(state.ptr(), {keys.ptr()}, {states.ptr()}, {names.ptr()}, {values.ptr()}))
       return kChanged;
     next_ = 0;
     return ask_tensors(params.ptr(), held.ptr());
   }
 
  private:
-  static bool same_lists(const py::list& lists, PyObject* params) {
+  // Objects that are expected one after another.
+  struct Expected {
+    PyObject* list;
     Py_ssize_t n = 0;
+    bool next_is(PyObject* object) { return n < PyList_GET_SIZE(list) && PyList_GET_ITEM(list, n++) == object; }
+    bool ended() const { return n == PyList_GET_SIZE(list); }
+  };
+
+  static bool same_lists(const py::list& lists, Expected params) {
     for (py::handle list : lists) {
-      if (!PyList_Check(list.ptr()) || n + PyList_GET_SIZE(list.ptr()) > PyList_GET_SIZE(params)) return false;
+      if (!PyList_Check(list.ptr())) return false;
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
-        if (PyList_GET_ITEM(list.ptr(), i) != PyList_GET_ITEM(params, n++)) return false;
+        if (!params.next_is(PyList_GET_ITEM(list.ptr(), i))) return false;
     }
-    return n == PyList_GET_SIZE(params);
+    return params.ended();
   }
 
-  static bool is(const py::list& list, size_t i, PyObject* object) {
-    return i < list.size() && PyList_GET_ITEM(list.ptr(), i) == object;
-  }
-
-  static bool same_dicts(PyObject* state, const py::list& keys, const py::list& states, const py::list& names,
-                         const py::list& values) {
-    size_t n = 0, item = 0;
-    PyObject *key, *value;
-    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value); ++n) {
-      if (!is(keys, n, key) || !is(states, n, value)) return false;
+  static bool same_dicts(PyObject* state, Expected keys, Expected states, Expected names, Expected values) {
+    PyObject *key, *value, *name, *held;
+    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
+      if (!keys.next_is(key) || !states.next_is(value)) return false;
       if (!PyDict_Check(value)) continue;
-      PyObject *name, *held;
-      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &held); ++item)
-        if (!is(names, item, name) || !is(values, item, held)) return false;
+      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &held);)
+        if (!names.next_is(name) || !values.next_is(held)) return false;
     }
-    return n == keys.size() && item == values.size();
+    return keys.ended() && values.ended();
   }
 
   Answer ask_tensors(PyObject* params, PyObject* held) {

@@ -1,54 +1,25 @@
 // fused_optim._cuda: addresses, sizes and the stream come in as integers; no torch header.
-#include <pybind11/pybind11.h>
-
-#include <string>
-
-#include "arguments.h"
+#include "bindings.h"
 #include "step_cuda.h"
 
-namespace py = pybind11;
-
-namespace fused_optim {
 namespace {
 
-int step(const py::kwargs& given) {
-  CudaStep s;
-  Arguments(given)
-      .take("rule", s.rule)
-      .take("param", s.param)
-      .take("grad", s.grad)
-      .take("mu", s.mu)
-      .take("nu", s.nu)
-      .take("rows", s.rows)
-      .take("chunks", s.chunks)
-      .take("n_chunks", s.n_chunks)
-      .take("counters", s.counters)
-      .take("n_counters", s.n_counters)
-      .take("hyper", s.hyper)
-      .take("coefficients", s.coefficients)
-      .take("grad_scale", s.grad_scale)
-      .take("found_inf", s.found_inf)
-      .take("stream", s.stream)
-      .take("device", s.device)
-      .end();
+using namespace fused_optim;
+
+int step_of_integers(const NameStrings& names, const std::array<int64_t, 9>& task, int64_t stream, int device) {
   py::gil_scoped_release release;
-  return step_cuda(s);
+  return step_cuda(names_of(names), bit_cast<CudaTask>(task), stream, device);
 }
 
 }  // namespace
-}  // namespace fused_optim
 
 PYBIND11_MODULE(_cuda, m) {
   m.doc() = "The CUDA step of fused_optim.";
-  m.def("step", &fused_optim::step,
-        "Launches one step of every row of a table; takes the fields of CudaStep as keyword arguments. Returns the "
-        "number of kernels.");
-  m.def("chunk_size", &fused_optim::cuda_chunk_size,
-        "Elements of a chunk in the table that a step is given.");
-  m.def("coefficients_bytes", &fused_optim::cuda_coefficients_bytes,
-        "Bytes of device memory that a step needs for each counter.", py::arg("param_format"));
-  m.def("device_count", &fused_optim::cuda_device_count, "GPUs that there are; 0 without a driver.");
-  m.attr("runtime_version") = fused_optim::cuda_runtime_version();
-  m.attr("archs") = fused_optim::cuda_archs();
-  m.attr("compiler") = fused_optim::cuda_compiler();
+  m.def("step", &step_of_integers,
+        "Launches one step of every row of a table and returns the number of kernels. Takes the names of rule and "
+        "formats, the fields of CudaTask, the stream and the device.");
+  m.attr("chunk_size") = kChunk;
+  m.attr("coefficients_bytes") = kCoefficientsBytes;
+  m.attr("archs") = cuda_archs();
+  m.attr("compiler") = cuda_compiler();
 }

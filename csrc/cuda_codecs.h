@@ -1,39 +1,32 @@
 // Codecs of finite values alone: Finite<Codec> loads and stores the bits that Codec does, but not where a
 // new value is infinite, NaN or not below kFiniteLimit in magnitude, or a code in memory is that of infinity or
-// NaN. What codecs.h has for such values is taken where a GPU has nothing shorter.
+// NaN. (A zero with a negative remainder, which somebody wrote to the parameter, is decoded to a NaN; so the new
+// parameter is one too.) What codecs.h has for such values is taken where a GPU has nothing shorter.
 #pragma once
 
 #include "codecs.h"
 
 namespace fused_optim {
 
-template <class Codec, bool = Codec::low_precision>
-struct StoringFinite : Codec {};
-
 template <class Codec>
-struct StoringFinite<Codec, true> : Codec {
-  template <class E>
-  static FUSED_OPTIM_HD auto store(float x, uint32_t random, E& aux) {
-    return Codec::store_finite(x, random, aux);
-  }
-};
-
-// Blocked codecs each say below which `magnitude` is not finite alone, or none is found to be special.
-template <class Codec>
-struct Finite : StoringFinite<Codec> {
+struct Finite : Codec {
   static_assert(!kBlocked<Codec>, "a blocked codec needs a magnitude that infinities and NaN have too");
-};
 
-// A zero with a negative remainder, which somebody wrote to the parameter, is decoded to a NaN here; so the new
-// parameter is one too.
-template <>
-struct Finite<Split16> : StoringFinite<Split16> {
-  static FUSED_OPTIM_HD float load(uint32_t x, int32_t remainder) { return float_of(x + bits_of(remainder)); }
-};
+  template <class X, class E>
+  static FUSED_OPTIM_HD auto load(X x, E aux) {
+    if constexpr (kAuxEach<Codec>)
+      return Codec::load_finite(x, aux);
+    else
+      return Codec::load(x, aux);
+  }
 
-template <>
-struct Finite<Split8> : StoringFinite<Split8> {
-  static FUSED_OPTIM_HD float load(uint32_t x, int32_t remainder) { return float_of(x + bits_of(remainder * 256)); }
+  template <class X, class E>
+  static FUSED_OPTIM_HD auto store(X x, uint32_t random, E& aux) {
+    if constexpr (Codec::low_precision)
+      return Codec::store_finite(x, random, aux);
+    else
+      return Codec::store(x, random, aux);
+  }
 };
 
 // A finite code, shifted, is a float32 of the value under exponent 0, subnormal values too: the exponent is a power

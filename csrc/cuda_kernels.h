@@ -1,18 +1,417 @@
-// The kernels.
+// The CUDA kernels. tests/cuda_on_host.cpp has a host compiler make loops of them.
 #pragma once
 
 #include <cuda_runtime.h>
 
-#include <type_traits>
-
-#include "cuda_body.h"
+#include "cuda_codecs.h"
 #include "step_cuda.h"
+
+#define FUSED_OPTIM_DEVICE __device__ __forceinline__
 
 namespace fused_optim {
 
+constexpr int kThreads = 256;
+constexpr int kLanes = 32;  // of a warp
+constexpr uint32_t kAllLanes = 0xffffffffu;
+constexpr int kPrologueThreads = 128;
+
+// The longest access, in bytes: fused_optim.table.VECTOR_BYTES.
+constexpr int kLongest = 16;
+
+template <int bytes>
+struct alignas(bytes) Access {
+  uint32_t word[bytes / 4];
+};
+
+// An address that the table holds. From a bare integer the compiler would make generic accesses, which are slower.
+template <class T>
+FUSED_OPTIM_DEVICE T* global(int64_t address) {
+#if defined(__CUDA_ARCH__)
+  return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
+#else
+  return reinterpret_cast<T*>(address);
+#endif
+}
+
+// What the launch does not write goes through the read-only path and tensors do not: so the
+// machine code tells the two apart, and tests/test_cuda_compiled.py counts each.
+template <class T>
+FUSED_OPTIM_DEVICE T read_only(const T* p) {
+#if defined(__CUDA_ARCH__)
+  if constexpr (std::is_arithmetic<T>::value) {
+    return __ldg(p);
+  } else {
+    using Word = std::conditional_t<alignof(T) == 8, unsigned long long, unsigned>;
+    struct Words {
+      Word word[sizeof(T) / sizeof(Word)];
+    } words;
+#pragma unroll
+    for (size_t i = 0; i < sizeof(T) / sizeof(Word); ++i) words.word[i] = __ldg(reinterpret_cast<const Word*>(p) + i);
+    return bit_cast<T>(words);
+  }
+#else
+  return *p;
+#endif
+}
+
+FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
+  return task.found_inf != nullptr && read_only(task.found_inf) != 0.0f;
+}
+
+// Works out the coefficients of a counter for each thread. Step numbers stay as they are: when the step kernel is
+// not launched, nothing has changed.
 template <class T>
 __global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTask task) {
-  prologue_body<T>(task, static_cast<int64_t>(blockIdx.x) * kPrologueThreads + threadIdx.x);
+  const int64_t i = static_cast<int64_t>(blockIdx.x) * kPrologueThreads + threadIdx.x;
+  if (i >= task.n_counters) return;
+  const Counter counter = task.counters[i];
+  const int64_t count = next_count(*global<const int64_t>(counter.step));
+  const T grad_scale = task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale));
+  static_cast<Coefficients<T>*>(task.coefficients)[i] =
+      coefficients<T>(task.hyper[counter.hyper], count, grad_scale);
+}
+
+// One thread's share of writing the new step numbers, which no other block reads.
+template <class T>
+FUSED_OPTIM_DEVICE void advance_counters(const CudaTask& task, int thread) {
+  if (skips(task)) return;
+  const Coefficients<T>* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
+#pragma unroll 1
+  for (int64_t i = thread; i < task.n_counters; i += kThreads)
+    *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
+}
+
+// What codecs are given and return for what is stored: integers in 32 bits.
+template <class Stored>
+using Wide = std::conditional_t<std::is_floating_point<Stored>::value, Stored,
+                                std::conditional_t<std::is_signed<Stored>::value, int32_t, uint32_t>>;
+
+// `n` neighbours as they lie in memory. Halves and bytes are taken out of words and put into them in one or
+// two instructions each; of arrays of them nvcc makes two or three. `upper`: codecs have them as the upper
+// halves of 32 bits.
+template <class Stored, int n, bool upper = false>
+class InMemory {
+  static constexpr bool kInWords = n > 1 && sizeof(Stored) < 4;
+  static constexpr int kBits = 8 * sizeof(Stored);
+  static constexpr size_t kBytes = n * sizeof(Stored);
+  using One = std::conditional_t<n == 1, Stored, Access<kBytes % kLongest == 0 ? kLongest : 8>>;
+  static constexpr int kAccesses = kBytes / sizeof(One);
+  static_assert(kAccesses * sizeof(One) == kBytes, "neighbours must fill whole accesses");
+
+ public:
+  using Item = std::conditional_t<kInWords, uint32_t, Stored>;
+  static constexpr int kEach = sizeof(Item) / sizeof(Stored);  // elements in an item
+
+  alignas(One) Item item[n / kEach];
+
+  FUSED_OPTIM_DEVICE void read(const Stored* source) { copy(item, source); }
+  FUSED_OPTIM_DEVICE void write(Stored* target) const { copy(target, item); }
+
+  FUSED_OPTIM_DEVICE Wide<Stored> get(int k) const {
+    if constexpr (kInWords) {
+      const uint32_t highest = item[k / kEach] << (32 - kBits - kBits * (k % kEach));
+      if constexpr (upper) return highest & 0xffff0000u;
+      return static_cast<Wide<Stored>>(highest) >> (32 - kBits);
+    } else if constexpr (upper) {
+      return static_cast<uint32_t>(item[k]) << 16;
+    } else {
+      return item[k];
+    }
+  }
+
+  // From the first on, one after another. What `x` has beside the element does not count.
+  FUSED_OPTIM_DEVICE void set(int k, Wide<Stored> x) {
+    if constexpr (kInWords) {
+      constexpr uint32_t halves[] = {0, upper ? 0x7632u : 0x5410u}, bytes[] = {0, 0x3240u, 0x3410u, 0x4210u};
+      const uint32_t selector = kEach == 2 ? halves[k % kEach] : bytes[k % kEach];
+      uint32_t& word = item[k / kEach];
+      word = k % kEach == 0 ? x : __byte_perm(word, x, selector);
+    } else if constexpr (upper) {
+      item[k] = static_cast<Stored>(x >> 16);
+    } else {
+      item[k] = static_cast<Stored>(x);
+    }
+  }
+
+ private:
+  FUSED_OPTIM_DEVICE static void copy(void* target, const void* source) {
+#pragma unroll
+    for (int i = 0; i < kAccesses; ++i) static_cast<One*>(target)[i] = static_cast<const One*>(source)[i];
+  }
+};
+
+// The largest of the values that `lanes` neighbouring lanes have; all lanes of the warp must ask. (Of two
+// redux.sync for the two blocks of a warp nvcc makes as many instructions, and takes up to 4 registers more.)
+template <int lanes>
+FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
+#pragma unroll
+  for (int offset = lanes / 2; offset > 0; offset /= 2) {
+    x = maximum(__shfl_xor_sync(kAllLanes, x, offset), x);
+  }
+  return x;
+}
+
+// One operand of a chunk.
+template <class Codec>
+struct Array {
+  typename Codec::Stored* stored;
+  typename Codec::Aux* aux;
+
+  FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t aux_address, int64_t begin)
+      : stored(global<typename Codec::Stored>(stored_address) + begin),
+        aux(global<typename Codec::Aux>(aux_address) + begin / Codec::block) {}
+
+  FUSED_OPTIM_DEVICE typename Codec::Aux* exponent_at(uint32_t i) const { return aux + i / uint32_t{Codec::block}; }
+};
+
+// `n` neighbours of one operand.
+template <class Codec, Operand operand, int n>
+struct Elements {
+  using Stored = typename Codec::Stored;
+  using Aux = typename Codec::Aux;
+  using Part = std::conditional_t<std::is_same<Aux, NoAux>::value, NoAux, Wide<Aux>>;
+
+  InMemory<Stored, n, Codec::is_upper_half> stored, new_stored;
+  InMemory<Aux, kAuxEach<Codec> ? n : 1> aux, new_aux;
+  uint32_t index;
+  Place place;
+  PhiloxWords words;
+  typename Codec::Working value[n];
+
+  static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
+
+  // `first`: the index in the parameter.
+  FUSED_OPTIM_DEVICE void begin(int64_t first, const Place& where) {
+    index = static_cast<uint32_t>(first);
+    place = where;
+    if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(first) / 8, place);
+  }
+
+  // What the codec asks for to round element `k`.
+  FUSED_OPTIM_DEVICE uint32_t random(int k) const {
+    if constexpr (Codec::random == kDither) return dither<operand>(index + static_cast<uint32_t>(k), place);
+    if constexpr (Codec::random == kPhilox) {
+      const uint32_t i = n == 8 ? k : index % 8;
+      // Not word[i / 2]: registers have no address.
+      const uint32_t low = i & 2 ? words.word[1] : words.word[0];
+      const uint32_t high = i & 2 ? words.word[3] : words.word[2];
+      return ((i & 4 ? high : low) >> 16 * (i & 1)) & 0xffffu;
+    }
+    return 0;
+  }
+
+  // What a whole block has in common is read on its own, since it may be needed for longer.
+  template <class From>
+  FUSED_OPTIM_DEVICE void read_exponent(const From& from, int i) {
+    if constexpr (kBlocked<Codec>) aux.read(from.exponent_at(i));
+  }
+
+  template <class From>
+  FUSED_OPTIM_DEVICE void read(const From& from, int i) {
+    stored.read(from.stored + i);
+    if constexpr (kAuxEach<Codec>) aux.read(from.aux + i);
+  }
+
+  FUSED_OPTIM_DEVICE void decode(int k) {
+    Part part;
+    if constexpr (!std::is_same<Aux, NoAux>::value) part = aux.get(kAuxEach<Codec> ? k : 0);
+    value[k] = Codec::load(stored.get(k), part);
+  }
+
+  // Whether a code in memory is that of infinity or NaN. Four are tested at once: no sum leaves its byte.
+  FUSED_OPTIM_DEVICE bool has_special_codes() const {
+    uint32_t special = 0;
+    if constexpr (kBlocked<Codec>) {
+#pragma unroll
+      for (const uint32_t codes : stored.item) {
+        const uint32_t sums = (codes & 0x7f7f7f7fu) + (Codec::code_bits + 1 - Codec::infinity) * 0x01010101u;
+        special |= Codec::sign_bit == 0 ? sums & codes : sums;
+      }
+    }
+    return (special & 0x80808080u) != 0;
+  }
+
+  // Whether a new value needs a codec for all values. Of blocks largest() says so.
+  FUSED_OPTIM_DEVICE bool is_special(int k) const {
+    if constexpr (Codec::low_precision && !kBlocked<Codec>) return !(absolute(value[k]) < float_of(kFiniteLimit));
+    return false;
+  }
+
+  // Of what the block's aux depends on.
+  FUSED_OPTIM_DEVICE uint32_t largest() const {
+    uint32_t result = 0;
+    if constexpr (kBlocked<Codec>) {
+#pragma unroll
+      for (int k = 0; k < n; ++k) result = maximum(Codec::magnitude(value[k]), result);
+    }
+    return result;
+  }
+
+  // Where it takes no more than the element itself.
+  FUSED_OPTIM_DEVICE void encode(int k) {
+    if constexpr (!kBlocked<Codec>) {
+      Part part;
+      new_stored.set(k, Codec::store(value[k], random(k), part));
+      if constexpr (kAuxEach<Codec>) new_aux.set(k, part);
+    }
+  }
+
+  // `block_largest`: of the whole block.
+  template <class To>
+  FUSED_OPTIM_DEVICE void write(const To& to, int i, uint32_t block_largest) {
+    if constexpr (kBlocked<Codec>) {
+      const Aux exponent = Codec::exponent_of(block_largest);
+#pragma unroll
+      for (int k = 0; k < n; ++k) new_stored.set(k, Codec::store(value[k], random(k), exponent));
+      if (i % Codec::block == 0) *to.exponent_at(i) = exponent;
+    }
+    new_stored.write(to.stored + i);
+    if constexpr (kAuxEach<Codec>) new_aux.write(to.aux + i);
+  }
+};
+
+// A row's operands from the beginning of a chunk on, and what else a step depends on.
+template <class Param, class Grad, class Mu, class Nu>
+struct Operands {
+  Array<Param> p;
+  Array<Grad> g;
+  Array<Mu> mu;
+  Array<Nu> nu;
+  int64_t begin;
+  Place place;
+  Coefficients<typename Param::Working> c;
+};
+
+// `n` neighbours of each.
+template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
+struct Neighbours {
+  using T = typename Param::Working;
+
+  Elements<Param, kParam, n> p;
+  Elements<Grad, kParam, n> g;
+  Elements<Mu, kMu, n> mu;
+  Elements<Nu, kNu, n> nu;
+
+  template <class From>
+  FUSED_OPTIM_DEVICE void read_exponents(const From& from, int i) {
+    mu.read_exponent(from.mu, i);
+    nu.read_exponent(from.nu, i);
+  }
+
+  template <class From>
+  FUSED_OPTIM_DEVICE void read(const From& from, int i) {
+    p.read(from.p, i);
+    g.read(from.g, i);
+    mu.read(from.mu, i);
+    nu.read(from.nu, i);
+    asm volatile("" ::: "memory");  // all of it before anything else, so that reads wait together
+  }
+
+  // `first`: the index in the parameter. Returns whether a new value is special, of those that blocks do not
+  // tell of.
+  //
+  // With low-precision moments a full chunk has two loops, with and without the first moment's corrections. To ask
+  // for each element takes up to 16% more instructions where there are corrections, and two loops take up to 7%
+  // more with float32 moments. Without corrections, each element asks for the second moment's: a third loop saves 3
+  // instructions of 64, but with corrections it took up to 3.3% more. Nesterov's correction is 1 where this is.
+  FUSED_OPTIM_DEVICE bool update(const Coefficients<T>& c, int64_t first, const Place& place) {
+    p.begin(first, place);
+    mu.begin(first, place);
+    nu.begin(first, place);
+    Coefficients<T> known = c;
+    known.grad_divisor.is_one = 0;  // what is asked for is its value: a flag took up to 1% more
+    if (n > 1 && Mu::low_precision && c.bias_correction1.is_one) {
+      known.bias_correction1.is_one = known.bias_correction1_next.is_one = 1;
+      return update_each(known);
+    }
+    known.bias_correction1.is_one = known.bias_correction1_next.is_one = known.bias_correction2.is_one = 0;
+    return update_each(known);
+  }
+
+ private:
+  // What can be encoded is at once, element by element: with eight values of each operand waiting
+  // some kernels spilled at 64 registers.
+  FUSED_OPTIM_DEVICE bool update_each(const Coefficients<T>& c) {
+    bool special = false;
+#pragma unroll
+    for (int k = 0; k < n; ++k) {
+      p.decode(k);
+      g.decode(k);
+      mu.decode(k);
+      nu.decode(k);
+      if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
+      step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
+      special |= p.is_special(k) | mu.is_special(k) | nu.is_special(k);
+      p.encode(k);
+      mu.encode(k);
+      nu.encode(k);
+    }
+    return special;
+  }
+};
+
+// Neighbours that a thread takes of a full chunk: 16 bytes of 16-bit operands, 8 of 8-bit ones.
+// With 16 elements of the latter ones registers would not do.
+template <class T, class... Codec>
+constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
+
+// A thread's `n` elements from `i` on of a full chunk, with low-precision moments by the codecs of finite values:
+// where some lane of the warp has a special value it writes nothing and returns false. With float32 moments that
+// would take more instructions than it saves.
+template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
+FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
+  std::conditional_t<Mu::low_precision, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
+                     Neighbours<Rule, Param, Grad, Mu, Nu, n>>
+      x;
+  x.read_exponents(operands, i);
+  x.read(operands, i);
+  bool special = x.mu.has_special_codes() | x.nu.has_special_codes();
+  special |= x.update(operands.c, operands.begin + i, operands.place);
+  const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
+  special |= maximum(mu_largest, nu_largest) >= kFiniteLimit;
+  if (Mu::low_precision && __any_sync(kAllLanes, special)) return false;
+  // One after another, since what is written needs no register any more; mu last, since its
+  // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
+  x.p.write(operands.p, i, 0);
+  x.nu.write(operands.nu, i, largest_of_lanes<Nu::block / n>(nu_largest));
+  x.mu.write(operands.mu, i, largest_of_lanes<Mu::block / n>(mu_largest));
+  return true;
+}
+
+// Elements that a warp takes at a time where each lane takes one: whole blocks.
+template <class Mu>
+constexpr int kSpan = kBlocked<Mu> ? kBlockElements : kLanes;
+
+// Spans, from `first` to `end` and `stride` apart, of any values and alignment. What a block's elements share
+// is known only when all are updated: so blocked formats update twice and write the second time.
+template <class Rule, class Param, class Grad, class Mu, class Nu>
+FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands, int first, int end, int stride,
+                                   int lane) {
+  Neighbours<Rule, Param, Grad, Mu, Nu, 1> x;
+#pragma unroll 1
+  for (; first < end; first += stride) {
+    uint32_t mu_largest = 0, nu_largest = 0;
+    x.read_exponents(operands, first);
+#pragma unroll 1
+    for (bool write = !kBlocked<Mu>;; write = true) {
+#pragma unroll 1
+      for (int i = first + lane; i < first + kSpan<Mu> && i < end; i += kLanes) {
+        x.read(operands, i);
+        x.update(operands.c, operands.begin + i, operands.place);
+        if (write) {
+          x.p.write(operands.p, i, 0);
+          x.mu.write(operands.mu, i, mu_largest);
+          x.nu.write(operands.nu, i, nu_largest);
+        } else {
+          mu_largest = maximum(x.mu.largest(), mu_largest);
+          nu_largest = maximum(x.nu.largest(), nu_largest);
+        }
+      }
+      if (write) break;
+      mu_largest = largest_of_lanes<kLanes>(mu_largest);
+      nu_largest = largest_of_lanes<kLanes>(nu_largest);
+    }
+  }
 }
 
 // Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where the
@@ -21,19 +420,59 @@ __global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTa
 template <class T>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
 
+// A block steps a chunk; one more writes the step numbers.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working>)
     step_kernel(const CudaTask task) {
-  step_body<Rule, Param, Grad, Mu, Nu>(task, blockIdx.x, static_cast<int>(threadIdx.x));
+  const int64_t block = blockIdx.x;
+  const int thread = static_cast<int>(threadIdx.x);
+  using T = typename Param::Working;
+  static_assert(!kBlocked<Param> && !kBlocked<Grad> && kBlocked<Mu> == kBlocked<Nu>, "blocks are for moments");
+  constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu>;
+  static_assert(kChunk % round == 0, "a chunk must be whole rounds of all threads");
+  static_assert(kLanes * n % span == 0, "a warp's neighbours must be whole spans");
+  if (block == task.n_chunks) return advance_counters<T>(task, thread);
+  // Asked for first and looked at last: the read hides behind those of the table.
+  const bool skip = skips(task);
+  const Chunk chunk = read_only(task.chunks + block);
+  const Row row = read_only(task.rows + chunk.row);
+  const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
+  if (skip) return;
+  const bool full = chunk.chunk >= 0;
+  const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;
+  const Operands<Param, Grad, Mu, Nu> operands{{row.param, row.param_aux, begin},
+                                               {row.grad, 0, begin},
+                                               {row.mu, row.mu_aux, begin},
+                                               {row.nu, row.nu_aux, begin},
+                                               begin,
+                                               {c.count, static_cast<uint64_t>(row.key)},
+                                               c};
+  const int lane = thread % kLanes;
+  int i = thread * n;
+  if (full && !Mu::low_precision) {
+#pragma unroll 1
+    for (; i < kChunk; i += round) step_neighbours<Rule, n>(operands, i);
+    return;
+  }
+  const int length = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
+  // A warp that meets a special value steps its round as spans, by the code that short chunks have.
+#pragma unroll 1
+  do {
+    int first = thread / kLanes * span, end = length, stride = kThreads / kLanes * span;
+    if (full) {
+      if (step_neighbours<Rule, n>(operands, i)) continue;
+      first = i - lane * n;
+      end = first + kLanes * n;
+      stride = span;
+    }
+    step_spans<Rule>(operands, first, end, stride, lane);
+  } while (full && (i += round) < kChunk);
 }
-
-template <class A, class B>
-constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Working>::value;
 
 using Kernel = void (*)(CudaTask);
 
 // The step kernel among those of one part, null where there is none. Defined in step_cuda_kernels.cu.
 template <int part>
-Kernel find_step(const CudaStep& step);
+Kernel find_step(const Names& names);
 
 }  // namespace fused_optim

@@ -10,50 +10,51 @@
 
 namespace fused_optim {
 
+template <class... T>
+struct Types {};  // a list of rules or codecs
+
+// What has the size of a number or of a vector of 32-bit ones.
 template <class T>
-struct Traits;  // the types of a number's or a vector's size, and what has no operator
+struct Traits {
+#if !defined(__CUDACC__)
+  typedef float Float __attribute__((vector_size(sizeof(T))));
+  typedef uint32_t Word __attribute__((vector_size(sizeof(T))));
+  typedef int32_t Int __attribute__((vector_size(sizeof(T))));
+#endif
+};
 
 template <>
 struct Traits<float> {
   using Float = float;
   using Word = uint32_t;
   using Int = int32_t;
-
-  static FUSED_OPTIM_HD float square_root(float x) {
-#if defined(__CUDA_ARCH__)
-    return __fsqrt_rn(x);
-#else
-    return __builtin_sqrtf(x);
-#endif
-  }
-  static FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
 };
-
 template <>
 struct Traits<uint32_t> : Traits<float> {};
 template <>
 struct Traits<int32_t> : Traits<float> {};
 
-template <>
-struct Traits<double> {
-  static FUSED_OPTIM_HD double square_root(double x) {
+FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
+FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }
+
 #if defined(__CUDA_ARCH__)
-    return __dsqrt_rn(x);
+FUSED_OPTIM_HD float square_root(float x) { return __fsqrt_rn(x); }
+FUSED_OPTIM_HD double square_root(double x) { return __dsqrt_rn(x); }
 #else
-    return __builtin_sqrt(x);
+FUSED_OPTIM_HD float square_root(float x) { return __builtin_sqrtf(x); }
+FUSED_OPTIM_HD double square_root(double x) { return __builtin_sqrt(x); }
 #endif
-  }
-  static FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }
-};
 
-template <class T>
-FUSED_OPTIM_HD T square_root(T x) {
-  return Traits<T>::square_root(x);
+// Of vectors. The compiler makes one instruction of each.
+template <class Vector>
+FUSED_OPTIM_HD Vector absolute(Vector x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = absolute(x[i]);
+  return x;
 }
-
-template <class T>
-FUSED_OPTIM_HD T absolute(T x) {
-  return Traits<T>::absolute(x);
+template <class Vector>
+FUSED_OPTIM_HD Vector square_root(Vector x) {
+  for (size_t i = 0; i < sizeof(x) / sizeof(x[0]); ++i) x[i] = square_root(x[i]);
+  return x;
 }
 
 template <class To, class From>
@@ -65,17 +66,15 @@ FUSED_OPTIM_HD To bit_cast(From from) {
 }
 
 template <class T>
-FUSED_OPTIM_HD typename Traits<T>::Word bits_of(T x) {
+FUSED_OPTIM_HD auto bits_of(T x) {
   return bit_cast<typename Traits<T>::Word>(x);
 }
-
 template <class T>
-FUSED_OPTIM_HD typename Traits<T>::Float float_of(T bits) {
+FUSED_OPTIM_HD auto float_of(T bits) {
   return bit_cast<typename Traits<T>::Float>(bits);
 }
-
 template <class T>
-FUSED_OPTIM_HD typename Traits<T>::Int int_of(T bits) {
+FUSED_OPTIM_HD auto int_of(T bits) {
   return bit_cast<typename Traits<T>::Int>(bits);
 }
 

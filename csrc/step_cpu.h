@@ -1,8 +1,6 @@
-// The CPU step. This file is compiled once for each instruction set, in a namespace of
-// its own, by a short .cpp that sets FUSED_OPTIM_ISA, FUSED_OPTIM_VECTOR_BYTES and the compiler's
-// target. What is called from here is compiled for it too, so all of our own headers come after it;
-// what they define outside of that namespace is always inlined, or the linker would keep one
-// instruction set's copy for all.
+// The CPU step. This file is compiled once for each instruction set, in a namespace of its own, by a short .cpp that
+// sets FUSED_OPTIM_ISA and FUSED_OPTIM_VECTOR_BYTES. What our own headers define outside of that namespace is always
+// inlined, or the linker would keep one instruction set's copy for all.
 //
 // Vectors of neighbours are decoded and updated in registers; a tensor's last, short vector takes the
 // same way. What is not stored as it is waits in a buffer until all of its tile is known, and is
@@ -12,13 +10,36 @@
 // each, and not one for each rule with each parameter format.
 #pragma once
 
-#include "codecs.h"
+// The headers of others come before an instruction set is chosen: none of their functions may be compiled for one
+// that the machine may lack.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <string>
+#include <type_traits>
+
+#if FUSED_OPTIM_VECTOR_BYTES > 16
+#include <immintrin.h>
+#endif
+#if FUSED_OPTIM_VECTOR_BYTES == 64
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl"))), apply_to = function)
+#else
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"  // of what gcc 12's own intrinsics leave undefined
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,prefer-vector-width=512")
+#endif
+#elif FUSED_OPTIM_VECTOR_BYTES == 32
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2"))), apply_to = function)
+#else
+#pragma GCC target("avx2")
+#endif
+#endif
+
 #include "cpu_task.h"
 #include "vectors.h"
-#include "rules/all.h"
 
-// Of lambdas: gcc would call those that are used twice.
-#define FUSED_OPTIM_INLINE __attribute__((always_inline))
+#define FUSED_OPTIM_INLINE __attribute__((always_inline))  // of lambdas: gcc would call those that are used twice
 #define FUSED_OPTIM_APART __attribute__((noinline))
 
 namespace fused_optim {
@@ -48,23 +69,11 @@ FUSED_OPTIM_APART inline void random_tile(const Place& place, int64_t begin, uin
   for (int64_t i = 0; i < kTile / 8; ++i) {
     for (int k = 0; k < 4; ++k) {
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-      const uint32_t halves = words[k][i] << 16 | words[k][i] >> 16;
-#else
-      const uint32_t halves = words[k][i];
+      words[k][i] = words[k][i] << 16 | words[k][i] >> 16;
 #endif
-      memcpy(random + 8 * i + 2 * k, &halves, sizeof(halves));
+      memcpy(random + 8 * i + 2 * k, &words[k][i], sizeof(uint32_t));
     }
   }
-}
-
-template <class Stored>
-FUSED_OPTIM_HD bool any_code_at_least(const Stored* codes, int64_t n, uint8_t mask, uint8_t limit) {
-  uint8_t largest = 0;
-  for (int64_t i = 0; i < n; ++i) {
-    const auto code = static_cast<uint8_t>(codes[i] & mask);
-    largest = code > largest ? code : largest;
-  }
-  return largest >= limit;
 }
 
 // `body(i, count)` for each vector of elements `i` to `end`.
@@ -81,10 +90,12 @@ FUSED_OPTIM_HD void for_vectors(int64_t i, int64_t end, Body body) {
 template <class Codec>
 constexpr bool kBuffered = !std::is_same<typename Codec::Stored, typename Codec::Working>::value;
 
-// Updated values of a tile that are not encoded yet.
 template <class Codec>
+constexpr int64_t kBlockLength = kBlocked<Codec> ? kBlockElements : kTile;
+
+// Updated values of a tile that are not encoded yet.
 struct Buffer {
-  alignas(Words) float values[kBuffered<Codec> ? kTile : 1];
+  alignas(Words) float values[kTile];
 };
 
 // A tile of one operand of a row.
@@ -92,8 +103,7 @@ template <class Codec, Operand operand>
 struct Tile {
   using Stored = typename Codec::Stored;
   using Aux = typename Codec::Aux;
-  using Vector = typename VectorOf<typename Codec::Working>::Vector;
-  static_assert(!kBlocked<Codec> || Codec::block == kBlockElements, "blocks of one size are walked");
+  using Vector = VectorOf<typename Codec::Working>;
 
   Stored* stored;
   Aux* aux;
@@ -104,7 +114,7 @@ struct Tile {
   bool finite_codes, finite_values;
 
   // `begin`: the index of the tile's first element.
-  FUSED_OPTIM_HD Tile(int64_t stored_address, int64_t aux_address, int64_t begin, Buffer<Codec>& buffer)
+  FUSED_OPTIM_HD Tile(int64_t stored_address, int64_t aux_address, int64_t begin, Buffer& buffer)
       : stored(reinterpret_cast<Stored*>(stored_address) + begin),
         aux(reinterpret_cast<Aux*>(aux_address) + begin / Codec::block),
         values(buffer.values),
@@ -116,10 +126,19 @@ struct Tile {
     if constexpr (kAuxEach<Codec>) prefetch_bytes(aux + kAhead, kTile * sizeof(Aux));
   }
 
-  // Whether the codes of elements `i` to `end` are finite.
-  FUSED_OPTIM_HD void look_at_codes(int64_t i, int64_t end) {
-    if constexpr (kBlocked<Codec>)
-      finite_codes = !any_code_at_least(stored + i, end - i, Codec::code_bits, Codec::infinity);
+  // Whether the codes of all `n` elements are finite.
+  FUSED_OPTIM_HD void look_at_codes(int64_t n) {
+    if constexpr (kBlocked<Codec>) {
+      uint8_t largest_code = 0;
+      const auto look = [&](int64_t n) FUSED_OPTIM_INLINE {
+        for (int64_t i = 0; i < n; ++i) {
+          const auto code = static_cast<uint8_t>(stored[i] & Codec::code_bits);
+          largest_code = code > largest_code ? code : largest_code;
+        }
+      };
+      n == kTile ? look(kTile) : look(n);  // a number that is known is a loop without a remainder
+      finite_codes = largest_code < Codec::infinity;
+    }
   }
 
   FUSED_OPTIM_HD void begin_block(int64_t block) {
@@ -151,7 +170,7 @@ struct Tile {
   // All of a block, elements `i` to `end`, is written.
   FUSED_OPTIM_HD void end_block(int64_t block, int64_t i, int64_t end) {
     if constexpr (kBlocked<Codec>) {
-      if (any_at_least(largest, kFiniteLimit)) {
+      if (largest_of(largest) >= kFiniteLimit) {
         finite_values = false;
         largest = Words{};
         for (; i < end; i += kWords) take_magnitudes(Codec::magnitude(read_vector(values + i)));
@@ -164,7 +183,7 @@ struct Tile {
   // Whether `store_finite` will do, after all of the tile was written.
   FUSED_OPTIM_HD bool has_finite_values() const {
     if constexpr (!kBuffered<Codec>) return true;
-    return Codec::low_precision && (kBlocked<Codec> ? finite_values : !any_at_least(largest, kFiniteLimit));
+    return Codec::low_precision && (kBlocked<Codec> ? finite_values : largest_of(largest) < kFiniteLimit);
   }
 
   FUSED_OPTIM_HD void begin_dithers(int64_t begin, const Place& place) {
@@ -185,7 +204,7 @@ struct Tile {
         bits = dithers;
         dithers += dithers_step;
       }
-      std::conditional_t<kBlocked<Codec>, uint32_t, typename VectorOf<Aux>::Vector> part{};
+      std::conditional_t<kBlocked<Codec>, uint32_t, VectorOf<Aux>> part{};
       if constexpr (kBlocked<Codec>) part = exponent;
       if constexpr (finite && Codec::low_precision)
         write_vector<Codec::is_upper_half>(stored + i, Codec::store_finite(x, bits, part), n);
@@ -205,10 +224,9 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64
   alignas(Words) uint16_t random[Codec::random == kPhilox ? kTile : 1];
   if constexpr (Codec::random == kPhilox) random_tile(place, begin, random);
   tile.begin_dithers(begin, place);
-  const int64_t length = kBlocked<Codec> ? kBlockElements : kTile;
-  for (int64_t block = 0, first = 0; first < n; ++block, first += length) {
+  for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Codec>) {
     tile.begin_block(block);
-    const int64_t end = minimum(first + length, n);
+    const int64_t end = minimum(first + kBlockLength<Codec>, n);
     const auto encode_all = [&](auto finite) FUSED_OPTIM_INLINE {
       for_vectors<kWords>(first, end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
         tile.template encode<finite.value>(i, count, random);
@@ -221,99 +239,41 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64
   }
 }
 
-// The gradient, in the parameter's plain format, which is `Own`, or in the working precision. All vectors of
-// a step branch alike.
-template <class Own>
-struct Gradient {
-  using T = typename Own::Working;
-  using Vector = typename VectorOf<T>::Vector;
-
-  const void* first;
-  bool is_own;
-
-  FUSED_OPTIM_HD void prefetch(int64_t i) const {
-    if constexpr (kBuffered<Own>) {
-      if (is_own) prefetch_bytes(at<Own>(i) + kAhead, kTile * sizeof(typename Own::Stored));
-    }
-  }
-
-  template <class Count>
-  FUSED_OPTIM_HD Vector read(int64_t i, Count n) const {
-    if constexpr (kBuffered<Own>) {
-      if (is_own) return Own::load(read_vector<Own::is_upper_half>(at<Own>(i), n), NoAux{});
-    }
-    return read_vector(at<PlainOf<T>>(i), n);
-  }
-
- private:
-  template <class Codec>
-  FUSED_OPTIM_HD const typename Codec::Stored* at(int64_t i) const {
-    return static_cast<const typename Codec::Stored*>(first) + i;
-  }
-};
-
-template <class Mu, class Nu>
-constexpr int64_t kBlockLength = kBlocked<Mu> || kBlocked<Nu> ? kBlockElements : kTile;
-
-// Puts a tile's updated moments into its buffers, and new block exponents in their places. Returns whether
-// all are finite. Inlined: as a function apart it took 10% longer and saved little of the compiler's time.
-template <class Rule, class Mu, class Nu, class Own>
-FUSED_OPTIM_HD bool update_moments(Tile<Mu, kMu> mu, Tile<Nu, kNu> nu, Gradient<Own> grad, int64_t begin, int64_t n,
-                                      Coefficients<float> c) {
-  mu.prefetch();
-  grad.prefetch(begin);
-  nu.prefetch();
-  if (n == kTile) {  // a number that is known is a loop without a remainder
-    mu.look_at_codes(0, kTile);
-    nu.look_at_codes(0, kTile);
-  } else {
-    mu.look_at_codes(0, n);
-    nu.look_at_codes(0, n);
-  }
-  for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu, Nu>) {
-    const int64_t end = minimum(first + kBlockLength<Mu, Nu>, n);
-    mu.begin_block(block);
-    nu.begin_block(block);
-    for_vectors<kWords>(first, end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
-      Floats m = mu.read(i, count), v = nu.read(i, count);
-      Rule::moments(grad.read(begin + i, count) / c.grad_divisor, m, v, c);
-      mu.write(m, i, count);
-      nu.write(v, i, count);
-    });
-    mu.end_block(block, first, end);
-    nu.end_block(block, first, end);
-  }
-  return mu.has_finite_values() && nu.has_finite_values();
-}
-
 // Elements `begin` to `end` of a row. The coefficients are a copy, since no write to a tensor can
 // change that: else they are read again for each vector.
 template <class Rule, class Param, class Mu, class Nu>
 void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients) {
   using T = typename Param::Working;
-  using Vector = typename VectorOf<T>::Vector;
+  using Vector = VectorOf<T>;
+  using OwnGrad = typename Param::PlainCodec;
   static_assert(!kBlocked<Param>, "only moments share exponents");
-  static_assert(kBuffered<Mu> == kBuffered<Nu>, "moments are both in the working precision or neither");
-  constexpr int64_t size = VectorOf<T>::size;
+  static_assert(kBuffered<Mu> == kBuffered<Nu> && kBlocked<Mu> == kBlocked<Nu>, "moments take the same way");
   constexpr bool buffered = kBuffered<Param> || kBuffered<Mu>;
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(coefficients);
-  const Gradient<typename Param::PlainCodec> grad{reinterpret_cast<const void*>(row.grad), grad_is_own};
+  const auto* const own_grad = reinterpret_cast<const typename OwnGrad::Stored*>(row.grad);
+  const auto* const working_grad = reinterpret_cast<const T*>(row.grad);
   const Place place{c.count, static_cast<uint64_t>(row.key)};
-  Buffer<Param> param_buffer;
-  Buffer<Mu> mu_buffer;
-  Buffer<Nu> nu_buffer;
+  Buffer param_buffer, mu_buffer, nu_buffer;
   for (int64_t n; begin < end; begin += n) {
     n = buffered ? minimum(kTile, end - begin) : end - begin;
     Tile<Param, kParam> param(row.param, row.param_aux, begin, param_buffer);
     Tile<Mu, kMu> mu(row.mu, row.mu_aux, begin, mu_buffer);
     Tile<Nu, kNu> nu(row.nu, row.nu_aux, begin, nu_buffer);
     param.prefetch();
-    const auto read_grad = [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
-      return grad.read(begin + i, count) / c.grad_divisor;
+    mu.prefetch();
+    nu.prefetch();
+    if (kBuffered<OwnGrad> && grad_is_own) prefetch_bytes(own_grad + begin + kAhead, kTile * sizeof(*own_grad));
+    // All vectors of a step branch alike.
+    const auto read_grad = [&](int64_t i, auto count) FUSED_OPTIM_INLINE -> Vector {
+      if constexpr (kBuffered<OwnGrad>) {
+        if (grad_is_own)
+          return OwnGrad::load(read_vector<OwnGrad::is_upper_half>(own_grad + begin + i, count), NoAux{}) /
+                 c.grad_divisor;
+      }
+      return read_vector(working_grad + begin + i, count) / c.grad_divisor;
     };
     if constexpr (!kBuffered<Mu>) {
-      grad.prefetch(begin);
-      for_vectors<size>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+      for_vectors<kSize<T>>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
         Vector p = param.read(i, count), m = mu.read(i, count), v = nu.read(i, count);
         step<Rule>(p, read_grad(i, count), m, v, c);
         mu.write(m, i, count);
@@ -321,14 +281,29 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
         param.write(p, i, count);
       });
     } else {
-      const bool finite = update_moments<Rule>(mu, nu, grad, begin, n, c);
-      mu.begin_dithers(begin, place);
-      nu.begin_dithers(begin, place);
-      for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu, Nu>) {
+      mu.look_at_codes(n);
+      nu.look_at_codes(n);
+      for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
+        const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
         mu.begin_block(block);
         nu.begin_block(block);
-        const int64_t block_end = minimum(first + kBlockLength<Mu, Nu>, n);
-        for_vectors<size>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+        for_vectors<kWords>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+          Vector m = mu.read(i, count), v = nu.read(i, count);
+          Rule::moments(read_grad(i, count), m, v, c);
+          mu.write(m, i, count);
+          nu.write(v, i, count);
+        });
+        mu.end_block(block, first, block_end);
+        nu.end_block(block, first, block_end);
+      }
+      const bool finite = mu.has_finite_values() && nu.has_finite_values();
+      mu.begin_dithers(begin, place);
+      nu.begin_dithers(begin, place);
+      for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
+        const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
+        mu.begin_block(block);
+        nu.begin_block(block);
+        for_vectors<kWords>(first, block_end, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
           const Vector p = param.read(i, count), m = read_vector(mu.values + i), v = read_vector(nu.values + i);
           // Read again only where it is asked for: otherwise a tile takes some 10% longer.
           const Vector g = c.nesterov ? read_grad(i, count) : Vector{};
@@ -349,119 +324,51 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
   }
 }
 
-// Small tensors lie in memory of their own each, where no prefetcher of the processor's finds them.
-inline void prefetch_row(const Row& row) {
-  for (const int64_t operand : {row.grad, row.param, row.mu, row.nu})
-    prefetch_bytes(reinterpret_cast<const void*>(operand), 256);
-}
-
-void step_chunks(const Task& task, int64_t first, int64_t last) {
-  for (int64_t k = first; k < last; ++k) {
-    if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row)
-      prefetch_row(task.rows[task.chunks[k + 2].row]);
-    const Chunk chunk = task.chunks[k];
-    const Row& row = task.rows[chunk.row];
-    const int64_t number = chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk;
-    const int64_t begin = number * task.chunk_size, end = minimum(begin + task.chunk_size, row.numel);
-    task.step_elements(row, begin, end, task.grad_is_own, task.coefficients_of(row.counter));
-  }
-}
-
-// One operand alone, for the tests of codecs.
+// Encodes or decodes one operand alone.
 template <class Codec, Operand operand>
-void encode_operand(const float* values, const Place& place, int64_t n, void* stored, void* aux) {
-  Buffer<Codec> buffer;
-  // A tile of blocks is one block here.
-  constexpr int64_t length = kBlocked<Codec> ? kBlockElements : kTile;
-  for (int64_t begin = 0; begin < n; begin += length) {
-    const int64_t end = minimum(length, n - begin);
-    Tile<Codec, operand> tile(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(aux), begin, buffer);
-    for_vectors<kWords>(0, end, [&](int64_t i, auto count) {
-      tile.write(read_vector(values + begin + i, count), i, count);
-    });
-    tile.end_block(0, 0, end);
-    encode_tile(tile, tile.has_finite_values(), begin, end, place);
+void convert_operand(bool encode, int64_t values, const Place& place, int64_t n, int64_t stored, int64_t aux) {
+  Buffer buffer;
+  for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
+    const int64_t end = minimum(kBlockLength<Codec>, n - begin);
+    float* const there = reinterpret_cast<float*>(values) + begin;
+    Tile<Codec, operand> tile(stored, aux, begin, buffer);
+    if (encode) {
+      for_vectors<kWords>(0, end, [&](int64_t i, auto count) { tile.write(read_vector(there + i, count), i, count); });
+      tile.end_block(0, 0, end);
+      encode_tile(tile, tile.has_finite_values(), begin, end, place);
+    } else {
+      tile.look_at_codes(end);
+      tile.begin_block(0);
+      for_vectors<kWords>(0, end, [&](int64_t i, auto count) { write_vector(there + i, tile.read(i, count), count); });
+    }
   }
 }
 
-template <class Codec>
-void decode_operand(const void* stored, const void* aux, int64_t n, float* values) {
-  Buffer<Codec> buffer;
-  for (int64_t begin = 0; begin < n; begin += kBlockElements) {
-    const int64_t end = minimum(kBlockElements, n - begin);
-    Tile<Codec, kMu> tile(reinterpret_cast<int64_t>(stored), reinterpret_cast<int64_t>(aux), begin, buffer);
-    tile.look_at_codes(0, end);
-    tile.begin_block(0);
-    for_vectors<kWords>(0, end, [&](int64_t i, auto count) {
-      write_vector(values + begin + i, tile.read(i, count), count);
-    });
-  }
-}
-
-// Calls `visitor` with the codec of that name; false where there is none that is encoded.
-template <class Visitor>
-bool with_codec(const char* format, Visitor visitor) {
-#define FUSED_OPTIM_PAIR(Mu, Nu) FUSED_OPTIM_CASE(Mu) FUSED_OPTIM_CASE(Nu)
-#define FUSED_OPTIM_CASE(Codec)              \
-  if constexpr (kBuffered<Codec>) {          \
-    if (same(format, Codec::name)) {         \
-      visitor(Codec{});                      \
-      return true;                           \
-    }                                        \
-  }
-  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
-  FUSED_OPTIM_MOMENTS(FUSED_OPTIM_PAIR)
-#undef FUSED_OPTIM_CASE
-#undef FUSED_OPTIM_PAIR
-  return false;
-}
-
-bool encode(Operand operand, const char* format, const float* values, const Place& place, int64_t n, void* stored,
-            void* aux) {
-  return with_codec(format, [&](auto codec) {
+bool convert(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
+             int64_t stored, int64_t aux) {
+  return with_name(EncodedCodecs{}, format, [&](auto codec) {
     using Codec = decltype(codec);
-    const auto encode = operand == kParam ? encode_operand<Codec, kParam>
-                        : operand == kMu  ? encode_operand<Codec, kMu>
-                                          : encode_operand<Codec, kNu>;
-    encode(values, place, n, stored, aux);
+    const auto convert = operand == kParam ? convert_operand<Codec, kParam>
+                         : operand == kMu  ? convert_operand<Codec, kMu>
+                                           : convert_operand<Codec, kNu>;
+    convert(encode, values, place, n, stored, aux);
+    return true;
   });
 }
 
-bool decode(const char* format, const void* stored, const void* aux, int64_t n, float* values) {
-  return with_codec(format, [&](auto codec) { decode_operand<decltype(codec)>(stored, aux, n, values); });
+StepElements find(const Names& names) {
+  StepElements found = nullptr;
+  with_names(names, [&](auto rule, auto param, auto, auto mu, auto nu) {
+    found = step_elements<decltype(rule), decltype(param), decltype(mu), decltype(nu)>;
+  });
+  return found;
 }
 
-template <class Rule, class Param>
-StepElements find_of(const Task& task) {
-#define FUSED_OPTIM_CASE(Mu, Nu)                                                                                   \
-  if constexpr (std::is_same<typename Mu::Working, typename Param::Working>::value)                                \
-    if (same(task.mu_format, Mu::name) && same(task.nu_format, Nu::name)) return step_elements<Rule, Param, Mu, Nu>;
-  FUSED_OPTIM_MOMENTS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return nullptr;
-}
-
-template <class Rule>
-bool find_of(Task& task) {
-#define FUSED_OPTIM_CASE(Param)                                                                 \
-  if (same(task.param_format, Param::name)) {                                                   \
-    task.grad_is_own = same(task.grad_format, Param::PlainCodec::name);                         \
-    if (!task.grad_is_own && !same(task.grad_format, PlainOf<typename Param::Working>::name)) return false; \
-    task.step_elements = find_of<Rule, Param>(task);                                            \
-  }
-  FUSED_OPTIM_PARAM_CODECS(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return task.step_elements != nullptr;
-}
-
-// Puts into the task the function that serves its rule and formats. False where there is none.
-bool find(Task& task) {
-#define FUSED_OPTIM_CASE(Rule) \
-  if (same(task.rule, Rule::name)) return find_of<Rule>(task);
-  FUSED_OPTIM_RULES(FUSED_OPTIM_CASE)
-#undef FUSED_OPTIM_CASE
-  return false;
-}
+const Isa isa = {find, convert};
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim
+
+#if defined(__clang__) && FUSED_OPTIM_VECTOR_BYTES > 16
+#pragma clang attribute pop
+#endif

@@ -1,38 +1,31 @@
 // The CUDA step as plain C++ sees it: no CUDA type, so that the bindings need no CUDA header.
 #pragma once
 
-#include <cstdint>
 #include <string>
+
+#include "names.h"
+#include "table.h"
 
 namespace fused_optim {
 
-// Addresses are in the device's memory; 0 for no grad_scale or found_inf, one float32 each.
-struct CudaStep {
-  std::string rule, param, grad, mu, nu;  // names of the rule and of formats
-  int64_t rows, chunks, n_chunks, counters, n_counters, hyper, coefficients, grad_scale, found_inf;
-  int64_t stream;
-  int device;
+// What a kernel is given: addresses in the device's memory. `coefficients` has kCoefficientsBytes for each
+// counter; `grad_scale` and `found_inf` are null for none.
+struct CudaTask : Table {
+  void* coefficients;
+  const float *grad_scale, *found_inf;
 };
 
-// Launches one step, waits for nothing, and returns the number of kernels launched. Throws
-// std::invalid_argument for what no kernel is built for, std::runtime_error for what CUDA
-// refuses.
-int step_cuda(const CudaStep& step);
+// 4,096 elements fill a GPU from a million parameters on, and still set some 100 KiB of
+// traffic against a block's three dependent reads: chunk, row, coefficients.
+constexpr int64_t kChunk = 4096;
 
-// Elements of a chunk in the table that a step is given.
-int64_t cuda_chunk_size();
+constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many as any format needs
 
-// Bytes that `coefficients` needs for each counter.
-int64_t cuda_coefficients_bytes(const std::string& param_format);
+// Launches one step, waits for nothing, and returns the number of kernels launched. Throws std::invalid_argument for
+// what no kernel is built for, std::runtime_error for what CUDA refuses.
+int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int device);
 
-// 0 where there is no GPU or no driver.
-int cuda_device_count();
-
-int cuda_runtime_version();
-
-// Compute capabilities that machine code is built for: "80,90".
-std::string cuda_archs();
-
+std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"
 std::string cuda_compiler();
 
 }  // namespace fused_optim

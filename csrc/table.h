@@ -8,7 +8,7 @@ namespace fused_optim {
 struct Row {
   int64_t numel, counter, grad, param, mu, nu;
   int64_t param_aux, mu_aux, nu_aux;  // second parts, 0 where the format has none
-  int64_t key;                              // of the parameter's random bits
+  int64_t key;                        // of the parameter's random bits
 };
 
 // A chunk number is complemented where the chunk is short or its row is not aligned.
@@ -19,6 +19,16 @@ struct Chunk {
 struct Counter {
   int64_t step;  // the address of an int64 step number
   int64_t hyper;
+};
+
+// What fused_optim/backends/native.py gives as integers, in this order.
+struct Table {
+  const Row* rows;
+  const Chunk* chunks;
+  int64_t n_chunks;
+  const Counter* counters;
+  int64_t n_counters;
+  const Hyperparameters* hyper;
 };
 
 }  // namespace fused_optim

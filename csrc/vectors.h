@@ -6,7 +6,6 @@
 // a shuffle for each change, and narrows the masks of selects.
 #pragma once
 
-#include "cpu_standard.h"
 #include "numbers.h"
 
 namespace fused_optim {
@@ -21,56 +20,113 @@ constexpr int64_t kWords = FUSED_OPTIM_VECTOR_BYTES / 4;
 
 // The vector that a stored number is read into, and how many of them there are in one.
 template <class Stored>
-struct VectorOf {
-  using Vector = Words;
-  static constexpr int64_t size = kWords;
-};
-template <>
-struct VectorOf<float> {
-  using Vector = Floats;
-  static constexpr int64_t size = kWords;
-};
-template <>
-struct VectorOf<double> {
-  using Vector = Doubles;
-  static constexpr int64_t size = kWords / 2;
-};
+using VectorOf = std::conditional_t<std::is_same<Stored, double>::value, Doubles,
+                                    std::conditional_t<std::is_same<Stored, float>::value, Floats, Words>>;
+template <class Stored>
+constexpr int64_t kSize = std::is_same<Stored, double>::value ? kWords / 2 : kWords;
 
 template <class To, class From>
-FUSED_OPTIM_HD To read_as(const From* from) {
+FUSED_OPTIM_HD To load(const From* from) {
   To to;
   memcpy(&to, from, sizeof(to));
   return to;
 }
 
 // A whole vector from memory, and to it.
-FUSED_OPTIM_HD Floats read_vector(const float* from) { return read_as<Floats>(from); }
-FUSED_OPTIM_HD Doubles read_vector(const double* from) { return read_as<Doubles>(from); }
+FUSED_OPTIM_HD Floats read_vector(const float* from) { return load<Floats>(from); }
+FUSED_OPTIM_HD Doubles read_vector(const double* from) { return load<Doubles>(from); }
 
 FUSED_OPTIM_HD void write_vector(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
 FUSED_OPTIM_HD void write_vector(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
 
-}  // namespace FUSED_OPTIM_ISA
-}  // namespace fused_optim
-
-// For each instruction set: read_vector of integers, which widens them to 32 bits and keeps a sign;
-// write_halves and write_bytes, which cut; read_upper_halves and write_upper_halves; square_roots,
-// largest_of and any_at_least.
+// For each instruction set: read_vector of integers, which widens them to 32 bits and keeps a sign; write_halves and
+// write_bytes, which cut; read_upper_halves and write_upper_halves; largest_of. gcc 12 splits
+// __builtin_convertvector of larger registers in pieces.
 #if FUSED_OPTIM_VECTOR_BYTES == 64
-#include "vectors_avx512.h"
+FUSED_OPTIM_HD Words read_vector(const uint16_t* p) { return (Words)_mm512_cvtepu16_epi32(load<__m256i>(p)); }
+FUSED_OPTIM_HD Words read_vector(const int16_t* p) { return (Words)_mm512_cvtepi16_epi32(load<__m256i>(p)); }
+FUSED_OPTIM_HD Words read_vector(const uint8_t* p) { return (Words)_mm512_cvtepu8_epi32(load<__m128i>(p)); }
+FUSED_OPTIM_HD Words read_vector(const int8_t* p) { return (Words)_mm512_cvtepi8_epi32(load<__m128i>(p)); }
+// Zeros and halves in turns; and every second half.
+FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) {
+  const __m512i order = _mm512_set_epi16(15, 15, 14, 14, 13, 13, 12, 12, 11, 11, 10, 10, 9, 9, 8, 8,  //
+                                         7, 7, 6, 6, 5, 5, 4, 4, 3, 3, 2, 2, 1, 1, 0, 0);
+  const __m512i halves = _mm512_castsi256_si512(load<__m256i>(from));
+  return (Words)_mm512_maskz_permutexvar_epi16(0xaaaaaaaau, order, halves);
+}
+FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) {
+  const __m512i order = _mm512_set_epi16(0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0,  //
+                                         31, 29, 27, 25, 23, 21, 19, 17, 15, 13, 11, 9, 7, 5, 3, 1);
+  const __m512i halves = _mm512_permutexvar_epi16(order, (__m512i)values);
+  _mm256_storeu_si256((__m256i*)to, _mm512_castsi512_si256(halves));
+}
+FUSED_OPTIM_HD void write_halves(void* to, Words values) {
+  _mm256_storeu_si256((__m256i*)to, _mm512_cvtepi32_epi16((__m512i)values));
+}
+FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
+  _mm_storeu_si128((__m128i*)to, _mm512_cvtepi32_epi8((__m512i)values));
+}
+FUSED_OPTIM_HD uint32_t largest_of(Words values) { return _mm512_reduce_max_epu32((__m512i)values); }
 #elif FUSED_OPTIM_VECTOR_BYTES == 32
-#include "vectors_avx2.h"
+FUSED_OPTIM_HD Words read_vector(const uint16_t* p) { return (Words)_mm256_cvtepu16_epi32(load<__m128i>(p)); }
+FUSED_OPTIM_HD Words read_vector(const int16_t* p) { return (Words)_mm256_cvtepi16_epi32(load<__m128i>(p)); }
+FUSED_OPTIM_HD Words read_vector(const uint8_t* p) { return (Words)_mm256_cvtepu8_epi32(_mm_loadu_si64(p)); }
+FUSED_OPTIM_HD Words read_vector(const int8_t* p) { return (Words)_mm256_cvtepi8_epi32(_mm_loadu_si64(p)); }
+FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_vector(from) << 16; }
+// Chosen bytes of each half of the register, and then the two side by side.
+FUSED_OPTIM_HD void write_chosen_halves(void* to, Words values, __m128i chosen) {
+  const __m256i halves = _mm256_shuffle_epi8((__m256i)values, _mm256_broadcastsi128_si256(chosen));
+  _mm_storeu_si128((__m128i*)to, _mm256_castsi256_si128(_mm256_permute4x64_epi64(halves, 0x08)));
+}
+FUSED_OPTIM_HD void write_halves(void* to, Words values) {
+  write_chosen_halves(to, values, _mm_setr_epi8(0, 1, 4, 5, 8, 9, 12, 13, -1, -1, -1, -1, -1, -1, -1, -1));
+}
+FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) {
+  write_chosen_halves(to, values, _mm_setr_epi8(2, 3, 6, 7, 10, 11, 14, 15, -1, -1, -1, -1, -1, -1, -1, -1));
+}
+FUSED_OPTIM_HD void write_bytes(void* to, Words values) {
+  const __m128i chosen = _mm_setr_epi8(0, 4, 8, 12, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1, -1);
+  const __m256i fours = _mm256_shuffle_epi8((__m256i)values, _mm256_broadcastsi128_si256(chosen));
+  _mm_storeu_si64(to, _mm_unpacklo_epi32(_mm256_castsi256_si128(fours), _mm256_extracti128_si256(fours, 1)));
+}
+FUSED_OPTIM_HD uint32_t largest_of(Words values) {
+  const __m256i all = (__m256i)values;
+  __m128i largest = _mm_max_epu32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+  largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0x4e));
+  largest = _mm_max_epu32(largest, _mm_shuffle_epi32(largest, 0xb1));
+  return static_cast<uint32_t>(_mm_cvtsi128_si32(largest));
+}
 #else
-#include "vectors_any.h"
+template <class Stored>
+using Short __attribute__((vector_size(kWords * sizeof(Stored)))) = Stored;
+
+template <class Stored>
+FUSED_OPTIM_HD Words read_vector(const Stored* from) {
+  return __builtin_convertvector(load<Short<Stored>>(from), Words);
+}
+template <class Stored>
+FUSED_OPTIM_HD void write_short(void* to, Words values) {
+  const auto narrow = __builtin_convertvector(values, Short<Stored>);
+  memcpy(to, &narrow, sizeof(narrow));
+}
+FUSED_OPTIM_HD void write_halves(void* to, Words values) { write_short<uint16_t>(to, values); }
+FUSED_OPTIM_HD void write_bytes(void* to, Words values) { write_short<uint8_t>(to, values); }
+FUSED_OPTIM_HD Words read_upper_halves(const uint16_t* from) { return read_vector(from) << 16; }
+FUSED_OPTIM_HD void write_upper_halves(uint16_t* to, Words values) { write_halves(to, values >> 16); }
+FUSED_OPTIM_HD uint32_t largest_of(Words values) {
+  uint32_t largest = 0;
+  for (int64_t i = 0; i < kWords; ++i) largest = values[i] > largest ? values[i] : largest;
+  return largest;
+}
 #endif
 
-namespace fused_optim {
-namespace FUSED_OPTIM_ISA {
-
-FUSED_OPTIM_HD void write_vector(uint16_t* to, Words values) { write_halves(to, values); }
-FUSED_OPTIM_HD void write_vector(int16_t* to, Words values) { write_halves(to, values); }
-FUSED_OPTIM_HD void write_vector(uint8_t* to, Words values) { write_bytes(to, values); }
-FUSED_OPTIM_HD void write_vector(int8_t* to, Words values) { write_bytes(to, values); }
+template <class Stored>
+FUSED_OPTIM_HD void write_vector(Stored* to, Words values) {
+  if constexpr (sizeof(Stored) == 2)
+    write_halves(to, values);
+  else
+    write_bytes(to, values);
+}
 
 // The first `n` of a vector alone, one or more. A call of memcpy for each operand of a tensor of one
 // element takes longer than its step.
@@ -78,9 +134,9 @@ template <class Stored>
 FUSED_OPTIM_HD void copy_from(Stored* part, const Stored* from, int64_t n) {
 #if FUSED_OPTIM_VECTOR_BYTES == 64
   const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n * sizeof(Stored)), from);
-  memcpy(part, &bytes, VectorOf<Stored>::size * sizeof(Stored));
+  memcpy(part, &bytes, kSize<Stored> * sizeof(Stored));
 #else
-  memset(part, 0, VectorOf<Stored>::size * sizeof(Stored));
+  memset(part, 0, kSize<Stored> * sizeof(Stored));
   memcpy(part, from, n * sizeof(Stored));
 #endif
 }
@@ -88,7 +144,7 @@ template <class Stored>
 FUSED_OPTIM_HD void copy_to(Stored* to, const Stored* part, int64_t n) {
 #if FUSED_OPTIM_VECTOR_BYTES == 64
   __m512i bytes = _mm512_setzero_si512();
-  memcpy(&bytes, part, VectorOf<Stored>::size * sizeof(Stored));
+  memcpy(&bytes, part, kSize<Stored> * sizeof(Stored));
   _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - n * sizeof(Stored)), bytes);
 #else
   memcpy(to, part, n * sizeof(Stored));
@@ -101,7 +157,7 @@ struct All {};
 
 template <bool upper_halves = false, class Stored, class Count>
 FUSED_OPTIM_HD auto read_vector(const Stored* from, Count n) {
-  Stored part[VectorOf<Stored>::size];
+  Stored part[kSize<Stored>];
   if constexpr (!std::is_same<Count, All>::value) {
     copy_from(part, from, n);
     from = part;
@@ -114,7 +170,7 @@ FUSED_OPTIM_HD auto read_vector(const Stored* from, Count n) {
 
 template <bool upper_halves = false, class Stored, class Vector, class Count>
 FUSED_OPTIM_HD void write_vector(Stored* to, Vector values, Count n) {
-  Stored part[VectorOf<Stored>::size];
+  Stored part[kSize<Stored>];
   Stored* const whole = std::is_same<Count, All>::value ? to : part;
   if constexpr (upper_halves)
     write_upper_halves(whole, values);
@@ -148,28 +204,4 @@ FUSED_OPTIM_HD Words in_register(Words constant) {
 }
 
 }  // namespace FUSED_OPTIM_ISA
-
-template <>
-struct Traits<FUSED_OPTIM_ISA::Floats> {
-  using Float = FUSED_OPTIM_ISA::Floats;
-  using Word = FUSED_OPTIM_ISA::Words;
-  using Int = FUSED_OPTIM_ISA::Ints;
-  static FUSED_OPTIM_HD Float square_root(Float x) { return FUSED_OPTIM_ISA::square_roots(x); }
-  static FUSED_OPTIM_HD Float absolute(Float x) { return bit_cast<Float>(bit_cast<Word>(x) & 0x7fffffffu); }
-};
-template <>
-struct Traits<FUSED_OPTIM_ISA::Words> : Traits<FUSED_OPTIM_ISA::Floats> {};
-template <>
-struct Traits<FUSED_OPTIM_ISA::Ints> : Traits<FUSED_OPTIM_ISA::Floats> {};
-
-template <>
-struct Traits<FUSED_OPTIM_ISA::Doubles> {
-  using Double = FUSED_OPTIM_ISA::Doubles;
-  typedef uint64_t Bits __attribute__((vector_size(FUSED_OPTIM_VECTOR_BYTES)));
-  static FUSED_OPTIM_HD Double square_root(Double x) { return FUSED_OPTIM_ISA::square_roots(x); }
-  static FUSED_OPTIM_HD Double absolute(Double x) {
-    return bit_cast<Double>(bit_cast<Bits>(x) & 0x7fffffffffffffffu);
-  }
-};
-
 }  // namespace fused_optim

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <exception>
 #include <random>
 #include <string>
@@ -22,12 +23,13 @@ using cudaStream_t = struct Stream*;
 enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice };
 
 #define __global__
+#define __device__
+#define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __CUDA_ARCH_LIST__ 800, 900
 #define __CUDACC_VER_MAJOR__ 0
 #define __CUDACC_VER_MINOR__ 0
 #define __CUDACC_VER_BUILD__ 0
-#define CUDART_VERSION 0
 
 namespace {
 constexpr int kDevices = 2;
@@ -49,11 +51,6 @@ cudaError_t cudaGetDevice(int* device) {
 cudaError_t cudaSetDevice(int device) {
   if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
   current_device = device;
-  return cudaSuccess;
-}
-
-cudaError_t cudaGetDeviceCount(int* count) {
-  *count = kDevices;
   return cudaSuccess;
 }
 
@@ -187,21 +184,20 @@ int64_t guarded(char* error, int64_t size, const Use& use) {
 
 extern "C" {
 
-// `numbers`: the integers of CudaStep in their order, the device last.
+// `numbers`: the fields of CudaTask, the stream and the device.
 int64_t step_on_host(const char* rule, const char* param, const char* grad, const char* mu, const char* nu,
                      const int64_t* numbers, char* error, int64_t size) {
   n_launched = 0;
-  const int64_t* n = numbers;
-  const fused_optim::CudaStep step{rule, param, grad, mu,   nu,   n[0], n[1], n[2],
-                                   n[3], n[4],  n[5], n[6], n[7], n[8], n[9], static_cast<int>(n[10])};
-  return guarded(error, size, [&] { return fused_optim::step_cuda(step); });
+  fused_optim::CudaTask task;
+  std::memcpy(&task, numbers, sizeof(task));
+  const int64_t stream = numbers[9], device = numbers[10];
+  return guarded(error, size, [&] {
+    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, stream, static_cast<int>(device));
+  });
 }
 
-int64_t chunk_size() { return fused_optim::cuda_chunk_size(); }
-
-int64_t coefficients_bytes(const char* param, char* error, int64_t size) {
-  return guarded(error, size, [&] { return fused_optim::cuda_coefficients_bytes(param); });
-}
+int64_t chunk_size() { return fused_optim::kChunk; }
+int64_t coefficients_bytes() { return fused_optim::kCoefficientsBytes; }
 
 // Blocks, threads, stream and device of a launch of the last step.
 const int64_t* launch_of_last_step(int i) { return &launched[i].blocks; }

@@ -292,11 +292,11 @@ def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str, native:
         for x in slices(name if isa == native.isas()[0] else ""):
             want = format.encode(x, at)
             got, aux = (torch.empty(0) if t is None else torch.empty_like(t) for t in want)
-            to = (got.data_ptr(), aux.data_ptr())
-            native.encode(isa, at.operand, name, x.data_ptr(), len(x), int(at.step), at.key, *to)
+            of = (len(x), int(at.step), at.key, got.data_ptr(), aux.data_ptr())
+            native.convert(isa, name, at.operand, True, x.data_ptr(), *of)
             assert_same_bits([got, None if want[1] is None else aux], list(want), f"{isa}: stored")
             back = torch.empty_like(x)
-            native.decode(isa, name, *to, len(x), back.data_ptr())
+            native.convert(isa, name, at.operand, False, back.data_ptr(), *of)
             assert_same_bits(back, format.decode(*want), f"{isa}: decoded")
 
 
@@ -311,5 +311,6 @@ def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(
     of_blocks = torch.arange(255, dtype=torch.uint8).repeat_interleave(2) % exponents
     for isa in native.isas():
         got = torch.empty(len(codes))
-        native.decode(isa, name, codes.data_ptr(), of_blocks.data_ptr(), len(codes), got.data_ptr())
+        of = (len(codes), 0, 0, codes.data_ptr(), of_blocks.data_ptr())
+        native.convert(isa, name, MU, False, got.data_ptr(), *of)
         assert_same_bits(got, FORMATS[name].decode(codes, of_blocks))

@@ -1,4 +1,4 @@
-// The rules that there are. A new rule is a header here and a line below. It has
+// The rules that there are. A new rule is a header here and a name in the list below. It has
 //
 //   name                 as in fused_optim/rules.py
 //   moments(g, m, v, c)  makes m and v, the second state, the new ones
@@ -10,9 +10,9 @@
 #include "adamaxw.h"
 #include "adamw.h"
 
-#define FUSED_OPTIM_RULES(X) X(AdaBelief) X(AdamaxW) X(AdamW)
-
 namespace fused_optim {
+
+using Rules = Types<AdaBelief, AdamaxW, AdamW>;
 
 // All of a step, of a number or a vector of them.
 template <class Rule, class T, class S>

@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..table import Batch
+from ..table import Batch, BatchKey
 from .base import Backend, Inputs, table_on
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
@@ -28,8 +28,20 @@ def extension(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"fused_optim.{name} does not load: {error}"
 
 
+def _names(key: BatchKey) -> tuple[str, ...]:
+    return key.rule.name, key.param.name, key.grad.name, key.mu.name, key.nu.name
+
+
+def _table(rows: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tuple[int, ...]:
+    """The fields of Table in ``csrc/table.h``."""
+    counted = rows.data_ptr(), chunks.data_ptr(), len(chunks), counters.data_ptr(), len(counters)
+    return *counted, hyper.data_ptr()
+
+
 def _cpu_why_not(device: torch.device) -> str | None:
-    return extension("_cpu")[1] if device.type == "cpu" else "it steps parameters on the CPU only"
+    if device.type != "cpu":
+        return "it steps parameters on the CPU only"
+    return extension("_cpu")[1]
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
@@ -37,23 +49,13 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
     assert cpu is not None
     if inputs.found_inf is not None and inputs.found_inf.item() != 0:
         return
-    key, chunks = batch.key, batch.chunks(CPU_CHUNK)
     cpu.step(
-        isa=cpu.isas()[0],
-        rule=key.rule.name,
-        param=key.param.name,
-        grad=key.grad.name,
-        mu=key.mu.name,
-        nu=key.nu.name,
-        rows=batch.rows.data_ptr(),
-        chunks=chunks.data_ptr(),
-        n_chunks=len(chunks),
-        chunk_size=CPU_CHUNK,
-        counters=batch.counters.data_ptr(),
-        n_counters=len(batch.counters),
-        hyper=inputs.hyper.data_ptr(),
-        grad_scale=1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
-        threads=min(torch.get_num_threads(), 1 + batch.numel // CPU_CHUNK),
+        cpu.isas()[0],
+        _names(batch.key),
+        _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
+        CPU_CHUNK,
+        1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
+        min(torch.get_num_threads(), 1 + batch.numel // CPU_CHUNK),
     )
 
 
@@ -65,35 +67,15 @@ def _cuda_why_not(device: torch.device) -> str | None:
     return extension("_cuda")[1]
 
 
-def _address(t: Tensor | None) -> int:
-    return 0 if t is None else t.data_ptr()
-
-
 def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     cuda = extension("_cuda")[0]
     assert cuda is not None
-    key, device = batch.key, batch.key.device
-    rows, chunks, counters = table_on(batch, cuda.chunk_size())
-    size = len(counters) * cuda.coefficients_bytes(key.param.name)
+    device = batch.key.device
+    size = len(batch.counters) * cuda.coefficients_bytes
     coefficients = torch.empty(size, dtype=torch.uint8, device=device)
-    cuda.step(
-        rule=key.rule.name,
-        param=key.param.name,
-        grad=key.grad.name,
-        mu=key.mu.name,
-        nu=key.nu.name,
-        rows=rows.data_ptr(),
-        chunks=chunks.data_ptr(),
-        n_chunks=len(chunks),
-        counters=counters.data_ptr(),
-        n_counters=len(counters),
-        hyper=inputs.hyper.data_ptr(),
-        coefficients=coefficients.data_ptr(),
-        grad_scale=_address(inputs.grad_scale),
-        found_inf=_address(inputs.found_inf),
-        stream=torch.cuda.current_stream(device).cuda_stream,
-        device=device.index,
-    )
+    amp = (0 if t is None else t.data_ptr() for t in inputs[1:])
+    task = (*_table(*table_on(batch, cuda.chunk_size), inputs.hyper), coefficients.data_ptr(), *amp)
+    cuda.step(_names(batch.key), task, torch.cuda.current_stream(device).cuda_stream, device.index)
 
 
 CPU = Backend("cpu", _cpu_why_not, _cpu_step)
