@@ -1,7 +1,5 @@
 """State dicts: what is saved, and what is made of one, be it ours or another optimizer's."""
 
-from __future__ import annotations
-
 import warnings
 from dataclasses import dataclass
 from typing import Any

@@ -5,8 +5,6 @@ A parameter in its flat slot is like any other to the rest of the package, excep
 share one row of the table.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from itertools import accumulate
 from typing import Any
@@ -56,10 +54,11 @@ class FlatBuffers:
 
     def in_slot(self, part: Part, p: Tensor, t: Tensor) -> bool:
         """Whether ``t`` is the slot of ``p`` in the buffer of ``part``."""
-        slot = self.slot(part, p)
-        return (t.dtype, t.device, t.stride()) == (slot.dtype, slot.device, slot.stride()) and (
-            t.numel() == 0 or t.data_ptr() == slot.data_ptr()
-        )
+        buffer, start = self.buffers.get(part), self._bounds(part, p)[0]
+        if buffer is None or (t.dtype, t.device) != (buffer.dtype, buffer.device):
+            return False
+        at = t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size()
+        return at and (part.block > 1 or t.stride() == p.stride())
 
     def bounds(self, p: Tensor) -> tuple[int, int]:
         """Where the slot of ``p`` starts and ends, in real elements."""
@@ -89,8 +88,9 @@ class FlatLayout:
     @property
     def padding_bytes(self) -> int:
         """Memory of the buffers that is no tensor's."""
-        slots = [b.slot(part, p) for b in self.buffers for part in b.buffers for p in b.params]
-        return sum(t.nbytes for t in self._tensors()) - sum(t.nbytes for t in slots)
+        held = [(part, p) for b in self.buffers for part in b.buffers for p in b.params]
+        used = sum(part.numel(p.numel()) * part.dtype.itemsize for part, p in held)
+        return sum(t.nbytes for t in self._tensors()) - used
 
     def _tensors(self) -> list[Tensor]:
         return [t for b in self.buffers for t in b.buffers.values()]

@@ -1,7 +1,5 @@
 """How a tensor's elements lie in memory, and which tensors a kernel can be given."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -42,30 +40,19 @@ def is_lazy(t: Tensor) -> bool:
     return t.is_conj() or t.is_neg()
 
 
-def may_be_lazy(t: Tensor) -> bool:
-    """Whether :func:`is_lazy` must be asked of a tensor of this shape, dtype and these strides: a
-    lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions."""
-    return t.is_complex() or (t.dim() == 0 and t.is_floating_point())
-
-
 def dense_like(p: Tensor, in_order: bool) -> Tensor:
-    """``p`` itself where a kernel can walk it, else uninitialised dense memory for a copy of it.
-
-    Args:
-        in_order: whether the walk must go in the order of the logical index.
-    """
+    """``p`` itself where a kernel can walk it (``in_order``: in the order of the logical index), else
+    uninitialised dense memory for a copy of it."""
     if (p.is_contiguous() if in_order else is_dense(p)) and not is_lazy(p):
         return p
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
 def gradient_is_native(g: Tensor, p: Tensor, dense: Tensor) -> bool:
-    """Whether kernels read a gradient where it lies: its dtype is native to the parameter's, and it has
-    the layout of ``dense``."""
-    if not (native_gradient(p.dtype, g.dtype) and same_layout(g, dense) and is_dense(g)) or is_lazy(g):
-        return False
+    """Whether kernels read a gradient where it lies: its dtype is native, its layout that of ``dense``."""
+    native = native_gradient(p.dtype, g.dtype) and same_layout(g, dense) and is_dense(g) and not is_lazy(g)
     # A lazy view of one element has no gaps, but a stride of its own.
-    return g.numel() > 1 or g.stride() == dense.stride()
+    return native and (g.numel() > 1 or g.stride() == dense.stride())
 
 
 def freed(t: Tensor) -> bool:
@@ -91,17 +78,14 @@ def check_kind(name: str, p: Tensor, flatten: bool) -> None:
 
 def check_address(what: str, t: Tensor) -> None:
     """Raise a ValueError where a kernel cannot read what lies there, naming it."""
-    if freed(t):
-        raise ValueError(
-            f"{what} has no memory of its own: its storage was freed, or it is a tensor subclass "
-            "that holds others"
-        )
     size = t.element_size() // (2 if t.is_complex() else 1)
-    if t.data_ptr() % size != 0:
-        raise ValueError(
-            f"{what} lies at address {t.data_ptr():#x}, which is not a multiple of its "
-            f"element size, {size} bytes"
-        )
+    if freed(t):
+        problem = "has no memory of its own: its storage was freed, or it is a subclass that holds others"
+    elif t.data_ptr() % size != 0:
+        problem = f"lies at address {t.data_ptr():#x}, not a multiple of its element size, {size} bytes"
+    else:
+        return
+    raise ValueError(f"{what} {problem}")
 
 
 def check_stepped(name: str, p: Tensor) -> None:
@@ -157,15 +141,13 @@ def check_no_overlap(
                 raise ValueError(f"{name} and {other_name} overlap in memory; {advice}")
 
 
-def _offsets(t: Tensor) -> Tensor:
-    """Where each element is, in elements from the first."""
+def _offsets(t: Tensor) -> Tensor:  # of each element, in elements from the first
     offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for n, s in zip(t.shape, t.stride()):
         offsets = offsets[..., None] + torch.arange(n, device="cpu") * s
     return offsets.reshape(-1)
 
 
-def _bytes(t: Tensor) -> Tensor:
-    """The addresses of all of its elements' bytes."""
+def _bytes(t: Tensor) -> Tensor:  # the addresses of all of its elements' bytes
     in_element = torch.arange(t.element_size(), device="cpu")
     return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + in_element).reshape(-1)

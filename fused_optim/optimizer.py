@@ -4,8 +4,6 @@
 backend makes the step. A step goes: closure, hyperparameters, plan, launch.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -26,6 +24,9 @@ from .table import finish
 
 class FusedOptimizer(torch.optim.Optimizer):
     r"""What AdaBelief, AdamaxW and AdamW share: everything but the rule. Not for direct use.
+
+    What is wrong with an argument is a ValueError or TypeError, a backend that was named and is not available
+    a RuntimeError; they name what was given and what is right.
 
     Args:
         params: parameters, named parameters, or dicts of groups, of any mix of float32, float64,
@@ -54,15 +55,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     """``torch.amp.GradScaler`` lets the step unscale and skip, with no wait for the device."""
 
     def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        formats: tuple[str, str | None, bool],
-        weight_decay_mask: options.WeightDecayMask | None,
-        decoupled_lr: bool,
-        flatten: bool,
+        self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
+        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, flatten: bool,
         backend: str | None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         check_name(backend)
         options.check_choices(*formats)
         self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
@@ -89,7 +85,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def seed(self) -> int:
-        """Of ``stochastic_rounding``, in [0, 2^32). Saved; 0 unless set, so that data-parallel replicas agree."""
+        """Of ``stochastic_rounding``, in [0, 2^32). Saved. 0 unless set, so that replicas round alike."""
         return self._seed
 
     @seed.setter
@@ -142,8 +138,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.refresh(self.param_groups, self.state, given):
             if capturing:
                 raise RuntimeError(
-                    "a step that is captured into a CUDA graph must be like the one before it: make a step with "
-                    "these parameters, gradients, states, grad_scale and found_inf before the capture"
+                    "a step that a CUDA graph captures must be like the one before it: before the capture, make "
+                    "a step with these parameters, gradients, states, grad_scale and found_inf"
                 )
             plan = Plan(self.param_groups, self.state, self._settings, given, self._flat)
         self._plan = plan
@@ -184,18 +180,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         addresses, padding of flat buffers, dense copies).
 
         Example:
-            >>> import torch
             >>> from fused_optim import AdamaxW
-            >>> weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+            >>> weight = torch.ones(64, 64, dtype=torch.bfloat16, requires_grad=True)
             >>> optimizer = AdamaxW([weight], state_format="8bit", master_weights="split8")
             >>> weight.sum().backward()
             >>> optimizer.step()
             >>> {part: n // weight.numel() for part, n in optimizer.memory().items()}
             {'parameters': 2, 'gradients': 2, 'moments': 2, 'master': 1, 'metadata': 0}
         """
-        tables = [*self._hyper.on_device.values()]
-        for _, batch in self._plan.batches if self._plan else ():
-            tables += batch.tensors()
+        batches = self._plan.batches if self._plan else []
+        tables = [*self._hyper.on_device.values(), *(t for _, batch in batches for t in batch.tensors())]
         return bytes_in_use(self._params(), self.state, tables, self._flat.padding_bytes)
 
     def state_dict(self) -> dict[str, Any]:

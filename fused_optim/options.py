@@ -5,8 +5,6 @@ numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``r
 ``decoupled_lr`` divides lr by) and ``schedules`` (each callable, with the value that it last gave).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,14 +18,11 @@ from .backends import uploaded
 from .reference import Hyperparameters
 from .storage import MASTER_WEIGHTS, STATE_FORMATS
 
-Schedule = Callable[[int], Any]
-"""A value as a function of the number of earlier ``step()`` calls, as in Optax."""
+Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls, as in Optax
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
 
-_OF_THE_OPTIMIZER = (
-    "state_format", "master_weights", "stochastic_rounding", "flatten", "backend", "decoupled_lr"
-)  # fmt: skip
+_FORMATS = ("state_format", "master_weights", "stochastic_rounding")
 
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
@@ -143,7 +138,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
     """Check a new group and give it all that belongs in one."""
-    for key in _OF_THE_OPTIMIZER:
+    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr"):
         if key in group:
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
@@ -180,25 +175,19 @@ def run_schedules(groups: list[Group], count: int) -> None:
 
 
 def mask_of(mask: Any, group: Group, earlier: int) -> list[bool] | None:
-    """Which of a group's parameters decay, as a list; None for all.
-
-    Args:
-        mask: the group's, or the optimizer's; a list begins with the ``earlier`` parameters of other groups.
-    """
-    n, names = len(group["params"]), group.get("param_names")
+    """Which of a group's parameters decay, as a list; None for all. A mask that is a list already begins
+    with the ``earlier`` parameters of other groups."""
     if mask is None:
         return None
+    n = len(group["params"])
+    names = group.get("param_names") or [str(i) for i in range(n)]
     if callable(mask):
-        mask = [mask(name, p) for name, p in zip(names or map(str, range(n)), group["params"])]
+        mask = [mask(name, p) for name, p in zip(names, group["params"])]
     elif isinstance(mask, Mapping):
-        if names is None:
-            raise ValueError(
-                "weight_decay_mask is a mapping from name to bool, but the parameters have no names: "
-                "give model.named_parameters()"
-            )
         missing = [name for name in names if name not in mask]
         if missing:
-            raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}")
+            hint = "" if "param_names" in group else " (parameters have names in model.named_parameters())"
+            raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}{hint}")
         mask = [mask[name] for name in names]
     elif isinstance(mask, (list, tuple)):
         mask = mask[earlier : earlier + n]
@@ -270,6 +259,6 @@ def check_capture(groups: list[Group]) -> None:
             frozen.append("lr")
         if frozen:
             raise RuntimeError(
-                f"{frozen[0]} of group {i} would freeze at its present value in the CUDA graph that is captured; "
+                f"{frozen[0]} of group {i} would freeze at its value in the CUDA graph that is captured; "
                 "give lr as a tensor on the GPU and fill it between replays, and weight_decay as a number"
             )

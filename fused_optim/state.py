@@ -4,8 +4,6 @@ What lies there says itself in which format it is: an 8-bit moment has its block
 under a key that ends with the format's name, a ``remainder`` of int16 or int8 is split16's or split8's.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

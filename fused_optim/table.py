@@ -12,8 +12,6 @@ that one launch can take, as a table:
   goes with it. Parameters that have always stepped together share a step number, and so a counter.
 """
 
-from __future__ import annotations
-
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -107,17 +105,14 @@ class Operands:
         """0-dim int64: the number of steps that this parameter has made."""
         return self.state["step"]
 
-    def continues(self, before: Operands) -> bool:
+    def continues(self, before: "Operands") -> bool:
         """Whether this follows another in the same flat buffers and steps just like it."""
         a, b = before, self
         if a.slot[1] != b.slot[0] or a.hyper_row != b.hyper_row or a.step is not b.step:
             return False
         elements = b.slot[0] - a.slot[0]
-        return all(
-            y.data_ptr() - x.data_ptr() == elements * x.element_size()
-            for x, y in zip(a.in_row, b.in_row)
-            if x is not None and y is not None
-        )
+        pairs = [(x, y) for x, y in zip(a.in_row, b.in_row) if x is not None and y is not None]
+        return all(y.data_ptr() - x.data_ptr() == elements * x.element_size() for x, y in pairs)
 
 
 def _real(t: Tensor) -> Tensor:
@@ -151,8 +146,7 @@ class Batch:
         self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
         self._chunks: dict[int, Tensor] = {}
-        self.on_device: dict[str, Tensor] = {}
-        """Where a GPU backend keeps its copies of the table; emptied when rows change."""
+        self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
 
     def load_copies(self) -> None:
         """Fill the dense copies of what kernels cannot walk as it is."""
@@ -180,18 +174,14 @@ class Batch:
         return [self.rows, self.counters, *self._chunks.values(), *self.on_device.values(), *copies]
 
     def chunks(self, size: int) -> Tensor:
-        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk).
-
-        A tail chunk, which is short or has an address in its row that is not a multiple of 16
-        bytes, has its number complemented (``~chunk``, negative).
-        """
+        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk). A tail chunk, which is
+        short or has an address in its row that is not a multiple of 16 bytes, is ``~chunk``, negative."""
         if size not in self._chunks:
             numel = self.rows[:, 0]
             count = (numel + size - 1) // size
             row = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
-            chunk = torch.arange(len(row), device="cpu") - torch.repeat_interleave(
-                count.cumsum(0) - count, count
-            )
+            first = torch.repeat_interleave(count.cumsum(0) - count, count)
+            chunk = torch.arange(len(row), device="cpu") - first
             aligned = (self.rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1)
             full = aligned[row] & ((chunk + 1) * size <= numel[row])
             self._chunks[size] = torch.stack([row, torch.where(full, chunk, ~chunk)], 1).int()
