@@ -15,10 +15,9 @@ from .state import check_saved, checked_step, in_formats, own, with_exponent_key
 _ELSEWHERE = {
     *("foreach", "fused", "capturable", "differentiable", "buffer", "param_names"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
-}
-"""Keys of others' groups that change no result, or that schedulers keep there."""
+}  # keys of others' groups that change no result, or that schedulers keep there
+# What others call decay that is not added to the gradient.
 _DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay")
-"""What others call decay that is not added to the gradient."""
 
 
 @dataclass

@@ -138,8 +138,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.refresh(self.param_groups, self.state, given):
             if capturing:
                 raise RuntimeError(
-                    "a step that a CUDA graph captures must be like the one before it: before the capture, make "
-                    "a step with these parameters, gradients, states, grad_scale and found_inf"
+                    "a step that a CUDA graph captures must be like the one before it: make one before with "
+                    "these parameters, gradients, states, grad_scale and found_inf"
                 )
             plan = Plan(self.param_groups, self.state, self._settings, given, self._flat)
         self._plan = plan
@@ -190,7 +190,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         batches = self._plan.batches if self._plan else []
         tables = [*self._hyper.on_device.values(), *(t for _, batch in batches for t in batch.tensors())]
-        return bytes_in_use(self._params(), self.state, tables, self._flat.padding_bytes)
+        nbytes = bytes_in_use(self._params(), self.state, tables)
+        return {**nbytes, "metadata": nbytes["metadata"] + self._flat.padding_bytes}
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a

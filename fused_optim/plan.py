@@ -153,7 +153,7 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:
     keys = settings.rule.states
-    check_state(name, p, old, keys, RuntimeError, "; delete optimizer.state[p] to start it anew")
+    check_state(name, p, old, keys, RuntimeError)
     for key in (*(part.key for part in settings.parts_of(p)), "step"):
         if isinstance(old.get(key), Tensor):
             check_address(f"state {key!r} of parameter {name}", old[key])
