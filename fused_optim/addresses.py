@@ -1,9 +1,6 @@
-"""The one place that asks where tensors are.
-
-Kernels are given addresses, and torch tells nobody when a tensor is moved, replaced or freed. So each
-step asks all of them, through documented interfaces alone: in C++ where it was built
-(``csrc/addresses.h``), else here.
-"""
+"""The one place that asks where tensors are. Kernels are given addresses, and torch tells nobody when a
+tensor is moved, replaced or freed. So each step asks all of them, through documented interfaces alone: in C++
+where it was built (``csrc/addresses.h``), else here."""
 
 from itertools import chain
 from operator import is_

@@ -30,8 +30,7 @@ def is_dense(t: Tensor) -> bool:
     return t.numel() == 0 or (span(t) == t.numel() and not _may_collide(t))
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same memory order."""
+def same_layout(a: Tensor, b: Tensor) -> bool:  # of tensors of one shape
     return all(x == y or n <= 1 for x, y, n in zip(a.stride(), b.stride(), a.shape))
 
 
@@ -91,10 +90,8 @@ def check_address(what: str, t: Tensor) -> None:
 def check_stepped(name: str, p: Tensor) -> None:
     """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
     if plain_format(p.dtype) is None:
-        raise NotImplementedError(
-            f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
-            "float16, complex64 and complex128"
-        )
+        supported = "float32, float64, bfloat16, float16, complex64 and complex128"
+        raise NotImplementedError(f"parameter {name} has dtype {p.dtype}; supported are {supported}")
     check_address(f"parameter {name}", p)
     g, problem = p.grad, None
     assert g is not None
@@ -105,23 +102,19 @@ def check_stepped(name: str, p: Tensor) -> None:
     elif g.device != p.device:
         problem = f"is on {g.device}, its parameter on {p.device}; they must be on the same device"
     elif g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
-        problem = (
-            f"has dtype {g.dtype}, its parameter {p.dtype}; both must be real floating-point or both complex"
-        )
+        problem = f"has dtype {g.dtype}, its parameter {p.dtype}; both must be floating-point, or complex"
     if problem is not None:
         raise RuntimeError(f"the gradient of parameter {name} {problem}")
     check_address(f"the gradient of parameter {name}", g)
 
 
-def check_no_overlap(
-    named: Sequence[tuple[str, Tensor]], advice: str = "give each parameter once, with memory of its own"
-) -> None:
+def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
     """Raise a ValueError that names two tensors which share memory, or one whose own elements do."""
     spans = []
     names: dict[int, str] = {}
     for name, t in named:
         if names.setdefault(id(t), name) != name:
-            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; {advice}")
+            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; give each its own")
         if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
         if _may_collide(t) and len(set(_offsets(t).tolist())) != t.numel():
@@ -138,7 +131,7 @@ def check_no_overlap(
             if other_device != device or other_start >= end:
                 break
             if (is_dense(t) and is_dense(other)) or torch.isin(_bytes(t), _bytes(other)).any():
-                raise ValueError(f"{name} and {other_name} overlap in memory; {advice}")
+                raise ValueError(f"{name} and {other_name} overlap in memory; give each its own")
 
 
 def _offsets(t: Tensor) -> Tensor:  # of each element, in elements from the first

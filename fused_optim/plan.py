@@ -61,12 +61,9 @@ class Settings:
 
 
 class Plan:
-    """The batches of a step, and where their tensors are.
-
-    Made for the tensors as they are now, and what is wrong with them is raised before anything is written.
-    States are made, converted or laid out anew where need be; with ``flatten`` parameters, gradients and
-    states are moved into ``flat``.
-    """
+    """The batches of a step, and where their tensors are: as they are now. What is wrong with them is raised
+    before anything is written. States are made, converted or laid out anew where need be; with ``flatten``
+    parameters, gradients and states are moved into ``flat``."""
 
     def __init__(
         self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout
@@ -91,9 +88,7 @@ class Plan:
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
         self.devices = set(backends)
-        self.batches: list[tuple[Backend, Batch]] = [
-            (backends[key.device], Batch(key, batch)) for key, batch in by_key.items()
-        ]
+        self.batches = [(backends[key.device], Batch(key, batch)) for key, batch in by_key.items()]
         self.addresses = addresses.Addresses([group["params"] for group in groups], state)
         self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None
@@ -116,8 +111,7 @@ class Plan:
         return answer != addresses.CHANGED
 
 
-def _shape_of(groups: list[Group]) -> list[Any]:
-    """How many parameters each group has, and which of them decay."""
+def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and which of them decay
     return [(len(g["params"]), g["weight_decay_mask"] and tuple(g["weight_decay_mask"])) for g in groups]
 
 
@@ -147,7 +141,7 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
     states = [(f" of parameter {o.name}", o.state) for o in items]
     states += [("", s) for p, s in state.items() if isinstance(s, dict) and p not in stepped]
     tensors = [(f"state {k!r}{of}", t) for of, s in states for k, t in s.items() if k != "step"]
-    check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)], "give each a tensor of its own")
+    check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)])
     return items
 
 
@@ -174,20 +168,13 @@ def _warn_of_casts(items: list[Operands], state: dict[Any, Any]) -> None:
         if isinstance(old := state.get(o.source, {}).get(key), Tensor) and old.dtype != o.state[key].dtype
     ]
     if cast:
-        warnings.warn(
-            "parameters changed their dtype, and their states are converted once: "
-            + ", ".join(cast[:6] + ["..."] * (len(cast) > 6)),
-            UserWarning,
-            stacklevel=6,
-        )
+        text = "parameters changed their dtype, and their states are converted once: "
+        warnings.warn(text + ", ".join(cast[:6] + ["..."] * (len(cast) > 6)), UserWarning, stacklevel=6)
 
 
 def _share_steps(items: list[Operands], others: list[State], backends: dict[torch.device, Backend]) -> None:
-    """Let parameters that have always stepped together share a step number.
-
-    They do so from their first step on, if one launch steps them with the same hyperparameters. Who
-    shares one with a parameter that will be left out, or is stepped by another launch, gets a copy.
-    """
+    """Let parameters share a step number from their first step on, if one launch steps them with the same
+    hyperparameters. Who shares one with a parameter that is left out, or of another launch, gets a copy."""
     # A backend that steps one parameter after another may be interrupted between two of them.
     cohorts: list[tuple[State, Any]] = [
         (o.state, (o.key, o.hyper_row if backends[o.key.device].steps_all_at_once else o.name)) for o in items

@@ -1,8 +1,6 @@
-"""One parameter's moments and master weights in ``optimizer.state[p]``: made, kept, converted.
-
-What lies there says itself in which format it is: an 8-bit moment has its block exponents beside it
-under a key that ends with the format's name, a ``remainder`` of int16 or int8 is split16's or split8's.
-"""
+"""One parameter's moments and master weights in ``optimizer.state[p]``: made, kept, converted. They say in
+which format they are: an 8-bit moment has block exponents beside it, under a key that ends with the format's
+name, a ``remainder`` of int16 or int8 is split16's or split8's."""
 
 from contextlib import suppress
 from typing import Any
@@ -58,14 +56,9 @@ def _fits(t: Any, part: Part, dense: Tensor) -> bool:
 
 
 def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense: Tensor) -> State:
-    """A checked state with all that an optimizer of these formats keeps, and nothing that only others do.
-
-    What fits is taken as it is; what is missing becomes zeros (of a master: what the parameter holds);
-    the rest is converted. Widening is exact; what gets narrower is rounded to nearest.
-
-    Args:
-        dense: memory that is laid out as the states must be, of the parameter's dtype.
-    """
+    """A checked state with all that an optimizer of these formats keeps, and nothing that only others do,
+    laid out like ``dense``. What fits is taken as it is; what is missing becomes zeros (of a master: what the
+    parameter holds); the rest is converted, exactly where it gets wider, else rounded to nearest."""
     obsolete = {"master", "remainder", *(key + suffix for key in keys for suffix in BLOCK_FORMATS)}
     return {
         **{k: v for k, v in state.items() if k not in obsolete},
@@ -113,8 +106,7 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
     return {key: _empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
 
 
-def own(value: Any) -> Any:
-    """A tensor with memory of its own; of anything else the thing itself."""
+def own(value: Any) -> Any:  # a tensor gets memory of its own; anything else is kept
     return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
 
 
