@@ -1,8 +1,6 @@
 """Without a GPU the Triton kernels run in Triton's interpreter, which must be chosen
 before Triton is imported."""
 
-from __future__ import annotations
-
 import os
 from typing import Any
 

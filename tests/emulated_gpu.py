@@ -1,8 +1,6 @@
 """A GPU for Triton that is the emulator of ``ptx``: kernels are specialised, compiled, cached and launched
 as on a machine that has one, over tensors in the CPU's memory."""
 
-from __future__ import annotations
-
 import struct
 from collections.abc import Callable, Sequence
 from functools import partial

@@ -1,8 +1,6 @@
 """What the tests share: the table of rules, comparisons of bits, small models, "raises and changes
 nothing", and a step worked out on copies."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import fcntl

@@ -10,8 +10,6 @@ thread does there.
 Source: the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field

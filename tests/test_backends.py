@@ -4,8 +4,6 @@ One table of rules, backends, formats and layouts drives all of it; a new one of
 takes tensors of all sizes and layouts: kernels that run in Triton's interpreter take 20 ms a block.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

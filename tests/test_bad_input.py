@@ -1,8 +1,6 @@
 """Section 5 of the specification, row by row: bad input gives a clear error before anything is
 written, or the right result. What changes between steps is in test_changes.py."""
 
-from __future__ import annotations
-
 import math
 import warnings
 from typing import Any
@@ -10,22 +8,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    DTYPES,
-    RULES,
-    Judge,
-    Make,
-    assert_same_bits,
-    bits,
-    copies,
-    gradient,
-    parameters,
-    raises_unchanged,
-    raises_with,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
-)
+    DTYPES, RULES, Judge, Make, assert_same_bits, bits, copies, gradient, parameters, raises_unchanged,
+    raises_with, set_gradients, snapshot, train, trained,
+)  # fmt: skip
 from torch import Tensor
 
 pytestmark = pytest.mark.filterwarnings("error")

@@ -1,7 +1,5 @@
 """The benchmark: its command line, its files, and that it says nothing of what is wrong."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

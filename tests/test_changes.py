@@ -4,8 +4,6 @@ One table of changes; for each the step after it, in both layouts, on every back
 formats, must give what :class:`helpers.Judge` works out on copies. What cannot be stepped is refused.
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle

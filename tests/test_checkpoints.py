@@ -1,7 +1,5 @@
 """Checkpoints: what is saved, what is loaded, from here and from others, and what is refused."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 from typing import Any
@@ -9,25 +7,9 @@ from typing import Any
 import pytest
 import torch
 from helpers import (
-    BF16,
-    FORMATS,
-    RULES,
-    Judge,
-    Make,
-    Rule,
-    assert_same_bits,
-    copies,
-    like,
-    parameters,
-    raises_unchanged,
-    raises_with,
-    results,
-    saved_and_loaded,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
-)
+    BF16, FORMATS, RULES, Judge, Make, Rule, assert_same_bits, copies, like, parameters, raises_unchanged,
+    raises_with, results, saved_and_loaded, set_gradients, snapshot, train, trained,
+)  # fmt: skip
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW, AdamW

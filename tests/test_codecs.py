@@ -2,8 +2,6 @@
 FUSED_OPTIM_EXHAUSTIVE is set), every 8-bit code, adversarial blocks; the eager definition against
 its promises, the CPU's code against it."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from typing import Any

@@ -6,8 +6,6 @@ PTX that nvcc makes of the same file, run by an emulator; and its machine code i
 spilled registers, narrow accesses.
 """
 
-from __future__ import annotations
-
 import ast
 import ctypes
 import importlib.util
@@ -27,28 +25,11 @@ import pytest
 import torch
 from helpers import assert_same_bits, built_once
 from worlds import (
-    COMBINATIONS,
-    COVERING,
-    FP32,
-    FP64,
-    GRAD_EXPONENTS,
-    GUARD,
-    LOW_PRECISION,
-    WITH_CODES,
-    Formats,
-    Row,
-    Work,
-    World,
-    check_64_bit_offsets,
-    check_all_codes_under_all_exponents,
-    check_corrections_that_become_one,
-    check_counters,
-    check_found_inf_changes_nothing,
-    check_sizes_and_alignments,
-    named,
-    special_worlds,
-    step_both,
-)
+    COMBINATIONS, COVERING, FP32, FP64, GRAD_EXPONENTS, GUARD, LOW_PRECISION, WITH_CODES, Formats, Row,
+    Work, World, check_64_bit_offsets, check_all_codes_under_all_exponents,
+    check_corrections_that_become_one, check_counters, check_found_inf_changes_nothing,
+    check_sizes_and_alignments, named, special_worlds, step_both,
+)  # fmt: skip
 
 from fused_optim.rules import RULES
 from fused_optim.storage import FORMATS

@@ -1,8 +1,6 @@
 """The examples of the README and of the docstrings run as they are written; docs/formats.md
 counts bytes right."""
 
-from __future__ import annotations
-
 import doctest
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Second moments in bf16 and 8 bits follow float32 ones; rounded to nearest they do not."""
 
-from __future__ import annotations
-
 import itertools
 
 import pytest
@@ -9,17 +7,8 @@ from helpers import assert_same_bits
 
 from studies import fidelity, report
 from studies.fidelity import (
-    COLUMNS,
-    NEAREST,
-    OPTIMIZERS,
-    STATIONARY,
-    Gradients,
-    Ours,
-    Recursion,
-    bounds,
-    measure,
-    our_subjects,
-)
+    COLUMNS, NEAREST, OPTIMIZERS, STATIONARY, Gradients, Ours, Recursion, bounds, measure, our_subjects,
+)  # fmt: skip
 
 ELEMENTS = 512
 

@@ -1,27 +1,15 @@
 """Storage formats in the optimizer: bytes, masters, stochastic rounding, refusals. The codecs themselves
 are in test_codecs.py, backends in test_backends.py, checkpoints in test_checkpoints.py."""
 
-from __future__ import annotations
-
 import contextlib
 from typing import Any
 
 import pytest
 import torch
 from helpers import (
-    BF16,
-    F16,
-    F32,
-    FORMATS,
-    Make,
-    Rule,
-    assert_same_bits,
-    parameters,
-    raises_with,
-    set_gradients,
-    train,
+    BF16, F16, F32, FORMATS, Make, Rule, assert_same_bits, parameters, raises_with, set_gradients, train,
     trained,
-)
+)  # fmt: skip
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

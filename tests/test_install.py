@@ -5,8 +5,6 @@ and everything else from that sdist. What was installed runs in an environment w
 comes before this one's, where the repository may be installed too.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

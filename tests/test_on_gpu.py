@@ -3,8 +3,6 @@
 Bits are compared with eager on the CPU. All of it is skipped where there is no GPU.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Iterator
 from typing import Any

@@ -5,8 +5,6 @@ one jitted function. (``optax.tree.bias_correction`` is jitted by Optax itself; 
 to contract.) Values stay in the normal range, since XLA flushes subnormals on CPU.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

@@ -1,8 +1,6 @@
 """The ``torch.optim`` contract, list and flat: groups, masks, closures, hooks, learning rates, flat
 buffers. What somebody changes between steps is in test_changes.py, checkpoints in test_checkpoints.py."""
 
-from __future__ import annotations
-
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,22 +9,9 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
-    DTYPES,
-    RULES,
-    Judge,
-    Make,
-    Parameters,
-    Rule,
-    assert_same_bits,
-    copies,
-    parameters,
-    raises_with,
-    saved_and_loaded,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
-)
+    DTYPES, RULES, Judge, Make, Parameters, Rule, assert_same_bits, copies, parameters, raises_with,
+    saved_and_loaded, set_gradients, snapshot, train, trained,
+)  # fmt: skip
 from torch import Tensor
 from torch.optim import lr_scheduler
 

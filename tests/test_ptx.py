@@ -1,8 +1,6 @@
 """The emulator that the other tests trust: each operation against known answers, each thing that a
 kernel must not do against a kernel that does it."""
 
-from __future__ import annotations
-
 import math
 import re
 import struct

@@ -1,7 +1,5 @@
 """The stacks that people train with, run for real."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable
 from typing import Any

@@ -6,8 +6,6 @@ Beside the Triton that is installed, each that is in a folder ``.venv/triton-<ve
 ``make test-kernels`` puts there what supported releases of torch bring.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

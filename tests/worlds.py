@@ -1,8 +1,6 @@
 """What the tests of compiled kernels step: parameters of awkward sizes and addresses, each with a
 pattern around it that nothing may write to, and the table of them."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
