@@ -7,7 +7,16 @@ from helpers import assert_same_bits
 
 from studies import fidelity, report
 from studies.fidelity import (
-    COLUMNS, NEAREST, OPTIMIZERS, STATIONARY, Gradients, Ours, Recursion, bounds, measure, our_subjects,
+    COLUMNS,
+    NEAREST,
+    OPTIMIZERS,
+    STATIONARY,
+    Gradients,
+    Ours,
+    Recursion,
+    bounds,
+    measure,
+    our_subjects,
 )  # fmt: skip
 
 ELEMENTS = 512
