@@ -13,32 +13,16 @@ import pytest
 import torch
 from emulated_gpu import EmulatedGpu
 from fused_optim.kernels import step as kernels
-from helpers import (
-    Parameters,
-    assert_same_bits,
-    gradient,
-    parameters,
-    raises_unchanged,
-    results,
-    set_gradients,
-    train,
+
+from helpers import (  # isort: skip
+    Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, set_gradients, train,
 )  # fmt: skip
 from torch import Tensor
-from worlds import (
-    FP32,
-    FP64,
-    GRAD_EXPONENTS,
-    Formats,
-    Work,
-    check_64_bit_offsets,
-    check_all_codes_under_all_exponents,
-    check_corrections_that_become_one,
-    check_counters,
-    check_found_inf_changes_nothing,
-    check_sizes_and_alignments,
-    named,
-    special_worlds,
-    step_both,
+
+from worlds import (  # isort: skip
+    FP32, FP64, GRAD_EXPONENTS, Formats, Work, check_64_bit_offsets, check_all_codes_under_all_exponents,
+    check_corrections_that_become_one, check_counters, check_found_inf_changes_nothing,
+    check_sizes_and_alignments, named, special_worlds, step_both,
 )  # fmt: skip
 
 from bench.formats import STATES, TRIPLES

@@ -7,22 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    RULES,
-    Judge,
-    Make,
-    assert_same_bits,
-    bits,
-    copies,
-    gradient,
-    parameters,
-    raises_unchanged,
-    raises_with,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
+
+from helpers import (  # isort: skip
+    DTYPES, RULES, Judge, Make, assert_same_bits, bits, copies, gradient, parameters, raises_unchanged,
+    raises_with, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
 

@@ -24,28 +24,12 @@ import ptx
 import pytest
 import torch
 from helpers import assert_same_bits, built_once
-from worlds import (
-    COMBINATIONS,
-    COVERING,
-    FP32,
-    FP64,
-    GRAD_EXPONENTS,
-    GUARD,
-    LOW_PRECISION,
-    WITH_CODES,
-    Formats,
-    Row,
-    Work,
-    World,
-    check_64_bit_offsets,
-    check_all_codes_under_all_exponents,
-    check_corrections_that_become_one,
-    check_counters,
-    check_found_inf_changes_nothing,
-    check_sizes_and_alignments,
-    named,
-    special_worlds,
-    step_both,
+
+from worlds import (  # isort: skip
+    COMBINATIONS, COVERING, FP32, FP64, GRAD_EXPONENTS, GUARD, LOW_PRECISION, WITH_CODES, Formats, Row,
+    Work, World, check_64_bit_offsets, check_all_codes_under_all_exponents,
+    check_corrections_that_become_one, check_counters, check_found_inf_changes_nothing,
+    check_sizes_and_alignments, named, special_worlds, step_both,
 )  # fmt: skip
 
 from fused_optim.rules import RULES

@@ -6,17 +6,9 @@ import pytest
 from helpers import assert_same_bits
 
 from studies import fidelity, report
-from studies.fidelity import (
-    COLUMNS,
-    NEAREST,
-    OPTIMIZERS,
-    STATIONARY,
-    Gradients,
-    Ours,
-    Recursion,
-    bounds,
-    measure,
-    our_subjects,
+
+from studies.fidelity import (  # isort: skip
+    COLUMNS, NEAREST, OPTIMIZERS, STATIONARY, Gradients, Ours, Recursion, bounds, measure, our_subjects,
 )  # fmt: skip
 
 ELEMENTS = 512

@@ -6,18 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    FORMATS,
-    Make,
-    Rule,
-    assert_same_bits,
-    parameters,
-    raises_with,
-    set_gradients,
-    train,
+
+from helpers import (  # isort: skip
+    BF16, F16, F32, FORMATS, Make, Rule, assert_same_bits, parameters, raises_with, set_gradients, train,
     trained,
 )  # fmt: skip
 from torch import Tensor
