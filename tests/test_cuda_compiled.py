@@ -15,7 +15,7 @@ import shutil
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,35 +23,36 @@ from typing import Any, NamedTuple
 import ptx
 import pytest
 import torch
+import worlds
 from helpers import assert_same_bits, built_once
-from worlds import (
-    COMBINATIONS, COVERING, FP32, FP64, GRAD_EXPONENTS, GUARD, LOW_PRECISION, WITH_CODES, Formats, Row,
-    Work, World, check_64_bit_offsets, check_all_codes_under_all_exponents,
-    check_corrections_that_become_one, check_counters, check_found_inf_changes_nothing,
-    check_sizes_and_alignments, named, special_worlds, step_both,
-)  # fmt: skip
+from torch import Tensor
+from worlds import COVERING, FEW, FP32, FP64, GUARD, LOW_PRECISION, Formats, Row, Work, World, each, named
 
 from fused_optim.rules import RULES
 from fused_optim.storage import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-rules = pytest.mark.parametrize("rule", RULES)
 
 
 def setup_flags(name: str) -> list[str]:
     """A list of compiler flags in setup.py, which cannot be imported."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id == name
-        ):
-            return ast.literal_eval(node.value)
+        match node:
+            case ast.Assign(targets=[ast.Name(id=found)]) if found == name:
+                return ast.literal_eval(node.value)
     raise LookupError(f"setup.py has no {name}")
 
 
 # The step on the host
+
+
+def task_of(work: Work, coefficients: Tensor) -> list[int]:
+    """The fields of CudaTask."""
+    inputs, chunks, counters = work.inputs, work.chunks, work.batch.counters
+    tables = (work.rows.data_ptr(), chunks.data_ptr(), len(chunks), counters.data_ptr(), len(counters))
+    tensors = (inputs.hyper, coefficients, inputs.grad_scale, inputs.found_inf)
+    return [*tables, *(0 if t is None else t.data_ptr() for t in tensors)]
 
 
 class Host:
@@ -78,24 +79,10 @@ class Host:
 
     def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
         """How many launches there were."""
-        formats, inputs = work.formats, work.inputs
-        counters = work.batch.counters
-        size = len(counters) * self.coefficients_bytes()
+        size = len(work.batch.counters) * self.coefficients_bytes()
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
-        launched = self.step_of(
-            work.batch.key.rule.name,
-            *(f.name for f in formats),
-            work.rows.data_ptr(),
-            work.chunks.data_ptr(),
-            len(work.chunks),
-            counters.data_ptr(),
-            len(counters),
-            inputs.hyper.data_ptr(),
-            coefficients.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (inputs.grad_scale, inputs.found_inf)),
-            stream,
-            device,
-        )
+        names = [work.batch.key.rule.name, *(f.name for f in work.formats)]
+        launched = self.step_of(*names, *task_of(work, coefficients), stream, device)
         assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
         return launched
 
@@ -122,79 +109,58 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 
     def build(folder: Path) -> None:
         (folder / "cuda_runtime.h").touch()
-        command = [
-            compiler,
-            "-std=c++17",
-            "-O1",
-            "-fPIC",
-            "-shared",
-            "-Wno-unknown-pragmas",
-            "-fno-strict-aliasing",
-        ]
-        command += [*setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}"]
-        subprocess.run(
-            [*command, ROOT / "tests" / "cuda_on_host.cpp", "-o", folder / "library.so"], check=True
-        )
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+        source, library = ROOT / "tests" / "cuda_on_host.cpp", folder / "library.so"
+        command = [compiler, *flags, *setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}", source, "-o", library]
+        subprocess.run(command, check=True)
 
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
 
-@rules
-@pytest.mark.parametrize("formats", COVERING, ids=str)
-def test_sizes_and_alignments(host: Host, rule: str, formats: Formats) -> None:
-    check_sizes_and_alignments(host, rule, formats)
+ON_HOST = [
+    *((worlds.check_sizes_and_alignments, rule, f) for rule in RULES for f in COVERING),
+    *((worlds.check_counters, rule, f, 64) for rule in RULES for f in (FP32, FP64)),
+    *(
+        (worlds.check_corrections_that_become_one, rule, f)
+        for rule in RULES
+        for f in (FP32, FP64, *LOW_PRECISION)
+    ),
+    *((worlds.check_64_bit_offsets, f) for f in worlds.COMBINATIONS),
+    *(
+        (worlds.check_found_inf_changes_nothing, rule, f, found_inf)
+        for rule in RULES
+        for f in (named("bf16", "fp32", "fp32", "fp32"), FEW[-1])
+        for found_inf in (1.0, -1.0, torch.inf, torch.nan)
+    ),
+]
 
 
-@rules
+@each(ON_HOST)
+def test_a_step_on_the_host(host: Host, check: Callable[[Host], Any]) -> None:
+    check(host)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("formats", LOW_PRECISION, ids=str)
 def test_special_values(host: Host, rule: str, formats: Formats) -> None:
-    worlds, noticed = special_worlds(rule, formats, host.chunk_size())
     host.yes_votes()
-    step_both(host, worlds)
+    both, noticed = worlds.check_special_values(host, rule, formats)
     assert host.yes_votes() == sum(noticed), "a warp notices its own, and no other does"
-    for world in worlds:
+    for world in both:
         world.new_gradients()
-    step_both(host, worlds)
+    worlds.step_both(host, both)
 
 
-@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
+@pytest.mark.parametrize("grad_exponents", worlds.GRAD_EXPONENTS, ids=str)
 def test_all_codes_under_all_exponents(host: Host, grad_exponents: tuple[int, int]) -> None:
     host.yes_votes()
-    check_all_codes_under_all_exponents(host, grad_exponents)
+    worlds.check_all_codes_under_all_exponents(host, grad_exponents)
     assert host.yes_votes() == 0
 
 
 def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
     """By the GPU's own arithmetic, to the last of the bits that rounding depends on."""
     assert host.library.e4m3_differences(ctypes.c_int64(1000)) == 0
-
-
-@rules
-@pytest.mark.parametrize("formats", [FP32, FP64], ids=str)
-def test_counters_of_64_steps(host: Host, rule: str, formats: Formats) -> None:
-    check_counters(host, rule, formats, steps=64)
-
-
-@rules
-@pytest.mark.parametrize("formats", [FP32, FP64, *LOW_PRECISION], ids=str)
-def test_corrections_that_become_one(host: Host, rule: str, formats: Formats) -> None:
-    check_corrections_that_become_one(host, rule, formats)
-
-
-@pytest.mark.parametrize("formats", COMBINATIONS, ids=str)
-def test_64_bit_offsets(host: Host, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_64_bit_offsets(host, formats, monkeypatch)
-
-
-@rules
-@pytest.mark.parametrize("found_inf", [1.0, -1.0, torch.inf, torch.nan])
-@pytest.mark.parametrize(
-    "formats",
-    [named("bf16", "fp32", "fp32", "fp32"), named("split8", "bf16", "e4m3", "e5m3")],
-    ids=str,
-)
-def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float, formats: Formats) -> None:
-    check_found_inf_changes_nothing(host, rule, formats, found_inf)
 
 
 def test_launches(host: Host) -> None:
@@ -391,16 +357,9 @@ FORMAT_CLASS = {name: key for key, name in FORMAT_CLASSES.items()}
 RULE_CLASS = {name: key for key, name in RULE_CLASSES.items()}
 
 
-def step_kernels(rules: Iterable[str], formats: Iterable[Formats]) -> list[Kernel]:
-    return [
-        Kernel("step_kernel", (rule, *(FORMAT_CLASS[f.name] for f in four)))
-        for four in formats
-        for rule in rules
-    ]
-
-
-def rule_of(kernel: Kernel) -> str:
-    return RULE_CLASSES[kernel.arguments[0]]
+def step_kernels(pairs: Iterable[tuple[str, Formats]]) -> list[Kernel]:
+    classes = [(RULE_CLASS[rule], *(FORMAT_CLASS[f.name] for f in formats)) for rule, formats in pairs]
+    return [Kernel("step_kernel", arguments) for arguments in classes]
 
 
 def formats_of(kernel: Kernel) -> Formats:
@@ -409,14 +368,9 @@ def formats_of(kernel: Kernel) -> Formats:
 
 # AdaBelief, which has the most operands and operations, in all formats of parameters and moments; other
 # rules where formats differ most.
-FEW = [
-    FP32,
-    FP64,
-    named("bf16", "bf16", "bf16_dither", "bf16_dither"),
-    named("split8", "bf16", "e4m3", "e5m3"),
-]
-COMPILED = step_kernels(["AdaBelief"], COVERING) + step_kernels(["AdamaxW"], [*FEW, WITH_CODES])
-COMPILED_TO_LOSE = step_kernels(["AdaBelief", "AdamaxW"], FEW)
+PAIRS = [("adabelief", f) for f in COVERING] + [("adamaxw", f) for f in (*FEW, worlds.WITH_CODES)]
+COMPILED = step_kernels(PAIRS)
+COMPILED_TO_LOSE = step_kernels((rule, f) for f in FEW for rule in ("adabelief", "adamaxw"))
 
 
 def write_source(folder: Path, kernels: Iterable[Kernel]) -> Path:
@@ -541,12 +495,7 @@ def arithmetic_problems(ptx: dict[Kernel, str]) -> list[str]:
         problems += [f"{kernel}: {n} {o}" for o, n in operations.items() if not EXACT_IN_PTX.fullmatch(o)]
         if kernel.name == "step_kernel":
             t = "f64" if "Fp64" in kernel.arguments else "f32"
-            needed = [
-                "add.rn",
-                "mul.rn",
-                "div.rn",
-                *(["sqrt.rn"] if "AdaBelief" in kernel.arguments[0] else []),
-            ]
+            needed = ["add.rn", "mul.rn", "div.rn"] + ["sqrt.rn"] * ("AdaBelief" in kernel.arguments[0])
             problems += [f"{kernel}: no {o}.{t}" for o in needed if operations[f"{o}.{t}"] == 0]
     return problems
 
@@ -605,19 +554,8 @@ class Emulated:
         counters = work.batch.counters
         size = len(counters) * self.host.coefficients_bytes()
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
-        scales = (inputs.grad_scale, inputs.found_inf)
-        given = [t for t in scales if t is not None]
-        task = struct.pack(
-            "9q",
-            work.rows.data_ptr(),
-            work.chunks.data_ptr(),
-            len(work.chunks),
-            counters.data_ptr(),
-            len(counters),
-            inputs.hyper.data_ptr(),
-            coefficients.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in scales),
-        )
+        given = [t for t in (inputs.grad_scale, inputs.found_inf) if t is not None]
+        task = struct.pack("9q", *task_of(work, coefficients))
         working = "double" if formats == FP64 else "float"
         prologue = self._kernel("prologue_kernel", working)
         constants = [counters, inputs.hyper, *given]
@@ -638,37 +576,20 @@ def emulated(host: Host, code: Code) -> Emulated:
     return Emulated(host, code.ptx["90"])
 
 
-@pytest.mark.parametrize("kernel", COMPILED, ids=str)
-def test_ptx_of_sizes_and_alignments(emulated: Emulated, kernel: Kernel) -> None:
-    check_sizes_and_alignments(emulated, rule_of(kernel), formats_of(kernel))
+OF_PTX = [
+    *((worlds.check_sizes_and_alignments, *pair) for pair in PAIRS),
+    *((worlds.check_special_values, *pair) for pair in PAIRS if pair[1] in LOW_PRECISION),
+    *((worlds.check_all_codes_under_all_exponents, given) for given in worlds.GRAD_EXPONENTS),
+    *((worlds.check_corrections_that_become_one, *pair) for pair in PAIRS if pair[1] in FEW),
+    *((worlds.check_counters, "adamaxw", f, 5) for f in FEW),
+    *((worlds.check_found_inf_changes_nothing, "adamaxw", f, x) for f in FEW for x in (1.0, torch.nan)),
+    *((worlds.check_64_bit_offsets, f) for f in FEW),
+]
 
 
-@pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in LOW_PRECISION], ids=str)
-def test_ptx_of_special_values(emulated: Emulated, kernel: Kernel) -> None:
-    worlds, _ = special_worlds(rule_of(kernel), formats_of(kernel), emulated.chunk_size(formats_of(kernel)))
-    step_both(emulated, worlds)
-
-
-@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
-def test_ptx_of_all_codes_under_all_exponents(emulated: Emulated, grad_exponents: tuple[int, int]) -> None:
-    check_all_codes_under_all_exponents(emulated, grad_exponents)
-
-
-@pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in FEW], ids=str)
-def test_ptx_of_corrections_that_become_one(emulated: Emulated, kernel: Kernel) -> None:
-    check_corrections_that_become_one(emulated, rule_of(kernel), formats_of(kernel))
-
-
-@pytest.mark.parametrize("formats", FEW, ids=str)
-def test_ptx_of_counters_and_found_inf(emulated: Emulated, formats: Formats) -> None:
-    check_counters(emulated, "adamaxw", formats, steps=5)
-    for found_inf in (1.0, torch.nan):
-        check_found_inf_changes_nothing(emulated, "adamaxw", formats, found_inf)
-
-
-@pytest.mark.parametrize("formats", FEW, ids=str)
-def test_ptx_of_64_bit_offsets(emulated: Emulated, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_64_bit_offsets(emulated, formats, monkeypatch)
+@each(OF_PTX)
+def test_a_step_of_ptx(emulated: Emulated, check: Callable[[Emulated], Any]) -> None:
+    check(emulated)
 
 
 @pytest.mark.parametrize(

@@ -55,6 +55,10 @@ for i, param in enumerate(of_operand(PARAM)):
     COMBINATIONS += [Formats(param, grad, *moments) for grad in grads for moments in MOMENTS]
     COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
+WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
+OF_BF16 = named("bf16", "bf16", "bf16_dither", "bf16_dither")
+FEW = [FP32, FP64, OF_BF16, named("split8", "bf16", "e4m3", "e5m3")]
+"""Where formats differ most."""
 
 
 class Row(NamedTuple):
@@ -250,6 +254,13 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
 # step(work, **where), which returns how many launches it took.
 
 
+def each(cases: Iterable[tuple[Any, ...]]) -> Any:
+    """A test's parameter ``check``, a function of a library: of each case the first, given the rest."""
+    named_cases = {"-".join([check.__name__, *map(str, given)]): (check, given) for check, *given in cases}
+    checks = [lambda library, c=check, g=given: c(library, *g) for check, given in named_cases.values()]
+    return pytest.mark.parametrize("check", checks, ids=[name.removeprefix("check_") for name in named_cases])
+
+
 def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> None:
     chunk = library.chunk_size(formats)
     worlds = [World(rule, formats, rows_of_sizes(chunk), special=True) for _ in range(2)]
@@ -284,7 +295,14 @@ def check_corrections_that_become_one(library: Any, rule: str, formats: Formats)
         step_both(library, worlds)
 
 
-def check_64_bit_offsets(library: Any, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_special_values(library: Any, rule: str, formats: Formats) -> tuple[list[World], list[bool]]:
+    """Gives what :func:`special_worlds` gives."""
+    worlds, noticed = special_worlds(rule, formats, library.chunk_size(formats))
+    step_both(library, worlds)
+    return worlds, noticed
+
+
+def check_64_bit_offsets(library: Any, formats: Formats) -> None:
     """Elements from 2^33 on."""
     chunk, before = library.chunk_size(formats), 2**33
     rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
@@ -292,11 +310,11 @@ def check_64_bit_offsets(library: Any, formats: Formats, monkeypatch: pytest.Mon
     for world in worlds:
         world.new_gradients()
     index = storage._index
-    monkeypatch.setattr(storage, "_index", lambda values: index(values) + before)
-    step_both(library, worlds, skipped=before // chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_index", lambda values: index(values) + before)
+        step_both(library, worlds, skipped=before // chunk)
 
 
-WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
