@@ -2,8 +2,8 @@
 
 ``cuda_on_host.cpp`` compiles ``csrc/step_cuda.cu`` with the host's compiler over a runtime that
 runs each kernel at once; its results must be the eager backend's, bit for bit. So must those of the
-PTX that nvcc makes of the same file, run by an emulator; and its machine code is searched for what a host cannot show: contracted or approximate arithmetic,
-spilled registers, narrow accesses.
+PTX that nvcc makes of the same file, run by an emulator; and its machine code is searched for what a
+host cannot show: contracted or approximate arithmetic, spilled registers, narrow accesses.
 """
 
 import ast
@@ -17,6 +17,7 @@ import subprocess
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -79,7 +80,7 @@ class Host:
 
     def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
         """How many launches there were."""
-        size = len(work.batch.counters) * self.coefficients_bytes()
+        size = len(work.batch.counters) * self.library.coefficients_bytes()
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
         names = [work.batch.key.rule.name, *(f.name for f in work.formats)]
         launched = self.step_of(*names, *task_of(work, coefficients), stream, device)
@@ -88,17 +89,6 @@ class Host:
 
     def chunk_size(self, formats: Formats | None = None) -> int:
         return int(self.library.chunk_size())
-
-    def coefficients_bytes(self) -> int:
-        return int(self.library.coefficients_bytes())
-
-    def launches(self, n: int) -> list[tuple[int, ...]]:
-        """(blocks, threads, stream, device) of the last step's launches."""
-        return [tuple(self.library.launch_of_last_step(i)[:4]) for i in range(n)]
-
-    def yes_votes(self) -> int:
-        """How many warps had a special value since the last call."""
-        return int(self.library.yes_votes())
 
 
 @pytest.fixture(scope="session")
@@ -117,21 +107,13 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
 
+SKIPPED, SKIPPING = (named("bf16", "fp32", "fp32", "fp32"), FEW[-1]), (1.0, -1.0, torch.inf, torch.nan)
 ON_HOST = [
-    *((worlds.check_sizes_and_alignments, rule, f) for rule in RULES for f in COVERING),
-    *((worlds.check_counters, rule, f, 64) for rule in RULES for f in (FP32, FP64)),
-    *(
-        (worlds.check_corrections_that_become_one, rule, f)
-        for rule in RULES
-        for f in (FP32, FP64, *LOW_PRECISION)
-    ),
+    *((worlds.check_sizes_and_alignments, *of) for of in product(RULES, COVERING)),
+    *((worlds.check_counters, *of, 64) for of in product(RULES, (FP32, FP64))),
+    *((worlds.check_corrections_that_become_one, *of) for of in product(RULES, (FP32, FP64, *LOW_PRECISION))),
     *((worlds.check_64_bit_offsets, f) for f in worlds.COMBINATIONS),
-    *(
-        (worlds.check_found_inf_changes_nothing, rule, f, found_inf)
-        for rule in RULES
-        for f in (named("bf16", "fp32", "fp32", "fp32"), FEW[-1])
-        for found_inf in (1.0, -1.0, torch.inf, torch.nan)
-    ),
+    *((worlds.check_found_inf_changes_nothing, *of) for of in product(RULES, SKIPPED, SKIPPING)),
 ]
 
 
@@ -143,9 +125,9 @@ def test_a_step_on_the_host(host: Host, check: Callable[[Host], Any]) -> None:
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("formats", LOW_PRECISION, ids=str)
 def test_special_values(host: Host, rule: str, formats: Formats) -> None:
-    host.yes_votes()
+    host.library.yes_votes()
     both, noticed = worlds.check_special_values(host, rule, formats)
-    assert host.yes_votes() == sum(noticed), "a warp notices its own, and no other does"
+    assert host.library.yes_votes() == sum(noticed), "a warp notices its own, and no other does"
     for world in both:
         world.new_gradients()
     worlds.step_both(host, both)
@@ -153,9 +135,9 @@ def test_special_values(host: Host, rule: str, formats: Formats) -> None:
 
 @pytest.mark.parametrize("grad_exponents", worlds.GRAD_EXPONENTS, ids=str)
 def test_all_codes_under_all_exponents(host: Host, grad_exponents: tuple[int, int]) -> None:
-    host.yes_votes()
+    host.library.yes_votes()
     worlds.check_all_codes_under_all_exponents(host, grad_exponents)
-    assert host.yes_votes() == 0
+    assert host.library.yes_votes() == 0
 
 
 def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
@@ -168,10 +150,10 @@ def test_launches(host: Host) -> None:
     world = World("adamaxw", FP32, [Row(2 * chunk + 1), Row(0), Row(5)] + [Row(0)] * 200)
     world.new_gradients()
     assert world.step(host, world.inputs(None, None), stream=1234, device=1) == 2
-    (prologue, step) = host.launches(2)
+    prologue, step = (host.library.launch_of_last_step(i)[:4] for i in range(2))
     assert prologue[0] * prologue[1] >= 203 > (prologue[0] - 1) * prologue[1]
     assert step[0] == 4 + 1 and chunk % step[1] == 0
-    assert prologue[2:] == step[2:] == (1234, 1)
+    assert prologue[2:] == step[2:] == [1234, 1]
     assert host.library.current() == 0, "the device that was current is not restored"
     assert [int(s) for s in world.steps] == [1] * 203
 
@@ -200,15 +182,11 @@ def test_refused_launches_are_errors(host: Host) -> None:
 
 
 UNKNOWN = [
-    ("adam", "fp32", "fp32", "fp32", "fp32"),
-    ("adamaxw", "int8", "fp32", "fp32", "fp32"),
-    ("adamaxw", "fp32", "fp64", "fp32", "fp32"),
-    ("adamaxw", "fp16", "bf16", "fp32", "fp32"),
-    ("adamaxw", "fp32", "fp32", "bf16", "bf16"),
-    ("adamaxw", "fp32", "fp32", "e4m3", "fp32"),
-    ("adamaxw", "fp64", "fp64", "fp32", "fp32"),
-    ("adamaxw", "e4m3", "fp32", "fp32", "fp32"),
-]
+    ("adam", "fp32", "fp32", "fp32", "fp32"), ("adamaxw", "int8", "fp32", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp64", "fp32", "fp32"), ("adamaxw", "fp16", "bf16", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp32", "bf16", "bf16"), ("adamaxw", "fp32", "fp32", "e4m3", "fp32"),
+    ("adamaxw", "fp64", "fp64", "fp32", "fp32"), ("adamaxw", "e4m3", "fp32", "fp32", "fp32"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", UNKNOWN)
@@ -306,42 +284,40 @@ def kernel_of(demangled_name: str) -> Kernel:
     return Kernel(name, tuple(a.split("::")[-1].strip() for a in arguments.split(",")))
 
 
+def by_kernel(text: str, part: str, arch: str, function: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    """By architecture and kernel what ``read`` makes of the text about it. ``part`` is what one that is for
+    an architecture begins with, and ``function`` what stands before a kernel's name."""
+    found: dict[str, dict[Kernel, Any]] = {}
+    for of_arch in re.split(part, demangled(text), flags=re.MULTILINE)[1:]:
+        kernels = found.setdefault(re.search(arch, of_arch, re.MULTILINE)[1], {})
+        for body in re.split(function, of_arch)[1:]:
+            kernels[kernel_of(body.partition("\n")[0])] = read(body)
+    return found
+
+
+def resources_of(body: str) -> Resources:
+    spilled = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    stack, stores, loads = map(int, re.search(spilled, body).groups())
+    return Resources(int(re.search(r"Used (\d+) registers", body)[1]), stack, stores + loads)
+
+
+def operations_of(body: str) -> list[str]:
+    """In the order of their addresses."""
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
+
+
 def read_resources(log: str) -> dict[str, dict[Kernel, Resources]]:
     """From what ``ptxas -v`` says."""
-    found: dict[str, dict[Kernel, Resources]] = {}
-    for part in re.split(r"Compiling entry function ", demangled(log))[1:]:
-        name, arch = re.match(r"'(.*)' for 'sm_(\w+)'", part).groups()
-        stack, stores, loads = map(
-            int,
-            re.search(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-            ).groups(),
-        )
-        registers = int(re.search(r"Used (\d+) registers", part).group(1))
-        found.setdefault(arch, {})[kernel_of(name)] = Resources(registers, stack, stores + loads)
-    return found
+    entry = "Compiling entry function "
+    return by_kernel(log, f"(?={entry})", r"' for 'sm_(\w+)'", entry, resources_of)
 
 
 def read_sass(text: str) -> dict[str, dict[Kernel, list[str]]]:
-    """Each kernel's operations in the order of their addresses."""
-    found: dict[str, dict[Kernel, list[str]]] = {}
-    for part in re.split(r"Fatbin elf code:", demangled(text))[1:]:
-        arch = re.search(r"arch = sm_(\w+)", part).group(1)
-        for function in re.split(r"Function : ", part)[1:]:
-            operations = re.findall(
-                r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", function, re.MULTILINE
-            )
-            found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = operations
-    return found
+    return by_kernel(text, "Fatbin elf code:", r"arch = sm_(\w+)", "Function : ", operations_of)
 
 
 def read_ptx(text: str) -> dict[str, dict[Kernel, str]]:
-    found: dict[str, dict[Kernel, str]] = {}
-    for part in re.split(r"^\.version", demangled(text), flags=re.MULTILINE)[1:]:
-        arch = re.search(r"^\.target sm_(\w+)", part, re.MULTILINE).group(1)
-        for function in re.split(r"\.entry ", part)[1:]:
-            found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = function
-    return found
+    return by_kernel(text, r"^\.version", r"^\.target sm_(\w+)", r"\.entry ", str)
 
 
 def classes(source: str) -> dict[str, str]:
@@ -552,7 +528,7 @@ class Emulated:
     def step(self, work: Work) -> int:
         formats, inputs = work.formats, work.inputs
         counters = work.batch.counters
-        size = len(counters) * self.host.coefficients_bytes()
+        size = len(counters) * self.host.library.coefficients_bytes()
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
         given = [t for t in (inputs.grad_scale, inputs.found_inf) if t is not None]
         task = struct.pack("9q", *task_of(work, coefficients))
@@ -592,16 +568,15 @@ def test_a_step_of_ptx(emulated: Emulated, check: Callable[[Emulated], Any]) -> 
     check(emulated)
 
 
-@pytest.mark.parametrize(
-    "flags, found",
-    [
-        (["-fmad=true"], ["fma.rn.f32", "fma.rn.f64"]),
-        (["-use_fast_math"], ["div.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
-    ],
-    ids=["fmad", "fast-math"],
-)
-def test_lost_exactness_is_seen(tmp_path: Path, flags: list[str], found: list[str]) -> None:
-    command = [nvcc(), "-ptx", "-O3", "-std=c++17", *flags, "-arch=compute_90", f"-I{CSRC}"]
+LOST = [
+    ("-fmad=true", ["fma.rn.f32", "fma.rn.f64"]),
+    ("-use_fast_math", ["div.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
+]
+
+
+@pytest.mark.parametrize(("flag", "found"), LOST)
+def test_lost_exactness_is_seen(tmp_path: Path, flag: str, found: list[str]) -> None:
+    command = [nvcc(), "-ptx", "-O3", "-std=c++17", flag, "-arch=compute_90", f"-I{CSRC}"]
     output_of(*command, write_source(tmp_path, COMPILED_TO_LOSE), "-o", tmp_path / "ptx")
     problems = arithmetic_problems(read_ptx((tmp_path / "ptx").read_text())["90"])
     steps = [str(k) for k in COMPILED_TO_LOSE]
