@@ -13,10 +13,7 @@ import pytest
 import torch
 import worlds
 from emulated_gpu import EmulatedGpu
-from fused_optim.kernels import step as kernels
-from helpers import (
-    Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, set_gradients, train,
-)  # fmt: skip
+from helpers import Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, train
 from torch import Tensor
 from worlds import FEW, FP32, FP64, Formats, Work, each, named
 
@@ -24,6 +21,7 @@ from bench.formats import STATES, TRIPLES
 from fused_optim import AdaBelief, AdamaxW, AdamW
 from fused_optim.backends import BACKENDS, Inputs
 from fused_optim.backends.triton import TRITON
+from fused_optim.kernels import step as kernels
 from fused_optim.rules import RULES
 from fused_optim.table import Batch
 
@@ -139,7 +137,6 @@ def test_interrupted_between_launches(
     both = ours_and_eager(on_gpu, optimizer_class, lambda: parameters([(300,), (2, 3)]), flatten=flatten)
     for optimizer, params in both:
         train(optimizer, params, 2)
-        set_gradients(params, 2)
 
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -187,9 +184,7 @@ def test_nothing_is_compiled_twice(on_gpu: list[Tensor]) -> None:
         params = parameters([(numel,)] * n)
         on_gpu[:] = params
         optimizer = AdaBelief(params, backend="triton", **options)
-        for seed in range(2):
-            set_gradients(params, seed)
-            optimizer.step()
+        train(optimizer, params, 2)
 
     step(2, 3)
     compiled = len(GPU.kernels)

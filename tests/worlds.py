@@ -111,9 +111,8 @@ class World:
                 aux.append(None)
                 if part is not None:
                     numel = part.numel(row.numel)
-                    aux[k] = state[part.key] = self._guarded(part.dtype, numel, row.offsets[4 + k]).copy_(
-                        new[1]
-                    )
+                    memory = self._guarded(part.dtype, numel, row.offsets[4 + k])
+                    aux[k] = state[part.key] = memory.copy_(new[1])
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
             operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key)
@@ -334,12 +333,12 @@ def check_all_codes_under_all_exponents(library: Any, grad_exponents: tuple[int,
     first, last = grad_exponents
     for _ in range(3):
         for world in worlds:
-            exponent = first + (last - first) * torch.rand(
-                2 * blocks, generator=world.rng, dtype=torch.float64
-            )
+            place = torch.rand(2 * blocks, generator=world.rng, dtype=torch.float64)
             spread = 2.0 ** (-20 * torch.rand(numel, generator=world.rng, dtype=torch.float64))
             sign = 1 - 2 * torch.randint(2, (numel,), generator=world.rng)
-            world.grads[0].copy_((2.0**exponent).repeat_interleave(128) * spread * sign)
+            world.grads[0].copy_(
+                (2.0 ** (first + (last - first) * place)).repeat_interleave(128) * spread * sign
+            )
         step_both(library, worlds)
 
 
