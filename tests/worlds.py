@@ -255,9 +255,10 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
 
 def each(cases: Iterable[tuple[Any, ...]]) -> Any:
     """A test's parameter ``check``, a function of a library: of each case the first, given the rest."""
-    named_cases = {"-".join([check.__name__, *map(str, given)]): (check, given) for check, *given in cases}
-    checks = [lambda library, c=check, g=given: c(library, *g) for check, given in named_cases.values()]
-    return pytest.mark.parametrize("check", checks, ids=[name.removeprefix("check_") for name in named_cases])
+    cases = list(cases)
+    names = ["-".join([check.__name__.removeprefix("check_"), *map(str, given)]) for check, *given in cases]
+    checks = [lambda library, c=check, g=given: c(library, *g) for check, *given in cases]
+    return pytest.mark.parametrize("check", checks, ids=names)
 
 
 def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> None:
