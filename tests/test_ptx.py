@@ -198,9 +198,9 @@ FAULTS = {
     "blocks write": ("st.global.b32 [%rd1], %r2;", "is in a race"),
     "read what another wrote": ("st.global.b32 [%rd1], %r1; ld.global.b32 %r3, [%rd0];", "is in a race"),
     "write what another read": ("ld.global.b32 %r3, [%rd0]; st.global.b32 [%rd1], %r1;", "is in a race"),
-    "shared, no barrier": (
-        "mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1;"
-        "ld.shared.b32 %r5, [%r3];", "is in a race"),
+    "shared, no barrier": ("""
+        mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1;
+        ld.shared.b32 %r5, [%r3];""", "is in a race"),
     "an exchange is no barrier of memory": ("""
         mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1; mov.u32 %r9, -1;
         redux.sync.max.s32 %r5, %r1, %r9; ld.shared.b32 %r5, [%r3];""", "thread 1 of block 0 is in a race"),
