@@ -4,11 +4,11 @@ are providers like any other, interleaved with what is compared with them."""
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import os
 import shutil
 import subprocess
 import tempfile
+import zlib
 from functools import cache, partial
 from pathlib import Path
 
@@ -25,7 +25,7 @@ def library() -> ctypes.CDLL:
     """roofline.cpp, compiled for this machine; kept among temporary files under its contents' hash."""
     compiler = shutil.which(os.environ.get("CXX", "c++")) or "g++"
     command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
-    name = hashlib.sha256(" ".join(command).encode() + SOURCE.read_bytes()).hexdigest()[:16]
+    name = f"{zlib.crc32(' '.join(command).encode() + SOURCE.read_bytes()):08x}"
     folder = Path(tempfile.gettempdir(), f"fused_optim_bench_{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
     built = folder / f"roofline_{name}.so"

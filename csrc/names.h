@@ -20,7 +20,7 @@ inline std::string text_of(const Names& names) {
          ", moments in " + names.mu + " and " + names.nu;
 }
 
-FUSED_OPTIM_HD bool same(const char* a, const char* b) { return strcmp(a, b) == 0; }
+inline __attribute__((always_inline)) bool same(const char* a, const char* b) { return strcmp(a, b) == 0; }
 
 // What `use` says of the type with that name; false where there is none.
 template <class... T, class Use>

@@ -31,8 +31,7 @@ class AdaBelief(FusedOptimizer):
         nesterov: look one step ahead in the first moment.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_avg_var``.
-    Errors: ValueError or TypeError for an argument out of range or of the wrong type, by its name;
-    RuntimeError, with the reason, for a named backend that is not available.
+    Errors: ValueError, TypeError or RuntimeError, which name what is wrong.
 
     Example:
         >>> import torch

@@ -27,8 +27,7 @@ class AdamaxW(FusedOptimizer):
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_inf``. Checkpoints of ``torch.optim.Adamax`` load.
-    Errors: ValueError or TypeError for an argument out of range or of the wrong type, by its name;
-    RuntimeError, with the reason, for a named backend that is not available.
+    Errors: ValueError, TypeError or RuntimeError, which name what is wrong.
 
     Example:
         >>> import torch

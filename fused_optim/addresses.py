@@ -1,11 +1,6 @@
-"""The one place that asks where tensors are.
-
-Kernels are given addresses, and torch tells nobody when a tensor is moved, replaced or freed. So each
-step asks all of them, through documented interfaces alone: in C++ where it was built
-(``csrc/addresses.h``), else here.
-"""
-
-from __future__ import annotations
+"""The one place that asks where tensors are. Kernels are given addresses, and torch tells nobody when a
+tensor is moved, replaced or freed. So each step asks all of them, through documented interfaces alone: in C++
+where it was built (``csrc/addresses.h``), else here."""
 
 from itertools import chain
 from operator import is_
@@ -14,11 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from .backends import extension
-from .layout import freed, is_lazy, may_be_lazy
+from .layout import freed, is_lazy
 from .table import int64_tensor
 
-CHANGED, SAME, GRADS_MOVED = range(3)
-"""What :meth:`Addresses.ask` found, here and in ``csrc/addresses.h``."""
+CHANGED, SAME, GRADS_MOVED = range(3)  # what Addresses.ask found, here and in csrc/addresses.h
 
 
 def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]]:
@@ -30,25 +24,19 @@ def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[lis
 
 
 class Addresses:
-    """The tensors of an optimizer and where they are.
-
-    Args:
-        param_lists: the groups' lists of parameters.
-        state: the optimizer's state.
-    """
+    """The tensors in an optimizer's lists of parameters and in its state, and where they are."""
 
     def __init__(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> None:
         self._objects = _objects(param_lists, state)
         self._params, *dicts, values = self._objects
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
         self._fixed = [*(p for p in self._params if p.grad is not None), *held]
-        self._may_be_lazy = [t for t in self._fixed if may_be_lazy(t)]
+        # A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
+        self._may_be_lazy = [t for t in self._fixed if t.is_complex() or t.dim() == 0]
         self._seen = self._look()
-        self.grads = int64_tensor(self._seen[-1])
-        """The addresses of the gradients that there are; kept up to date."""
+        self.grads = int64_tensor(self._seen[-1])  # of the gradients that there are; kept up to date
         cpu = extension("_cpu")[0]
-        # In C++ there are numbers alone, and the objects stay here, where Python's garbage collector
-        # sees them.
+        # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
         self._known = (self._params, held, *dicts, values)
         native = cpu and cpu.Addresses(self._params, held, self.grads.data_ptr())
         self._native = native if native and native.works() else None

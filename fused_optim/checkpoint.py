@@ -1,9 +1,6 @@
 """State dicts: what is saved, and what is made of one, be it ours or another optimizer's."""
 
-from __future__ import annotations
-
 import warnings
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,36 +14,26 @@ from .state import check_saved, checked_step, in_formats, own, with_exponent_key
 _ELSEWHERE = {
     *("foreach", "fused", "capturable", "differentiable", "buffer", "param_names"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
-}
-"""Keys of others' groups that change no result, or that schedulers keep there."""
+}  # keys of others' groups that change no result, or that schedulers keep there
+# What others call decay that is not added to the gradient.
 _DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay")
-"""What others call decay that is not added to the gradient."""
 
 
-@dataclass
-class Loaded:
-    """What a state dict holds, in this optimizer's formats."""
-
-    groups: list[Group]
-    states: dict[Tensor, dict[str, Any]]
-    count: int
-    seed: int | None
+Loaded = tuple[list[Group], dict[Tensor, dict[str, Any]], int, int | None]  # groups, states, count and seed
 
 
 def snapshot(state_dict: dict[str, Any], count: int, seed: int | None) -> dict[str, Any]:
     """torch's state dict with tensors of its own, without callables, with count and seed."""
-    state_dict["state"] = {
+    state = {
         key: {k: own(v) for k, v in state.items()} if isinstance(state, dict) else own(state)
         for key, state in state_dict["state"].items()
     }
-    state_dict["param_groups"] = [
+    groups = [
         {k: list(v) if isinstance(v, list) else own(v) for k, v in group.items() if k != "schedules"}
         for group in state_dict["param_groups"]
     ]
-    state_dict["count"] = count
-    if seed is not None:
-        state_dict["seed"] = seed
-    return state_dict
+    seeds = {} if seed is None else {"seed": seed}
+    return {**state_dict, "state": state, "param_groups": groups, "count": count, **seeds}
 
 
 def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled_lr: bool) -> Loaded:
@@ -75,7 +62,7 @@ def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled
     for i, (group, our) in enumerate(zip(saved["param_groups"], ours)):
         if "weight_decay_mask" not in group:
             _warn_of_differences(group, our, i)
-    return Loaded(groups, states, count, seed)
+    return groups, states, count, seed
 
 
 def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -> Group:
@@ -85,11 +72,10 @@ def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -
     if decoupled_lr and "reference_lr" not in group and "initial_lr" in group:
         complete["reference_lr"] = float(group["initial_lr"])
     mask, n = complete.get("weight_decay_mask"), len(group["params"])
+    where = f" of saved group {index}"
     if mask is not None and len(mask) != n:
-        raise ValueError(
-            f"weight_decay_mask of saved group {index} has {len(mask)} entries for {n} parameters"
-        )
-    check_group(complete, f" of saved group {index}")
+        raise ValueError(f"weight_decay_mask{where} has {len(mask)} entries for {n} parameters")
+    check_group(complete, where)
     return complete
 
 

@@ -1,11 +1,5 @@
-"""The flat buffers behind ``flatten=True``: one each for the parameters, gradients and
-states of a device and dtype, with the tensors as views of them.
-
-A parameter in its flat slot is like any other to the rest of the package, except that neighbours
-share one row of the table.
-"""
-
-from __future__ import annotations
+"""The flat buffers behind ``flatten=True``, with tensors as views of them. A parameter in its flat slot is
+like any other to the rest of the package, except that neighbours share one row of the table."""
 
 from collections.abc import Callable, Iterable
 from itertools import accumulate
@@ -55,14 +49,13 @@ class FlatBuffers:
             return slot.set_(storage, self._bounds(part, p)[0], shape, stride)
 
     def in_slot(self, part: Part, p: Tensor, t: Tensor) -> bool:
-        """Whether ``t`` is the slot of ``p`` in the buffer of ``part``."""
-        slot = self.slot(part, p)
-        return (t.dtype, t.device, t.stride()) == (slot.dtype, slot.device, slot.stride()) and (
-            t.numel() == 0 or t.data_ptr() == slot.data_ptr()
-        )
+        buffer, start = self.buffers.get(part), self._bounds(part, p)[0]
+        if buffer is None or (t.dtype, t.device) != (buffer.dtype, buffer.device):
+            return False
+        at = t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size()
+        return at and (part.block > 1 or t.stride() == p.stride())
 
-    def bounds(self, p: Tensor) -> tuple[int, int]:
-        """Where the slot of ``p`` starts and ends, in real elements."""
+    def bounds(self, p: Tensor) -> tuple[int, int]:  # in real elements
         start, end = self._bounds(self.param, p)
         return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
 
@@ -86,15 +79,6 @@ class FlatLayout:
         self.buffers = [FlatBuffers(members) for members in by_kind.values()]
         self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
-    @property
-    def padding_bytes(self) -> int:
-        """Memory of the buffers that is no tensor's."""
-        slots = [b.slot(part, p) for b in self.buffers for part in b.buffers for p in b.params]
-        return sum(t.nbytes for t in self._tensors()) - sum(t.nbytes for t in slots)
-
-    def _tensors(self) -> list[Tensor]:
-        return [t for b in self.buffers for t in b.buffers.values()]
-
     def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], list[Part]]) -> None:
         """Move states into their slots, and out of those of others; ``parts_of`` says what a state has."""
         moves = []
@@ -105,7 +89,6 @@ class FlatLayout:
             state[key] = t
 
     def takes_grad(self, p: Tensor) -> bool:
-        """Whether the gradient of ``p`` has a slot."""
         return p in self.buffers_of and p.grad is not None and p.grad.dtype == p.dtype
 
     def take_grads(self, params: list[Tensor]) -> None:
@@ -116,9 +99,8 @@ class FlatLayout:
                 p.grad = grad
 
     def _placed(self, moves: list[tuple[Any, Part | None, Any]]) -> list[Tensor]:
-        """Each of the tensors, given as (parameter, part, tensor), copied into its slot where it is not
-        there, or out of all slots if it has none: the part is None then."""
-        storages = {t.untyped_storage().data_ptr() for t in self._tensors()}
+        """Tensors, given as (parameter, part, tensor), in their slots; out of slots where part is None."""
+        storages = {t.untyped_storage().data_ptr() for b in self.buffers for t in b.buffers.values()}
         placed, copies = [], []
         for p, part, t in moves:
             b = self.buffers_of.get(p)

@@ -1,7 +1,5 @@
 """How a tensor's elements lie in memory, and which tensors a kernel can be given."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch
@@ -32,8 +30,7 @@ def is_dense(t: Tensor) -> bool:
     return t.numel() == 0 or (span(t) == t.numel() and not _may_collide(t))
 
 
-def same_layout(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one shape have their elements in the same memory order."""
+def same_layout(a: Tensor, b: Tensor) -> bool:  # of tensors of one shape
     return all(x == y or n <= 1 for x, y, n in zip(a.stride(), b.stride(), a.shape))
 
 
@@ -42,30 +39,19 @@ def is_lazy(t: Tensor) -> bool:
     return t.is_conj() or t.is_neg()
 
 
-def may_be_lazy(t: Tensor) -> bool:
-    """Whether :func:`is_lazy` must be asked of a tensor of this shape, dtype and these strides: a
-    lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions."""
-    return t.is_complex() or (t.dim() == 0 and t.is_floating_point())
-
-
 def dense_like(p: Tensor, in_order: bool) -> Tensor:
-    """``p`` itself where a kernel can walk it, else uninitialised dense memory for a copy of it.
-
-    Args:
-        in_order: whether the walk must go in the order of the logical index.
-    """
+    """``p`` itself where a kernel can walk it (``in_order``: in the order of the logical index), else
+    uninitialised dense memory for a copy of it."""
     if (p.is_contiguous() if in_order else is_dense(p)) and not is_lazy(p):
         return p
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
 def gradient_is_native(g: Tensor, p: Tensor, dense: Tensor) -> bool:
-    """Whether kernels read a gradient where it lies: its dtype is native to the parameter's, and it has
-    the layout of ``dense``."""
-    if not (native_gradient(p.dtype, g.dtype) and same_layout(g, dense) and is_dense(g)) or is_lazy(g):
-        return False
+    """Whether kernels read a gradient where it lies: its dtype is native, its layout that of ``dense``."""
+    native = native_gradient(p.dtype, g.dtype) and same_layout(g, dense) and is_dense(g) and not is_lazy(g)
     # A lazy view of one element has no gaps, but a stride of its own.
-    return g.numel() > 1 or g.stride() == dense.stride()
+    return native and (g.numel() > 1 or g.stride() == dense.stride())
 
 
 def freed(t: Tensor) -> bool:
@@ -91,26 +77,21 @@ def check_kind(name: str, p: Tensor, flatten: bool) -> None:
 
 def check_address(what: str, t: Tensor) -> None:
     """Raise a ValueError where a kernel cannot read what lies there, naming it."""
-    if freed(t):
-        raise ValueError(
-            f"{what} has no memory of its own: its storage was freed, or it is a tensor subclass "
-            "that holds others"
-        )
     size = t.element_size() // (2 if t.is_complex() else 1)
-    if t.data_ptr() % size != 0:
-        raise ValueError(
-            f"{what} lies at address {t.data_ptr():#x}, which is not a multiple of its "
-            f"element size, {size} bytes"
-        )
+    if freed(t):
+        problem = "has no memory of its own: its storage was freed, or it is a subclass that holds others"
+    elif t.data_ptr() % size != 0:
+        problem = f"lies at address {t.data_ptr():#x}, not a multiple of its element size, {size} bytes"
+    else:
+        return
+    raise ValueError(f"{what} {problem}")
 
 
 def check_stepped(name: str, p: Tensor) -> None:
     """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
     if plain_format(p.dtype) is None:
-        raise NotImplementedError(
-            f"parameter {name} has dtype {p.dtype}; supported are float32, float64, bfloat16, "
-            "float16, complex64 and complex128"
-        )
+        supported = "float32, float64, bfloat16, float16, complex64 and complex128"
+        raise NotImplementedError(f"parameter {name} has dtype {p.dtype}; supported are {supported}")
     check_address(f"parameter {name}", p)
     g, problem = p.grad, None
     assert g is not None
@@ -121,23 +102,19 @@ def check_stepped(name: str, p: Tensor) -> None:
     elif g.device != p.device:
         problem = f"is on {g.device}, its parameter on {p.device}; they must be on the same device"
     elif g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
-        problem = (
-            f"has dtype {g.dtype}, its parameter {p.dtype}; both must be real floating-point or both complex"
-        )
+        problem = f"has dtype {g.dtype}, its parameter {p.dtype}; both must be floating-point, or complex"
     if problem is not None:
         raise RuntimeError(f"the gradient of parameter {name} {problem}")
     check_address(f"the gradient of parameter {name}", g)
 
 
-def check_no_overlap(
-    named: Sequence[tuple[str, Tensor]], advice: str = "give each parameter once, with memory of its own"
-) -> None:
+def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
     """Raise a ValueError that names two tensors which share memory, or one whose own elements do."""
     spans = []
     names: dict[int, str] = {}
     for name, t in named:
         if names.setdefault(id(t), name) != name:
-            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; {advice}")
+            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; give each its own")
         if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
         if _may_collide(t) and len(set(_offsets(t).tolist())) != t.numel():
@@ -154,18 +131,16 @@ def check_no_overlap(
             if other_device != device or other_start >= end:
                 break
             if (is_dense(t) and is_dense(other)) or torch.isin(_bytes(t), _bytes(other)).any():
-                raise ValueError(f"{name} and {other_name} overlap in memory; {advice}")
+                raise ValueError(f"{name} and {other_name} overlap in memory; give each its own")
 
 
-def _offsets(t: Tensor) -> Tensor:
-    """Where each element is, in elements from the first."""
+def _offsets(t: Tensor) -> Tensor:  # of each element, in elements from the first
     offsets = torch.zeros((), dtype=torch.int64, device="cpu")
     for n, s in zip(t.shape, t.stride()):
         offsets = offsets[..., None] + torch.arange(n, device="cpu") * s
     return offsets.reshape(-1)
 
 
-def _bytes(t: Tensor) -> Tensor:
-    """The addresses of all of its elements' bytes."""
+def _bytes(t: Tensor) -> Tensor:  # the addresses of all of its elements' bytes
     in_element = torch.arange(t.element_size(), device="cpu")
     return (t.data_ptr() + _offsets(t)[:, None] * t.element_size() + in_element).reshape(-1)

@@ -1,10 +1,5 @@
-"""The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints.
-
-:class:`FusedOptimizer` knows no rule's arithmetic and no backend's; a subclass names its rule, and a
-backend makes the step. A step goes: closure, hyperparameters, plan, launch.
-"""
-
-from __future__ import annotations
+"""The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints. A subclass names its rule,
+and a backend makes the step. A step goes: closure, hyperparameters, plan, launch."""
 
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -15,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, options
-from .backends import Inputs, check_name, select
+from .backends import Inputs, select
 from .flat import FlatLayout
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
@@ -26,6 +21,9 @@ from .table import finish
 
 class FusedOptimizer(torch.optim.Optimizer):
     r"""What AdaBelief, AdamaxW and AdamW share: everything but the rule. Not for direct use.
+
+    What is wrong with an argument is a ValueError or TypeError, a backend that was named and is not available
+    a RuntimeError; they name what was given and what is right.
 
     Args:
         params: parameters, named parameters, or dicts of groups, of any mix of float32, float64,
@@ -47,23 +45,14 @@ class FusedOptimizer(torch.optim.Optimizer):
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
     """
 
-    rule: str
-    """The subclass's name in :data:`~.rules.RULES`."""
-
-    _step_supports_amp_scaling = True
-    """``torch.amp.GradScaler`` lets the step unscale and skip, with no wait for the device."""
+    rule: str  # the subclass's name in RULES
+    _step_supports_amp_scaling = True  # torch.amp.GradScaler lets the step unscale and skip, with no wait
 
     def __init__(
-        self,
-        params: Any,
-        defaults: dict[str, Any],
-        formats: tuple[str, str | None, bool],
-        weight_decay_mask: options.WeightDecayMask | None,
-        decoupled_lr: bool,
-        flatten: bool,
+        self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
+        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, flatten: bool,
         backend: str | None,
-    ) -> None:
-        check_name(backend)
+    ) -> None:  # fmt: skip
         options.check_choices(*formats)
         self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
@@ -77,8 +66,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if flatten:
             self._flat.hold(p for p in self._params() if self._settings.can_be_flat(p))
 
-    def _reset(self) -> None:
-        """Forget all that can be worked out again."""
+    def _reset(self) -> None:  # to what can be worked out again
         self._plan: Plan | None = None
         self._flat = FlatLayout()
         self._hyper = options.HyperparameterTable()
@@ -89,7 +77,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     @property
     def seed(self) -> int:
-        """Of ``stochastic_rounding``, in [0, 2^32). Saved; 0 unless set, so that data-parallel replicas agree."""
+        """Of ``stochastic_rounding``, in [0, 2^32). Saved. 0 unless set, so that replicas round alike."""
         return self._seed
 
     @seed.setter
@@ -97,21 +85,18 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._seed = options.whole_number("seed", seed, 2**32)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`. What is wrong with its
-        hyperparameters or parameters is a ValueError or TypeError as in the constructor, and nothing is
-        added then."""
+        """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; errors are the constructor's, and
+        nothing is added then."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        index = len(self.param_groups)
         group = {**self.defaults, **param_group}
-        options.complete_group(group, index, self._count, self._decoupled_lr)
+        options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr)
         earlier = len(self._params())
         self._settings.check_new(group, self.param_groups)
         super().add_param_group(group)
         try:
-            added, mask = self.param_groups[index], group.get("weight_decay_mask")
-            given = (self._mask, added, earlier) if mask is None else (mask, added, 0)
-            added["weight_decay_mask"] = options.mask_of(*given)
+            added = self.param_groups[-1]
+            added["weight_decay_mask"] = options.mask_of(self._mask, added, earlier)
         except Exception:
             self.param_groups.pop()
             raise
@@ -120,12 +105,9 @@ class FusedOptimizer(torch.optim.Optimizer):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Make one optimization step, and return what ``closure`` returned, if there is one.
-
-        Raises:
-            ValueError, TypeError, RuntimeError: a hyperparameter, parameter, gradient or state
-                is wrong; the text names it. Nothing has changed then.
-        """
+        """Make one optimization step, and return what ``closure`` returned, if there is one. What is wrong
+        with a hyperparameter, parameter, gradient or state is a ValueError, TypeError or RuntimeError that
+        names it, and nothing has changed then."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -142,8 +124,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if plan is None or not plan.refresh(self.param_groups, self.state, given):
             if capturing:
                 raise RuntimeError(
-                    "a step that is captured into a CUDA graph must be like the one before it: make a step with "
-                    "these parameters, gradients, states, grad_scale and found_inf before the capture"
+                    "a step that a CUDA graph captures must be like the one before it: make one before with "
+                    "these parameters, gradients, states, grad_scale and found_inf"
                 )
             plan = Plan(self.param_groups, self.state, self._settings, given, self._flat)
         self._plan = plan
@@ -181,22 +163,20 @@ class FusedOptimizer(torch.optim.Optimizer):
     def memory(self) -> dict[str, int]:
         """Bytes that are in use now, by purpose: ``parameters``, ``gradients``, ``moments`` (block exponents
         included), ``master`` (the remainders of split parameters) and ``metadata`` (step numbers, tables of
-        addresses, padding of flat buffers, dense copies).
+        addresses, dense copies).
 
         Example:
-            >>> import torch
             >>> from fused_optim import AdamaxW
-            >>> weight = torch.nn.Parameter(torch.ones(64, 64, dtype=torch.bfloat16))
+            >>> weight = torch.ones(64, 64, dtype=torch.bfloat16, requires_grad=True)
             >>> optimizer = AdamaxW([weight], state_format="8bit", master_weights="split8")
             >>> weight.sum().backward()
             >>> optimizer.step()
             >>> {part: n // weight.numel() for part, n in optimizer.memory().items()}
             {'parameters': 2, 'gradients': 2, 'moments': 2, 'master': 1, 'metadata': 0}
         """
-        tables = [*self._hyper.on_device.values()]
-        for _, batch in self._plan.batches if self._plan else ():
-            tables += batch.tensors()
-        return bytes_in_use(self._params(), self.state, tables, self._flat.padding_bytes)
+        batches = self._plan.batches if self._plan else []
+        tables = [*self._hyper.on_device.values(), *(t for _, batch in batches for t in batch.tensors())]
+        return bytes_in_use(self._params(), self.state, tables)
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a
@@ -209,24 +189,22 @@ class FusedOptimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, here or from another optimizer with the same state keys.
 
-        Moments take this optimizer's format and layout, ``step`` becomes an integer, and
-        nothing aliases ``state_dict``. What another optimizer did otherwise is warned of.
-
-        Raises:
-            ValueError: a state lacks a key or has another shape; names both, and nothing has changed.
+        Moments take this optimizer's format and layout, ``step`` becomes an integer, and nothing aliases
+        ``state_dict``. What another optimizer did otherwise is warned of. A state that lacks a key or has
+        another shape is a ValueError that names both, and nothing has changed then.
         """
         old = self.param_groups
         loaded: list[checkpoint.Loaded] = []
 
         def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
             loaded.append(checkpoint.read(saved, old, self._settings, self._decoupled_lr))
-            return {**saved, "param_groups": loaded[0].groups, "state": {}}
+            return {**saved, "param_groups": loaded[0][0], "state": {}}
 
         def install(_: torch.optim.Optimizer) -> None:
             checkpoint.keep_schedules(old, self.param_groups)
-            self.state.update(loaded[0].states)
-            self._count = loaded[0].count
-            self._seed = self._seed if loaded[0].seed is None else loaded[0].seed
+            states, self._count, seed = loaded[0][1:]
+            self.state.update(states)
+            self._seed = self._seed if seed is None else seed
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.
         with ExitStack() as hooks:

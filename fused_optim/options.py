@@ -5,8 +5,6 @@ numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``r
 ``decoupled_lr`` divides lr by) and ``schedules`` (each callable, with the value that it last gave).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -20,15 +18,10 @@ from .backends import uploaded
 from .reference import Hyperparameters
 from .storage import MASTER_WEIGHTS, STATE_FORMATS
 
-Schedule = Callable[[int], Any]
-"""A value as a function of the number of earlier ``step()`` calls, as in Optax."""
+Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls, as in Optax
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
-
-_OF_THE_OPTIMIZER = (
-    "state_format", "master_weights", "stochastic_rounding", "flatten", "backend", "decoupled_lr"
-)  # fmt: skip
-
+_FORMATS = ("state_format", "master_weights", "stochastic_rounding")
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
     "betas[0]": "Invalid beta parameter at index 0",
@@ -69,14 +62,11 @@ def check_choices(state_format: Any, master_weights: Any, stochastic_rounding: A
     if master_weights not in MASTER_WEIGHTS:
         raise ValueError(f"master_weights must be one of {MASTER_WEIGHTS}, got {master_weights!r}")
     if flag("stochastic_rounding", stochastic_rounding) and master_weights is not None:
-        raise ValueError(
-            "stochastic_rounding=True is for parameters without a master, got "
-            f"master_weights={master_weights!r}; give one of the two"
-        )
+        given = f"stochastic_rounding=True and master_weights={master_weights!r}"
+        raise ValueError(f"give one of the two, not both: {given}")
 
 
-def where_of(index: int) -> str:
-    """Which group an error text speaks of; the first is not named, for most optimizers have one."""
+def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
     return f" of group {index}" if index else ""
 
 
@@ -89,12 +79,10 @@ def names_of(groups: list[Group], index: int) -> list[str]:
 def numbered(groups: list[Group]) -> Iterator[tuple[str, Tensor, int]]:
     """Every parameter: its name for error texts, itself, and its row in :class:`HyperparameterTable`."""
     for i, group in enumerate(groups):
-        mask, params = group["weight_decay_mask"], group["params"]
-        if mask is not None and len(mask) != len(params):
-            raise ValueError(
-                f"weight_decay_mask of group {i} has {len(mask)} entries for {len(params)} parameters"
-            )
-        for j, (name, p) in enumerate(zip(names_of(groups, i), params)):
+        mask, n = group["weight_decay_mask"], len(group["params"])
+        if mask is not None and len(mask) != n:
+            raise ValueError(f"weight_decay_mask of group {i} has {len(mask)} entries for {n} parameters")
+        for j, (name, p) in enumerate(zip(names_of(groups, i), group["params"])):
             yield name, p, 2 * i + (mask is not None and not mask[j])
 
 
@@ -143,7 +131,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
     """Check a new group and give it all that belongs in one."""
-    for key in _OF_THE_OPTIMIZER:
+    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr"):
         if key in group:
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
@@ -180,25 +168,21 @@ def run_schedules(groups: list[Group], count: int) -> None:
 
 
 def mask_of(mask: Any, group: Group, earlier: int) -> list[bool] | None:
-    """Which of a group's parameters decay, as a list; None for all.
-
-    Args:
-        mask: the group's, or the optimizer's; a list begins with the ``earlier`` parameters of other groups.
-    """
-    n, names = len(group["params"]), group.get("param_names")
+    """Which of a group's parameters decay, as a list; None for all. The optimizer's ``mask``, for groups that
+    have none of their own, begins with the ``earlier`` parameters of other groups if it is a list."""
+    if group.get("weight_decay_mask") is not None:
+        mask, earlier = group["weight_decay_mask"], 0
     if mask is None:
         return None
+    n = len(group["params"])
+    names = group.get("param_names") or [str(i) for i in range(n)]
     if callable(mask):
-        mask = [mask(name, p) for name, p in zip(names or map(str, range(n)), group["params"])]
+        mask = [mask(name, p) for name, p in zip(names, group["params"])]
     elif isinstance(mask, Mapping):
-        if names is None:
-            raise ValueError(
-                "weight_decay_mask is a mapping from name to bool, but the parameters have no names: "
-                "give model.named_parameters()"
-            )
         missing = [name for name in names if name not in mask]
         if missing:
-            raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}")
+            hint = "names are those of model.named_parameters()"
+            raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}; {hint}")
         mask = [mask[name] for name in names]
     elif isinstance(mask, (list, tuple)):
         mask = mask[earlier : earlier + n]
@@ -218,9 +202,8 @@ def check_mask(mask: Any, groups: list[Group]) -> None:
     if isinstance(mask, (list, tuple)) and len(mask) != n:
         raise ValueError(f"weight_decay_mask has {len(mask)} entries for {n} parameters")
     names = {name for group in groups for name in group.get("param_names", ())}
-    unknown = sorted(set(mask) - names) if isinstance(mask, Mapping) else []
-    if unknown:
-        raise ValueError(f"weight_decay_mask names {unknown[0]!r}, which is no parameter's name")
+    for name in sorted(set(mask) - names) if isinstance(mask, Mapping) else []:
+        raise ValueError(f"weight_decay_mask names {name!r}, which is no parameter's name")
 
 
 class HyperparameterTable:
@@ -237,8 +220,7 @@ class HyperparameterTable:
         keys = ("weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable")
         read: list[tuple[Any, ...]] = []
         for i, group in enumerate(groups):
-            betas = group["betas"]
-            betas = tuple(betas) if isinstance(betas, list) else betas
+            betas = tuple(given) if isinstance(given := group["betas"], list) else given
             read.append((lr_value(group["lr"], where_of(i)), betas, *map(group.get, keys)))
         if read != self._read:
             for i, group in enumerate(groups):
@@ -270,6 +252,6 @@ def check_capture(groups: list[Group]) -> None:
             frozen.append("lr")
         if frozen:
             raise RuntimeError(
-                f"{frozen[0]} of group {i} would freeze at its present value in the CUDA graph that is captured; "
+                f"{frozen[0]} of group {i} would freeze at its value in the CUDA graph that is captured; "
                 "give lr as a tensor on the GPU and fill it between replays, and weight_decay as a number"
             )

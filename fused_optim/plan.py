@@ -1,7 +1,5 @@
 """From an optimizer's tensors to the batches that are launched, kept until something changes."""
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from dataclasses import dataclass
@@ -22,8 +20,7 @@ from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import Batch, BatchKey, Operands
 
-Given = tuple[int, bool, bool]
-"""The seed, and whether a step is given ``grad_scale`` and ``found_inf``."""
+Given = tuple[int, bool, bool]  # the seed, and whether there are grad_scale and found_inf
 
 
 @dataclass(frozen=True)
@@ -31,8 +28,7 @@ class Settings:
     """What is the same for all of an optimizer's groups."""
 
     rule: Rule
-    formats: tuple[str, str | None, bool]
-    """The arguments of :func:`~.storage.formats_of` after the dtype."""
+    formats: tuple[str, str | None, bool]  # the arguments of storage.formats_of after the dtype
     flatten: bool
     backend: str | None
 
@@ -65,17 +61,14 @@ class Settings:
 
 
 class Plan:
-    """The batches of a step, and where their tensors are.
-
-    Made for the tensors as they are now, and what is wrong with them is raised before anything is written.
-    States are made, converted or laid out anew where need be; with ``flatten`` parameters, gradients and
-    states are moved into ``flat``.
-    """
+    """The batches of a step, and where their tensors are: as they are now. What is wrong with them is raised
+    before anything is written. States are made, converted or laid out anew where need be; with ``flatten``
+    parameters, gradients and states are moved into ``flat``."""
 
     def __init__(
         self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout
     ) -> None:
-        items = _checked_operands(groups, state, settings, given[0])
+        items = _operands(groups, state, settings, given[0])
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
         by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
         for o in items:
@@ -84,7 +77,7 @@ class Plan:
             backends[key.device].load(key, *given[1:])
         made = {o.source: o.state for o in items}
         others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in made}
-        _share_steps(by_key, list(others.values()), backends)
+        _share_steps(items, list(others.values()), backends)
         _warn_of_casts(items, state)
         if settings.flatten:
             flat.hold(p for group in groups for p in group["params"] if settings.can_be_flat(p))
@@ -95,15 +88,12 @@ class Plan:
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
         self.devices = set(backends)
-        self.batches: list[tuple[Backend, Batch]] = [
-            (backends[key.device], Batch(key, batch)) for key, batch in by_key.items()
-        ]
+        self.batches = [(backends[key.device], Batch(key, batch)) for key, batch in by_key.items()]
         self.addresses = addresses.Addresses([group["params"] for group in groups], state)
         self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None
         self._live = list(made)
-        self.versioned = [p for p in made if not p.is_inference()]
-        """Parameters whose versions autograd counts."""
+        self.versioned = [p for p in made if not p.is_inference()]  # whose versions autograd counts
 
     def refresh(self, groups: list[Group], state: dict[Any, Any], given: Given) -> bool:
         """Whether this plan still describes the optimizer. Gradients that have moved are followed: in
@@ -112,23 +102,20 @@ class Plan:
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
-        if answer is addresses.GRADS_MOVED:
+        if answer == addresses.GRADS_MOVED:
             if self._flat is not None:
                 self._flat.take_grads(self._live)
                 answer = self.addresses.ask(params, state)
             for _, batch in self.batches:
                 batch.follow(self.addresses.grads)
-        return answer is not addresses.CHANGED
+        return answer != addresses.CHANGED
 
 
-def _shape_of(groups: list[Group]) -> list[Any]:
-    """How many parameters each group has, and which of them decay."""
+def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and which of them decay
     return [(len(g["params"]), g["weight_decay_mask"] and tuple(g["weight_decay_mask"])) for g in groups]
 
 
-def _checked_operands(
-    groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int
-) -> list[Operands]:
+def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int) -> list[Operands]:
     """What is stepped, in order, with states as they will be; nothing is changed yet."""
     live = [(k, *x) for k, x in enumerate(numbered(groups)) if x[1].grad is not None]
     for _, name, p, _ in live:
@@ -154,13 +141,13 @@ def _checked_operands(
     states = [(f" of parameter {o.name}", o.state) for o in items]
     states += [("", s) for p, s in state.items() if isinstance(s, dict) and p not in stepped]
     tensors = [(f"state {k!r}{of}", t) for of, s in states for k, t in s.items() if k != "step"]
-    check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)], "give each a tensor of its own")
+    check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)])
     return items
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:
     keys = settings.rule.states
-    check_state(name, p, old, keys, RuntimeError, "; delete optimizer.state[p] to start it anew")
+    check_state(name, p, old, keys, RuntimeError)
     for key in (*(part.key for part in settings.parts_of(p)), "step"):
         if isinstance(old.get(key), Tensor):
             check_address(f"state {key!r} of parameter {name}", old[key])
@@ -181,38 +168,26 @@ def _warn_of_casts(items: list[Operands], state: dict[Any, Any]) -> None:
         if isinstance(old := state.get(o.source, {}).get(key), Tensor) and old.dtype != o.state[key].dtype
     ]
     if cast:
-        warnings.warn(
-            "parameters changed their dtype, and their states are converted once: "
-            + ", ".join(cast[:6] + ["..."] * (len(cast) > 6)),
-            UserWarning,
-            stacklevel=6,
-        )
+        text = "parameters changed their dtype, and their states are converted once: "
+        warnings.warn(text + ", ".join(cast[:6] + ["..."] * (len(cast) > 6)), UserWarning, stacklevel=6)
 
 
-def _share_steps(
-    by_key: dict[BatchKey, list[Operands]], others: list[State], backends: dict[torch.device, Backend]
-) -> None:
-    """Let parameters that have always stepped together share a step number.
-
-    They do so from their first step on, if one launch steps them with the same hyperparameters. Who
-    shares one with a parameter that will be left out, or is stepped by another launch, gets a copy.
-    """
+def _share_steps(items: list[Operands], others: list[State], backends: dict[torch.device, Backend]) -> None:
+    """Let parameters share a step number from their first step on, if one launch steps them with the same
+    hyperparameters. Who shares one with a parameter that is left out, or of another launch, gets a copy."""
     # A backend that steps one parameter after another may be interrupted between two of them.
     cohorts: list[tuple[State, Any]] = [
-        (o.state, (key, o.hyper_row if backends[key.device].steps_all_at_once else o.name))
-        for key, items in by_key.items()
-        for o in items
+        (o.state, (o.key, o.hyper_row if backends[o.key.device].steps_all_at_once else o.name)) for o in items
     ]
     cohorts += [(s, "left out") for s in others if isinstance(s.get("step"), Tensor)]
     shared: dict[Any, Tensor] = {}
     kept = set()
     for state, cohort in cohorts:
         step = state.get("step")
-        if (id(step), cohort) not in shared:
-            if step is None:
-                step_of_cohort = torch.zeros((), dtype=torch.int64, device=cohort[0].device)
-            else:
-                step_of_cohort = step.clone() if id(step) in kept else step
-            shared[id(step), cohort] = step_of_cohort
-            kept.add(id(step))
-        state["step"] = shared[id(step), cohort]
+        which = id(step), cohort
+        if which not in shared and step is not None:
+            shared[which] = step.clone() if id(step) in kept else step
+        elif step is None and which not in shared:
+            shared[which] = torch.zeros((), dtype=torch.int64, device=cohort[0].device)
+        kept.add(id(step))
+        state["step"] = shared[which]

@@ -1,12 +1,8 @@
-"""One parameter's moments and master weights in ``optimizer.state[p]``: made, kept, converted.
+"""One parameter's moments and master weights in ``optimizer.state[p]``: made, kept, converted. They say in
+which format they are: an 8-bit moment has block exponents beside it, under a key that ends with the format's
+name, a ``remainder`` of int16 or int8 is split16's or split8's."""
 
-What lies there says itself in which format it is: an 8-bit moment has its block exponents beside it
-under a key that ends with the format's name, a ``remainder`` of int16 or int8 is split16's or split8's.
-"""
-
-from __future__ import annotations
-
-from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -60,14 +56,9 @@ def _fits(t: Any, part: Part, dense: Tensor) -> bool:
 
 
 def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense: Tensor) -> State:
-    """A checked state with all that an optimizer of these formats keeps, and nothing that only others do.
-
-    What fits is taken as it is; what is missing becomes zeros (of a master: what the parameter holds);
-    the rest is converted. Widening is exact; what gets narrower is rounded to nearest.
-
-    Args:
-        dense: memory that is laid out as the states must be, of the parameter's dtype.
-    """
+    """A checked state with all that an optimizer of these formats keeps, and nothing that only others do,
+    laid out like ``dense``. What fits is taken as it is; what is missing becomes zeros (of a master: what the
+    parameter holds); the rest is converted, exactly where it gets wider, else rounded to nearest."""
     obsolete = {"master", "remainder", *(key + suffix for key in keys for suffix in BLOCK_FORMATS)}
     return {
         **{k: v for k, v in state.items() if k not in obsolete},
@@ -115,59 +106,52 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
     return {key: _empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
 
 
-def own(value: Any) -> Any:
-    """A tensor with memory of its own; of anything else the thing itself."""
+def own(value: Any) -> Any:  # a tensor gets memory of its own; anything else is kept
     return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
 
 
-def check_state(
-    name: str, p: Tensor, state: State, keys: Keys, error: type[Exception], advice: str = ""
-) -> None:
+def check_state(name: str, p: Tensor, state: State, keys: Keys, error: type[Exception]) -> None:
     """Raise where something in the state of ``p`` is not what a moment or master can be."""
-    kind, right = Tensor.is_floating_point, "a floating-point tensor"
-    moment = (Tensor.is_complex, "a complex tensor") if p.is_complex() else (kind, right)
-    rights: dict[str, tuple[Callable[[Any], bool], str]]
-    rights = {key: (moment[0], f"{moment[1]}, like the parameter's {p.dtype}") for key in keys}
-    rights |= {
-        "master": (kind, right),
-        "remainder": (lambda t: t.dtype in REMAINDERS, "a tensor of dtype int16 or int8"),
-    }
-    for key, (is_right, right) in rights.items():
-        if key not in state:
-            continue
+    for key in (key for key in (*keys, "master", "remainder") if key in state):
         value = state[key]
-        if key in keys and isinstance(value, Tensor) and value.dtype == torch.uint8:
+        dtype = value.dtype if isinstance(value, Tensor) else None
+        right = "a floating-point tensor"
+        fits = dtype is not None and dtype.is_floating_point
+        if key == "remainder":
+            right, fits = "a tensor of dtype int16 or int8", dtype in REMAINDERS
+        elif key in keys and p.is_complex():
+            right, fits = "a complex tensor", dtype is not None and dtype.is_complex
+        if key in keys and dtype == torch.uint8:
             _check_exponents(name, p, state, key, error)
-        elif not isinstance(value, Tensor) or not is_right(value):
-            given = f"dtype {value.dtype}" if isinstance(value, Tensor) else f"type {type(value).__name__}"
-            raise error(f"the state {key!r} of parameter {name} must be {right}, got {given}")
+        elif not fits:
+            given = dtype or f"type {type(value).__name__}"
+            like = f", like the parameter's {p.dtype}" if key in keys else ""
+            raise error(f"the state {key!r} of parameter {name} must be {right}{like}, got {given}")
         if value.shape != p.shape:
-            raise error(
-                f"the state {key!r} of parameter {name} has shape {tuple(value.shape)}, "
-                f"the parameter {tuple(p.shape)}{advice}"
-            )
+            advice = "" if error is ValueError else "; delete optimizer.state[p] to start it anew"
+            shapes = f"shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
+            raise error(f"the state {key!r} of parameter {name} has {shapes}{advice}")
 
 
 def _check_exponents(name: str, p: Tensor, state: State, key: str, error: type[Exception]) -> None:
-    """Raise where an 8-bit moment has no block exponents that it could be read with."""
-    found, blocks = exponents_key(key, state), -(-p.numel() // BLOCK)
+    found, shape = exponents_key(key, state), (-(-p.numel() // BLOCK),)
     exponents = state[found] if found else None
-    if not isinstance(exponents, Tensor) or exponents.dtype != torch.uint8 or exponents.shape != (blocks,):
+    if not isinstance(exponents, Tensor) or (exponents.dtype, exponents.shape) != (torch.uint8, shape):
         names = " or ".join(repr(key + suffix) for suffix in BLOCK_FORMATS)
         raise error(
             f"the state {key!r} of parameter {name} has dtype uint8, that of an 8-bit format, and no "
-            f"{names} of dtype uint8 and shape {(blocks,)} beside it"
+            f"{names} of dtype uint8 and shape {shape} beside it"
         )
 
 
 def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) -> None:
     """Raise a ValueError where a saved state cannot become that of ``p``, naming both."""
-    for key in (*keys, "step"):
-        if state.get(key) is None:
-            raise ValueError(
-                f"the saved state of parameter {name} has no tensor {key!r}; it has {sorted(state)}: "
-                f"was it saved by another optimizer than {optimizer}?"
-            )
+    missing = [key for key in (*keys, "step") if state.get(key) is None]
+    if missing:
+        raise ValueError(
+            f"the saved state of parameter {name} has no tensor {missing[0]!r}; it has {sorted(state)}: "
+            f"was it saved by another optimizer than {optimizer}?"
+        )
     check_state(name, p, state, keys, ValueError)
     for found in filter(None, (exponents_key(key, state) for key in keys)):
         most = next(f.max_exponent for suffix, f in BLOCK_FORMATS.items() if found.endswith(suffix))
@@ -180,32 +164,23 @@ def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) 
 
 def checked_step(name: str, step: Any, error: type[Exception]) -> int:
     """The step number as an integer from 0 to 2^31 - 1."""
-    try:
-        result = int(step)
-        whole = result == step
-    except (TypeError, ValueError, RuntimeError, OverflowError):
-        whole = False
-    if not whole or not 0 <= result <= MAX_COUNT:
-        raise error(
-            f"the state 'step' of parameter {name} must be an integer from 0 to {MAX_COUNT}, got {step!r}"
-        )
+    result = -1
+    with suppress(TypeError, ValueError, RuntimeError, OverflowError):
+        result = int(step) if int(step) == step else -1
+    if not 0 <= result <= MAX_COUNT:
+        right = f"an integer from 0 to {MAX_COUNT}"
+        raise error(f"the state 'step' of parameter {name} must be {right}, got {step!r}")
     return result
 
 
-def bytes_in_use(
-    params: list[Tensor], states: dict[Any, State], tables: list[Tensor], padding: int
-) -> dict[str, int]:
+def bytes_in_use(params: list[Tensor], states: dict[Any, State], tables: list[Tensor]) -> dict[str, int]:
     """Bytes by purpose; a tensor that several hold is counted once."""
-    parts: dict[str, list[Tensor]] = {
+    held = [(key, t) for state in states.values() for key, t in state.items() if isinstance(t, Tensor)]
+    parts = {
         "parameters": params,
         "gradients": [p.grad for p in params if p.grad is not None],
-        "moments": [],
-        "master": [],
-        "metadata": [*tables],
+        "moments": [t for key, t in held if key not in ("step", "remainder")],
+        "master": [t for key, t in held if key == "remainder"],
+        "metadata": [*tables, *(t for key, t in held if key == "step")],
     }
-    part_of = {"remainder": "master", "step": "metadata"}
-    for key, t in (item for state in states.values() for item in state.items()):
-        if isinstance(t, Tensor):
-            parts[part_of.get(key, "moments")].append(t)
-    nbytes = {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
-    return {**nbytes, "metadata": nbytes["metadata"] + padding}
+    return {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}

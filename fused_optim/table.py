@@ -1,8 +1,4 @@
-"""Tensors of any number, layout and dtype -> the table of addresses that kernels walk.
-
-An :class:`Operands` is one parameter's tensors, all dense and with equal strides, so
-that its elements can be walked in memory order. A :class:`Batch` holds all operands
-that one launch can take, as a table:
+"""Tensors of any number, layout and dtype, as the table of addresses that kernels walk.
 
 - ``rows``, int64 ``[n, 10]``: numel, counter, the addresses of the gradient, the parameter, the two
   moments and of these three's auxiliary tensors (0 for none; see :class:`~.storage.Format`), and the
@@ -11,8 +7,6 @@ that one launch can take, as a table:
 - ``counters``, int64 ``[n, 2]``: the address of a step number, and the row of hyperparameters that
   goes with it. Parameters that have always stepped together share a step number, and so a counter.
 """
-
-from __future__ import annotations
 
 from array import array
 from collections.abc import Callable, Sequence
@@ -63,6 +57,10 @@ class BatchKey(NamedTuple):
     def formats(self) -> Formats:
         return Formats(self.param, self.mu, self.nu)
 
+    @property
+    def names(self) -> tuple[str, ...]:  # of the rule and the formats, in every language
+        return tuple(x.name for x in self[1:])
+
 
 @dataclass
 class Operands:
@@ -102,22 +100,14 @@ class Operands:
         """What a row holds the addresses of, in its order."""
         return (self.grad, *self.stored, *self.aux)
 
-    @property
-    def step(self) -> Any:
-        """0-dim int64: the number of steps that this parameter has made."""
-        return self.state["step"]
-
-    def continues(self, before: Operands) -> bool:
+    def continues(self, before: "Operands") -> bool:
         """Whether this follows another in the same flat buffers and steps just like it."""
         a, b = before, self
-        if a.slot[1] != b.slot[0] or a.hyper_row != b.hyper_row or a.step is not b.step:
+        if a.slot[1] != b.slot[0] or a.hyper_row != b.hyper_row or a.state["step"] is not b.state["step"]:
             return False
         elements = b.slot[0] - a.slot[0]
-        return all(
-            y.data_ptr() - x.data_ptr() == elements * x.element_size()
-            for x, y in zip(a.in_row, b.in_row)
-            if x is not None and y is not None
-        )
+        pairs = [(x, y) for x, y in zip(a.in_row, b.in_row) if x is not None and y is not None]
+        return all(y.data_ptr() - x.data_ptr() == elements * x.element_size() for x, y in pairs)
 
 
 def _real(t: Tensor) -> Tensor:
@@ -137,7 +127,8 @@ class Batch:
         counters: dict[int, tuple[int, int, int]] = {}
         in_order = key.formats.index_dependent
         for i, o in enumerate(items):
-            counter = counters.setdefault(id(o.step), (len(counters), o.step.data_ptr(), o.hyper_row))[0]
+            step = o.state["step"]
+            counter = counters.setdefault(id(step), (len(counters), step.data_ptr(), o.hyper_row))[0]
             numel = o.stored[0].numel()
             if i and not in_order and o.continues(items[i - 1]):
                 rows[-1][0] = o.slot[0] - firsts[-1].slot[0] + numel
@@ -151,11 +142,9 @@ class Batch:
         self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
         self._chunks: dict[int, Tensor] = {}
-        self.on_device: dict[str, Tensor] = {}
-        """Where a GPU backend keeps its copies of the table; emptied when rows change."""
+        self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
 
-    def load_copies(self) -> None:
-        """Fill the dense copies of what kernels cannot walk as it is."""
+    def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:
             o.dense.copy_(o.source)
         for o in self._copied_grads:
@@ -180,18 +169,14 @@ class Batch:
         return [self.rows, self.counters, *self._chunks.values(), *self.on_device.values(), *copies]
 
     def chunks(self, size: int) -> Tensor:
-        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk).
-
-        A tail chunk, which is short or has an address in its row that is not a multiple of 16
-        bytes, has its number complemented (``~chunk``, negative).
-        """
+        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk). A tail chunk, which is
+        short or has an address in its row that is not a multiple of 16 bytes, is ``~chunk``, negative."""
         if size not in self._chunks:
             numel = self.rows[:, 0]
             count = (numel + size - 1) // size
             row = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
-            chunk = torch.arange(len(row), device="cpu") - torch.repeat_interleave(
-                count.cumsum(0) - count, count
-            )
+            first = torch.repeat_interleave(count.cumsum(0) - count, count)
+            chunk = torch.arange(len(row), device="cpu") - first
             aligned = (self.rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1)
             full = aligned[row] & ((chunk + 1) * size <= numel[row])
             self._chunks[size] = torch.stack([row, torch.where(full, chunk, ~chunk)], 1).int()

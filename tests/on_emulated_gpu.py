@@ -81,7 +81,7 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     params: list[Tensor] = []
 
     def step(batch: Batch, inputs: Inputs) -> None:
-        stored = [t for o in batch.items for t in (*o.stored, *o.aux, o.step)]
+        stored = [t for o in batch.items for t in (*o.stored, *o.aux, o.state["step"])]
         memory = whole_memory(stored), whole_memory([*(p.grad for p in params), *inputs])
         GPU.memory = lambda: memory
         TRITON.step(batch, inputs)

@@ -7,22 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    RULES,
-    Judge,
-    Make,
-    assert_same_bits,
-    bits,
-    copies,
-    gradient,
-    parameters,
-    raises_unchanged,
-    raises_with,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
+
+from helpers import (  # isort: skip
+    DTYPES, RULES, Judge, Make, assert_same_bits, bits, copies, gradient, parameters, raises_unchanged,
+    raises_with, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
 
@@ -101,7 +89,7 @@ def test_bad_options_are_refused(
 
 
 CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
-    *(("flatten", value, TypeError, "True or False") for value in (1, "static")),
+    *(("flatten", value, TypeError, "True or False") for value in (1, "on")),
     ("decoupled_lr", None, TypeError, "True or False"),
     ("stochastic_rounding", 1, TypeError, "True or False"),
     ("backend", "gpu", ValueError, "'cpu', 'cuda', 'eager', 'triton'"),

@@ -6,25 +6,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    FORMATS,
-    RULES,
-    Judge,
-    Make,
-    Rule,
-    assert_same_bits,
-    copies,
-    like,
-    parameters,
-    raises_unchanged,
-    raises_with,
-    results,
-    saved_and_loaded,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
+
+from helpers import (  # isort: skip
+    BF16, FORMATS, RULES, Judge, Make, Rule, assert_same_bits, copies, like, parameters, raises_unchanged,
+    raises_with, results, saved_and_loaded, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
 

@@ -8,22 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    DTYPES,
-    RULES,
-    Judge,
-    Make,
-    Parameters,
-    Rule,
-    assert_same_bits,
-    copies,
-    parameters,
-    raises_with,
-    saved_and_loaded,
-    set_gradients,
-    snapshot,
-    train,
-    trained,
+
+from helpers import (  # isort: skip
+    DTYPES, RULES, Judge, Make, Parameters, Rule, assert_same_bits, copies, parameters, raises_with,
+    saved_and_loaded, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
 from torch.optim import lr_scheduler

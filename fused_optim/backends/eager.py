@@ -13,13 +13,13 @@ def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     key, items = batch.key, batch.items
     rows = uploaded(batch.on_device, "hyper", key.device, lambda: int64_tensor([o.hyper_row for o in items]))
-    count = (torch.stack([o.step for o in items]) + 1).clamp(max=MAX_COUNT)
+    count = (torch.stack([o.state["step"] for o in items]) + 1).clamp(max=MAX_COUNT)
     columns = coefficients(inputs.hyper[rows], count, key.param.working, inputs.grad_scale)
     for o, t, *row in zip(items, count, *columns):
         c = Coefficients(*row)
         g = key.grad.decode(o.grad, None) / c.grad_divisor
         p, mu, nu = (f.decode(x, a) for f, x, a in zip(key.formats, o.stored, o.aux))
-        writes = [(o.step, t)]
+        writes = [(o.state["step"], t)]
         new = key.rule.reference(p, g, mu, nu, c)
         for f, operand, values, x, a in zip(key.formats, (PARAM, MU, NU), new, o.stored, o.aux):
             encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))

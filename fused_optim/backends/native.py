@@ -8,7 +8,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ..table import Batch, BatchKey
+from ..table import Batch
 from .base import Backend, Inputs, table_on
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
@@ -26,10 +26,6 @@ def extension(name: str) -> tuple[ModuleType | None, str | None]:
         )
     except ImportError as error:
         return None, f"fused_optim.{name} does not load: {error}"
-
-
-def _names(key: BatchKey) -> tuple[str, ...]:
-    return key.rule.name, key.param.name, key.grad.name, key.mu.name, key.nu.name
 
 
 def _table(rows: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tuple[int, ...]:
@@ -51,7 +47,7 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
         return
     cpu.step(
         cpu.isas()[0],
-        _names(batch.key),
+        batch.key.names,
         _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
         CPU_CHUNK,
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
@@ -75,7 +71,7 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     coefficients = torch.empty(size, dtype=torch.uint8, device=device)
     amp = (0 if t is None else t.data_ptr() for t in inputs[1:])
     task = (*_table(*table_on(batch, cuda.chunk_size), inputs.hyper), coefficients.data_ptr(), *amp)
-    cuda.step(_names(batch.key), task, torch.cuda.current_stream(device).cuda_stream, device.index)
+    cuda.step(batch.key.names, task, torch.cuda.current_stream(device).cuda_stream, device.index)
 
 
 CPU = Backend("cpu", _cpu_why_not, _cpu_step)

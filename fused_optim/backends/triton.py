@@ -33,14 +33,13 @@ def _why_not(device: torch.device) -> str | None:
 def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
     """The step kernel's constants, and the compiler options of the prologue and of the step kernel."""
     kernels = _kernels()
-    formats = [format.name for format in key[2:]]
-    constants = kernels.step_constants(key.rule.name, *formats)
+    constants = kernels.step_constants(*key.names)
     if kernels.triton.knobs.runtime.interpret:
         return constants, {}, {}
     rocm = torch.version.hip is not None
     warp_size = torch.cuda.get_device_properties(key.device).warp_size if rocm else 32
     options = partial(kernels.launch_options, "hip" if rocm else "cuda", warp_size)
-    step_options = options(kernels.THREADS, kernels.registers(*formats[:3]))
+    step_options = options(kernels.THREADS, kernels.registers(*key.names[1:4]))
     return constants, options(kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS), step_options
 
 
