@@ -13,6 +13,7 @@ import pytest
 import torch
 import worlds
 from emulated_gpu import EmulatedGpu
+from fused_optim.kernels import step as kernels
 from helpers import Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, train
 from torch import Tensor
 from worlds import FEW, FP32, FP64, Formats, Work, each, named
@@ -21,7 +22,6 @@ from bench.formats import STATES, TRIPLES
 from fused_optim import AdaBelief, AdamaxW, AdamW
 from fused_optim.backends import BACKENDS, Inputs
 from fused_optim.backends.triton import TRITON
-from fused_optim.kernels import step as kernels
 from fused_optim.rules import RULES
 from fused_optim.table import Batch
 
