@@ -284,7 +284,8 @@ class Judge:
         )  # fmt: skip
 
     def _step(
-        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None, skip: bool, key: int
+        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None,
+        skip: bool, key: int,
     ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
         new_count = torch.tensor(min(count + 1, MAX_COUNT))

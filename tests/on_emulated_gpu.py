@@ -11,19 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+import worlds
 from emulated_gpu import EmulatedGpu
 from fused_optim.kernels import step as kernels
-
-from helpers import (  # isort: skip
-    Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, set_gradients, train,
-)  # fmt: skip
+from helpers import Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, train
 from torch import Tensor
-
-from worlds import (  # isort: skip
-    FP32, FP64, GRAD_EXPONENTS, Formats, Work, check_64_bit_offsets, check_all_codes_under_all_exponents,
-    check_corrections_that_become_one, check_counters, check_found_inf_changes_nothing,
-    check_sizes_and_alignments, named, special_worlds, step_both,
-)  # fmt: skip
+from worlds import FEW, FP32, FP64, Formats, Work, each, named
 
 from bench.formats import STATES, TRIPLES
 from fused_optim import AdaBelief, AdamaxW, AdamW
@@ -34,22 +27,18 @@ from fused_optim.table import Batch
 
 torch.use_deterministic_algorithms(True)  # memory for the coefficients is filled with NaN
 GPU = EmulatedGpu(int(os.environ["FUSED_OPTIM_EMULATED"]))
-FORMATS = {":".join(names): named(*names[:2], *STATES[names[2]]) for names in TRIPLES}
-FEW = {
-    name: FORMATS[name] for name in ("fp32:fp32:fp32", "fp64:fp64:fp64", "bf16:bf16:bf16", "split8:bf16:8bit")
-}
-EACH = {
-    f"{rule}-{name}": (rule, f)
-    for rule in RULES
-    for name, f in FORMATS.items()
-    if name in FEW or rule == "adabelief"
-}
+FORMATS = [named(*names[:2], *STATES[names[2]]) for names in TRIPLES]
+PAIRS = [(rule, f) for rule in RULES for f in FORMATS if f in FEW or rule == "adabelief"]
 """One rule in each format, since it does not matter to a codec which; and each rule in a few."""
-LOW_PRECISION = {name: case for name, case in EACH.items() if case[1].mu.low_precision}
-
-
-def each(cases: dict[str, Any], names: str = "formats") -> Any:
-    return pytest.mark.parametrize(names, cases.values(), ids=cases)
+CHECKS = [
+    *((worlds.check_sizes_and_alignments, *pair) for pair in PAIRS),
+    *((worlds.check_special_values, *pair) for pair in PAIRS if pair[1].mu.low_precision),
+    *((worlds.check_all_codes_under_all_exponents, given) for given in worlds.GRAD_EXPONENTS),
+    *((worlds.check_corrections_that_become_one, rule, f) for rule in RULES for f in (FP32, FP64)),
+    *((worlds.check_counters, "adamaxw", f, 5) for f in (FP32, FP64)),
+    *((worlds.check_found_inf_changes_nothing, "adamaxw", f, torch.nan) for f in FEW),
+    *((worlds.check_64_bit_offsets, f) for f in FEW),
+]
 
 
 class Library:
@@ -72,41 +61,9 @@ class Library:
 LIBRARY = Library()
 
 
-@each(EACH, "rule, formats")
-def test_sizes_and_alignments(rule: str, formats: Formats) -> None:
-    check_sizes_and_alignments(LIBRARY, rule, formats)
-
-
-@each(LOW_PRECISION, "rule, formats")
-def test_special_values(rule: str, formats: Formats) -> None:
-    worlds, _ = special_worlds(rule, formats, LIBRARY.chunk_size(formats))
-    step_both(LIBRARY, worlds)
-
-
-@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
-def test_all_codes_under_all_exponents(grad_exponents: tuple[int, int]) -> None:
-    check_all_codes_under_all_exponents(LIBRARY, grad_exponents)
-
-
-@pytest.mark.parametrize("rule", RULES)
-@pytest.mark.parametrize("formats", [FP32, FP64], ids=str)
-def test_corrections_that_become_one(rule: str, formats: Formats) -> None:
-    check_corrections_that_become_one(LIBRARY, rule, formats)
-
-
-@pytest.mark.parametrize("formats", [FP32, FP64], ids=str)
-def test_counters(formats: Formats) -> None:
-    check_counters(LIBRARY, "adamaxw", formats, steps=5)
-
-
-@each(FEW)
-def test_found_inf_changes_nothing(formats: Formats) -> None:
-    check_found_inf_changes_nothing(LIBRARY, "adamaxw", formats, torch.nan)
-
-
-@each(FEW)
-def test_64_bit_offsets(formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_64_bit_offsets(LIBRARY, formats, monkeypatch)
+@each(CHECKS)
+def test_a_step(check: Callable[[Library], Any]) -> None:
+    check(LIBRARY)
 
 
 # The optimizers.
@@ -180,7 +137,6 @@ def test_interrupted_between_launches(
     both = ours_and_eager(on_gpu, optimizer_class, lambda: parameters([(300,), (2, 3)]), flatten=flatten)
     for optimizer, params in both:
         train(optimizer, params, 2)
-        set_gradients(params, 2)
 
     def interrupt(*arguments: Any) -> None:
         raise KeyboardInterrupt
@@ -228,9 +184,7 @@ def test_nothing_is_compiled_twice(on_gpu: list[Tensor]) -> None:
         params = parameters([(numel,)] * n)
         on_gpu[:] = params
         optimizer = AdaBelief(params, backend="triton", **options)
-        for seed in range(2):
-            set_gradients(params, seed)
-            optimizer.step()
+        train(optimizer, params, 2)
 
     step(2, 3)
     compiled = len(GPU.kernels)

@@ -131,18 +131,13 @@ def tensors(n: int) -> list[tuple[tuple[int, ...], str, str]]:
     return [
         *(((k,), "guarded", "") for k in (0, 1, 7, 127, 128, 129, 255, 257, n, n + 1, 2 * n + 3)),
         *((shape, "", "") for shape in ((), (3, 5), (0, 3), (3, 0), (1, 1, 1))),
-        ((300,), "unaligned", ""),
-        ((200,), "", "unaligned"),
-        ((7, 31), "every third", ""),
-        ((8, 31), "", "every third"),
-        ((5, 13), "columns", "columns"),
-        ((8, 31), "", "transposed"),
-        ((8, 31), "transposed", ""),
-        ((2, 3, 5, 7), "channels_last", ""),
-        ((2, 3, 5, 7), "", "channels_last"),
-        ((2, 3, 4, 5), "last outermost", "columns"),
+        ((300,), "unaligned", ""), ((200,), "", "unaligned"),
+        ((7, 31), "every third", ""), ((8, 31), "", "every third"),
+        ((5, 13), "columns", "columns"), ((8, 31), "", "transposed"),
+        ((8, 31), "transposed", ""), ((2, 3, 5, 7), "channels_last", ""),
+        ((2, 3, 5, 7), "", "channels_last"), ((2, 3, 4, 5), "last outermost", "columns"),
         ((6, 10), "", "expanded"),
-    ]
+    ]  # fmt: skip
 
 
 @backends

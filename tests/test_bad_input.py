@@ -125,18 +125,14 @@ def test_a_group_cannot_have_an_option_of_the_optimizer(make: Make, name: str) -
     assert len(optimizer.param_groups) == 1
 
 
+RETURNED = [
+    (-1.0, ValueError), (math.nan, ValueError), (None, TypeError), ("high", (TypeError, ValueError)),
+    (torch.ones(2), (TypeError, ValueError, RuntimeError)),
+]  # fmt: skip
+
+
 @pytest.mark.parametrize("name", ["lr", "weight_decay"])
-@pytest.mark.parametrize(
-    ("value", "kind"),
-    [
-        (-1.0, ValueError),
-        (math.nan, ValueError),
-        (None, TypeError),
-        ("high", (TypeError, ValueError)),
-        (torch.ones(2), (TypeError, ValueError, RuntimeError)),
-    ],
-    ids=str,
-)
+@pytest.mark.parametrize(("value", "kind"), RETURNED, ids=str)
 def test_what_callables_return_is_checked(make: Make, name: str, value: Any, kind: Any) -> None:
     with raises_with(kind, name):
         make(parameters(), **{name: lambda count: value})
@@ -175,7 +171,8 @@ CALLS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("make([{'params': [('first', a)]}, {'params': [('second', a)]}])", ValueError,
      ("'first'", "'second'", "same")),
     ("make([torch.zeros(1).expand(4).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
-    ("make([torch.randn(5).as_strided((3, 3), (1, 1)).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
+    ("make([torch.randn(5).as_strided((3, 3), (1, 1)).requires_grad_()])", ValueError,
+     ("0 of group 0", "overlap")),
     ("make([a], stochastic_rounding=True, master_weights='split8')", ValueError,
      ("stochastic_rounding", "master_weights='split8'")),
 ]  # fmt: skip

@@ -52,15 +52,9 @@ class World:
             }.items()
         }  # fmt: skip
         self.judge = Judge(self.rule, **options)
-        groups = [
-            {"params": [(name, self.p[name]) for name in "abc"]},
-            {
-                "params": [(name, self.p[name]) for name in "defg"],
-                "lr": 0.05,
-                "weight_decay": 0.1,
-                "weight_decay_mask": [True, False, True, True],
-            },
-        ]
+        first, second = ([(name, self.p[name]) for name in names] for names in ("abc", "defg"))
+        of_second = {"lr": 0.05, "weight_decay": 0.1, "weight_decay_mask": [True, False, True, True]}
+        groups = [{"params": first}, {"params": second, **of_second}]
         self.optimizer = self.rule.optimizer(
             groups, lr=0.02, backend=backend, flatten=flatten, **self.rule.options, **options
         )
@@ -68,12 +62,8 @@ class World:
 
     def group(self, name: str) -> tuple[dict[str, Any], int]:
         """A parameter's group and its place there."""
-        return next(
-            (g, i)
-            for g in self.optimizer.param_groups
-            for i, p in enumerate(g["params"])
-            if p is self.p[name]
-        )
+        places = ((g, i, p) for g in self.optimizer.param_groups for i, p in enumerate(g["params"]))
+        return next((g, i) for g, i, p in places if p is self.p[name])
 
     def replace(self, name: str, values: Tensor, rows: list[int] | None = None, append: bool = False) -> None:
         """Another parameter, with some rows of the state as 3D Gaussian splatting does, or with none."""
@@ -156,7 +146,8 @@ CHANGES: dict[str, str] = {
     "gradient not contiguous": "a.grad = a.grad.t().contiguous().t()",
     "gradient with gaps": "d.grad = d.grad.repeat_interleave(2)[::2]",
     "gradient transposed in place": "a.grad.t_()",
-    "gradient lazily negated": "d.grad = torch.complex(d.grad.float(), -d.grad.float()).conj().imag.to(d.grad.dtype)",
+    "gradient lazily negated": "x = d.grad.float(); "
+    "d.grad = torch.complex(x, -x).conj().imag.to(d.grad.dtype)",
     "gradient at another alignment": "d.grad = torch.cat([d.grad[:1], d.grad])[1:]",
     "gradients exchanged": "a.grad, b.grad = b.grad, a.grad",
     "gradients exchanged with one outside": "a.grad, c.grad = c.grad, a.grad",

@@ -179,18 +179,13 @@ def adversarial() -> dict[str, Tensor]:
     mixed = torch.randn(n, generator=rng)
     mixed[[0, 1, 2, 3, 4]] = torch.tensor([torch.inf, -torch.inf, torch.nan, 0.0, -0.0])
     return {
-        "one huge among tiny": one_huge,
-        "constant": torch.full((n,), 0.1),
-        "zeros": torch.zeros(n),
+        "one huge among tiny": one_huge, "mixed": mixed, "short": torch.rand(7, generator=rng),
+        "zeros": torch.zeros(n), "constant": torch.full((n,), 0.1),
+        "infinities": torch.full((n,), torch.inf), "NaN": torch.full((n,), torch.nan),
+        "the smallest": float_of(torch.arange(0, n)), "the largest": float_of(0x7F7FFFFF - torch.arange(n)),
         "subnormals": float_of(torch.arange(1, n + 1) * 60000),
-        "the smallest": float_of(torch.arange(0, n)),
-        "the largest": float_of(0x7F7FFFFF - torch.arange(n)),
-        "infinities": torch.full((n,), torch.inf),
-        "NaN": torch.full((n,), torch.nan),
-        "mixed": mixed,
-        "short": torch.rand(7, generator=rng),
         "29 orders": 2.0 ** -torch.arange(n).clamp(max=29),
-    }
+    }  # fmt: skip
 
 
 @pytest.mark.parametrize("what", adversarial())

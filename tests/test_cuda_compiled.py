@@ -2,8 +2,8 @@
 
 ``cuda_on_host.cpp`` compiles ``csrc/step_cuda.cu`` with the host's compiler over a runtime that
 runs each kernel at once; its results must be the eager backend's, bit for bit. So must those of the
-PTX that nvcc makes of the same file, run by an emulator; and its machine code is searched for what a host cannot show: contracted or approximate arithmetic,
-spilled registers, narrow accesses.
+PTX that nvcc makes of the same file, run by an emulator; and its machine code is searched for what a
+host cannot show: contracted or approximate arithmetic, spilled registers, narrow accesses.
 """
 
 import ast
@@ -15,44 +15,45 @@ import shutil
 import struct
 import subprocess
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ptx
 import pytest
 import torch
+import worlds
 from helpers import assert_same_bits, built_once
-
-from worlds import (  # isort: skip
-    COMBINATIONS, COVERING, FP32, FP64, GRAD_EXPONENTS, GUARD, LOW_PRECISION, WITH_CODES, Formats, Row,
-    Work, World, check_64_bit_offsets, check_all_codes_under_all_exponents,
-    check_corrections_that_become_one, check_counters, check_found_inf_changes_nothing,
-    check_sizes_and_alignments, named, special_worlds, step_both,
-)  # fmt: skip
+from torch import Tensor
+from worlds import COVERING, FEW, FP32, FP64, GUARD, LOW_PRECISION, Formats, Row, Work, World, each, named
 
 from fused_optim.rules import RULES
 from fused_optim.storage import FORMATS
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
-rules = pytest.mark.parametrize("rule", RULES)
 
 
 def setup_flags(name: str) -> list[str]:
     """A list of compiler flags in setup.py, which cannot be imported."""
     for node in ast.parse((ROOT / "setup.py").read_text()).body:
-        if (
-            isinstance(node, ast.Assign)
-            and isinstance(node.targets[0], ast.Name)
-            and node.targets[0].id == name
-        ):
-            return ast.literal_eval(node.value)
+        match node:
+            case ast.Assign(targets=[ast.Name(id=found)]) if found == name:
+                return ast.literal_eval(node.value)
     raise LookupError(f"setup.py has no {name}")
 
 
 # The step on the host
+
+
+def task_of(work: Work, coefficients: Tensor) -> list[int]:
+    """The fields of CudaTask."""
+    inputs, chunks, counters = work.inputs, work.chunks, work.batch.counters
+    tables = (work.rows.data_ptr(), chunks.data_ptr(), len(chunks), counters.data_ptr(), len(counters))
+    tensors = (inputs.hyper, coefficients, inputs.grad_scale, inputs.found_inf)
+    return [*tables, *(0 if t is None else t.data_ptr() for t in tensors)]
 
 
 class Host:
@@ -79,40 +80,15 @@ class Host:
 
     def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
         """How many launches there were."""
-        formats, inputs = work.formats, work.inputs
-        counters = work.batch.counters
-        size = len(counters) * self.coefficients_bytes()
+        size = len(work.batch.counters) * self.library.coefficients_bytes()
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
-        launched = self.step_of(
-            work.batch.key.rule.name,
-            *(f.name for f in formats),
-            work.rows.data_ptr(),
-            work.chunks.data_ptr(),
-            len(work.chunks),
-            counters.data_ptr(),
-            len(counters),
-            inputs.hyper.data_ptr(),
-            coefficients.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in (inputs.grad_scale, inputs.found_inf)),
-            stream,
-            device,
-        )
+        names = [work.batch.key.rule.name, *(f.name for f in work.formats)]
+        launched = self.step_of(*names, *task_of(work, coefficients), stream, device)
         assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
         return launched
 
     def chunk_size(self, formats: Formats | None = None) -> int:
         return int(self.library.chunk_size())
-
-    def coefficients_bytes(self) -> int:
-        return int(self.library.coefficients_bytes())
-
-    def launches(self, n: int) -> list[tuple[int, ...]]:
-        """(blocks, threads, stream, device) of the last step's launches."""
-        return [tuple(self.library.launch_of_last_step(i)[:4]) for i in range(n)]
-
-    def yes_votes(self) -> int:
-        """How many warps had a special value since the last call."""
-        return int(self.library.yes_votes())
 
 
 @pytest.fixture(scope="session")
@@ -123,46 +99,45 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
 
     def build(folder: Path) -> None:
         (folder / "cuda_runtime.h").touch()
-        command = [
-            compiler,
-            "-std=c++17",
-            "-O1",
-            "-fPIC",
-            "-shared",
-            "-Wno-unknown-pragmas",
-            "-fno-strict-aliasing",
-        ]
-        command += [*setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}"]
-        subprocess.run(
-            [*command, ROOT / "tests" / "cuda_on_host.cpp", "-o", folder / "library.so"], check=True
-        )
+        flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
+        source, library = ROOT / "tests" / "cuda_on_host.cpp", folder / "library.so"
+        command = [compiler, *flags, *setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}", source, "-o", library]
+        subprocess.run(command, check=True)
 
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
 
-@rules
-@pytest.mark.parametrize("formats", COVERING, ids=str)
-def test_sizes_and_alignments(host: Host, rule: str, formats: Formats) -> None:
-    check_sizes_and_alignments(host, rule, formats)
+SKIPPED, SKIPPING = (named("bf16", "fp32", "fp32", "fp32"), FEW[-1]), (1.0, -1.0, torch.inf, torch.nan)
+ON_HOST = [
+    *((worlds.check_sizes_and_alignments, *of) for of in product(RULES, COVERING)),
+    *((worlds.check_counters, *of, 64) for of in product(RULES, (FP32, FP64))),
+    *((worlds.check_corrections_that_become_one, *of) for of in product(RULES, (FP32, FP64, *LOW_PRECISION))),
+    *((worlds.check_64_bit_offsets, f) for f in worlds.COMBINATIONS),
+    *((worlds.check_found_inf_changes_nothing, *of) for of in product(RULES, SKIPPED, SKIPPING)),
+]
 
 
-@rules
+@each(ON_HOST)
+def test_a_step_on_the_host(host: Host, check: Callable[[Host], Any]) -> None:
+    check(host)
+
+
+@pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("formats", LOW_PRECISION, ids=str)
 def test_special_values(host: Host, rule: str, formats: Formats) -> None:
-    worlds, noticed = special_worlds(rule, formats, host.chunk_size())
-    host.yes_votes()
-    step_both(host, worlds)
-    assert host.yes_votes() == sum(noticed), "a warp notices its own, and no other does"
-    for world in worlds:
+    host.library.yes_votes()
+    both, noticed = worlds.check_special_values(host, rule, formats)
+    assert host.library.yes_votes() == sum(noticed), "a warp notices its own, and no other does"
+    for world in both:
         world.new_gradients()
-    step_both(host, worlds)
+    worlds.step_both(host, both)
 
 
-@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
+@pytest.mark.parametrize("grad_exponents", worlds.GRAD_EXPONENTS, ids=str)
 def test_all_codes_under_all_exponents(host: Host, grad_exponents: tuple[int, int]) -> None:
-    host.yes_votes()
-    check_all_codes_under_all_exponents(host, grad_exponents)
-    assert host.yes_votes() == 0
+    host.library.yes_votes()
+    worlds.check_all_codes_under_all_exponents(host, grad_exponents)
+    assert host.library.yes_votes() == 0
 
 
 def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
@@ -170,43 +145,15 @@ def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
     assert host.library.e4m3_differences(ctypes.c_int64(1000)) == 0
 
 
-@rules
-@pytest.mark.parametrize("formats", [FP32, FP64], ids=str)
-def test_counters_of_64_steps(host: Host, rule: str, formats: Formats) -> None:
-    check_counters(host, rule, formats, steps=64)
-
-
-@rules
-@pytest.mark.parametrize("formats", [FP32, FP64, *LOW_PRECISION], ids=str)
-def test_corrections_that_become_one(host: Host, rule: str, formats: Formats) -> None:
-    check_corrections_that_become_one(host, rule, formats)
-
-
-@pytest.mark.parametrize("formats", COMBINATIONS, ids=str)
-def test_64_bit_offsets(host: Host, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_64_bit_offsets(host, formats, monkeypatch)
-
-
-@rules
-@pytest.mark.parametrize("found_inf", [1.0, -1.0, torch.inf, torch.nan])
-@pytest.mark.parametrize(
-    "formats",
-    [named("bf16", "fp32", "fp32", "fp32"), named("split8", "bf16", "e4m3", "e5m3")],
-    ids=str,
-)
-def test_found_inf_changes_nothing(host: Host, rule: str, found_inf: float, formats: Formats) -> None:
-    check_found_inf_changes_nothing(host, rule, formats, found_inf)
-
-
 def test_launches(host: Host) -> None:
     chunk = host.chunk_size()
     world = World("adamaxw", FP32, [Row(2 * chunk + 1), Row(0), Row(5)] + [Row(0)] * 200)
     world.new_gradients()
     assert world.step(host, world.inputs(None, None), stream=1234, device=1) == 2
-    (prologue, step) = host.launches(2)
+    prologue, step = (host.library.launch_of_last_step(i)[:4] for i in range(2))
     assert prologue[0] * prologue[1] >= 203 > (prologue[0] - 1) * prologue[1]
     assert step[0] == 4 + 1 and chunk % step[1] == 0
-    assert prologue[2:] == step[2:] == (1234, 1)
+    assert prologue[2:] == step[2:] == [1234, 1]
     assert host.library.current() == 0, "the device that was current is not restored"
     assert [int(s) for s in world.steps] == [1] * 203
 
@@ -235,15 +182,11 @@ def test_refused_launches_are_errors(host: Host) -> None:
 
 
 UNKNOWN = [
-    ("adam", "fp32", "fp32", "fp32", "fp32"),
-    ("adamaxw", "int8", "fp32", "fp32", "fp32"),
-    ("adamaxw", "fp32", "fp64", "fp32", "fp32"),
-    ("adamaxw", "fp16", "bf16", "fp32", "fp32"),
-    ("adamaxw", "fp32", "fp32", "bf16", "bf16"),
-    ("adamaxw", "fp32", "fp32", "e4m3", "fp32"),
-    ("adamaxw", "fp64", "fp64", "fp32", "fp32"),
-    ("adamaxw", "e4m3", "fp32", "fp32", "fp32"),
-]
+    ("adam", "fp32", "fp32", "fp32", "fp32"), ("adamaxw", "int8", "fp32", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp64", "fp32", "fp32"), ("adamaxw", "fp16", "bf16", "fp32", "fp32"),
+    ("adamaxw", "fp32", "fp32", "bf16", "bf16"), ("adamaxw", "fp32", "fp32", "e4m3", "fp32"),
+    ("adamaxw", "fp64", "fp64", "fp32", "fp32"), ("adamaxw", "e4m3", "fp32", "fp32", "fp32"),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("names", UNKNOWN)
@@ -341,42 +284,40 @@ def kernel_of(demangled_name: str) -> Kernel:
     return Kernel(name, tuple(a.split("::")[-1].strip() for a in arguments.split(",")))
 
 
+def by_kernel(text: str, part: str, arch: str, function: str, read: Callable[[str], Any]) -> dict[str, Any]:
+    """By architecture and kernel what ``read`` makes of the text about it. ``part`` is what one that is for
+    an architecture begins with, and ``function`` what stands before a kernel's name."""
+    found: dict[str, dict[Kernel, Any]] = {}
+    for of_arch in re.split(part, demangled(text), flags=re.MULTILINE)[1:]:
+        kernels = found.setdefault(re.search(arch, of_arch, re.MULTILINE)[1], {})
+        for body in re.split(function, of_arch)[1:]:
+            kernels[kernel_of(body.partition("\n")[0])] = read(body)
+    return found
+
+
+def resources_of(body: str) -> Resources:
+    spilled = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
+    stack, stores, loads = map(int, re.search(spilled, body).groups())
+    return Resources(int(re.search(r"Used (\d+) registers", body)[1]), stack, stores + loads)
+
+
+def operations_of(body: str) -> list[str]:
+    """In the order of their addresses."""
+    return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
+
+
 def read_resources(log: str) -> dict[str, dict[Kernel, Resources]]:
     """From what ``ptxas -v`` says."""
-    found: dict[str, dict[Kernel, Resources]] = {}
-    for part in re.split(r"Compiling entry function ", demangled(log))[1:]:
-        name, arch = re.match(r"'(.*)' for 'sm_(\w+)'", part).groups()
-        stack, stores, loads = map(
-            int,
-            re.search(
-                r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", part
-            ).groups(),
-        )
-        registers = int(re.search(r"Used (\d+) registers", part).group(1))
-        found.setdefault(arch, {})[kernel_of(name)] = Resources(registers, stack, stores + loads)
-    return found
+    entry = "Compiling entry function "
+    return by_kernel(log, f"(?={entry})", r"' for 'sm_(\w+)'", entry, resources_of)
 
 
 def read_sass(text: str) -> dict[str, dict[Kernel, list[str]]]:
-    """Each kernel's operations in the order of their addresses."""
-    found: dict[str, dict[Kernel, list[str]]] = {}
-    for part in re.split(r"Fatbin elf code:", demangled(text))[1:]:
-        arch = re.search(r"arch = sm_(\w+)", part).group(1)
-        for function in re.split(r"Function : ", part)[1:]:
-            operations = re.findall(
-                r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", function, re.MULTILINE
-            )
-            found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = operations
-    return found
+    return by_kernel(text, "Fatbin elf code:", r"arch = sm_(\w+)", "Function : ", operations_of)
 
 
 def read_ptx(text: str) -> dict[str, dict[Kernel, str]]:
-    found: dict[str, dict[Kernel, str]] = {}
-    for part in re.split(r"^\.version", demangled(text), flags=re.MULTILINE)[1:]:
-        arch = re.search(r"^\.target sm_(\w+)", part, re.MULTILINE).group(1)
-        for function in re.split(r"\.entry ", part)[1:]:
-            found.setdefault(arch, {})[kernel_of(function.partition("\n")[0])] = function
-    return found
+    return by_kernel(text, r"^\.version", r"^\.target sm_(\w+)", r"\.entry ", str)
 
 
 def classes(source: str) -> dict[str, str]:
@@ -392,16 +333,9 @@ FORMAT_CLASS = {name: key for key, name in FORMAT_CLASSES.items()}
 RULE_CLASS = {name: key for key, name in RULE_CLASSES.items()}
 
 
-def step_kernels(rules: Iterable[str], formats: Iterable[Formats]) -> list[Kernel]:
-    return [
-        Kernel("step_kernel", (rule, *(FORMAT_CLASS[f.name] for f in four)))
-        for four in formats
-        for rule in rules
-    ]
-
-
-def rule_of(kernel: Kernel) -> str:
-    return RULE_CLASSES[kernel.arguments[0]]
+def step_kernels(pairs: Iterable[tuple[str, Formats]]) -> list[Kernel]:
+    classes = [(RULE_CLASS[rule], *(FORMAT_CLASS[f.name] for f in formats)) for rule, formats in pairs]
+    return [Kernel("step_kernel", arguments) for arguments in classes]
 
 
 def formats_of(kernel: Kernel) -> Formats:
@@ -410,14 +344,9 @@ def formats_of(kernel: Kernel) -> Formats:
 
 # AdaBelief, which has the most operands and operations, in all formats of parameters and moments; other
 # rules where formats differ most.
-FEW = [
-    FP32,
-    FP64,
-    named("bf16", "bf16", "bf16_dither", "bf16_dither"),
-    named("split8", "bf16", "e4m3", "e5m3"),
-]
-COMPILED = step_kernels(["AdaBelief"], COVERING) + step_kernels(["AdamaxW"], [*FEW, WITH_CODES])
-COMPILED_TO_LOSE = step_kernels(["AdaBelief", "AdamaxW"], FEW)
+PAIRS = [("adabelief", f) for f in COVERING] + [("adamaxw", f) for f in (*FEW, worlds.WITH_CODES)]
+COMPILED = step_kernels(PAIRS)
+COMPILED_TO_LOSE = step_kernels((rule, f) for f in FEW for rule in ("adabelief", "adamaxw"))
 
 
 def write_source(folder: Path, kernels: Iterable[Kernel]) -> Path:
@@ -542,12 +471,7 @@ def arithmetic_problems(ptx: dict[Kernel, str]) -> list[str]:
         problems += [f"{kernel}: {n} {o}" for o, n in operations.items() if not EXACT_IN_PTX.fullmatch(o)]
         if kernel.name == "step_kernel":
             t = "f64" if "Fp64" in kernel.arguments else "f32"
-            needed = [
-                "add.rn",
-                "mul.rn",
-                "div.rn",
-                *(["sqrt.rn"] if "AdaBelief" in kernel.arguments[0] else []),
-            ]
+            needed = ["add.rn", "mul.rn", "div.rn"] + ["sqrt.rn"] * ("AdaBelief" in kernel.arguments[0])
             problems += [f"{kernel}: no {o}.{t}" for o in needed if operations[f"{o}.{t}"] == 0]
     return problems
 
@@ -604,21 +528,10 @@ class Emulated:
     def step(self, work: Work) -> int:
         formats, inputs = work.formats, work.inputs
         counters = work.batch.counters
-        size = len(counters) * self.host.coefficients_bytes()
+        size = len(counters) * self.host.library.coefficients_bytes()
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
-        scales = (inputs.grad_scale, inputs.found_inf)
-        given = [t for t in scales if t is not None]
-        task = struct.pack(
-            "9q",
-            work.rows.data_ptr(),
-            work.chunks.data_ptr(),
-            len(work.chunks),
-            counters.data_ptr(),
-            len(counters),
-            inputs.hyper.data_ptr(),
-            coefficients.data_ptr(),
-            *(0 if t is None else t.data_ptr() for t in scales),
-        )
+        given = [t for t in (inputs.grad_scale, inputs.found_inf) if t is not None]
+        task = struct.pack("9q", *task_of(work, coefficients))
         working = "double" if formats == FP64 else "float"
         prologue = self._kernel("prologue_kernel", working)
         constants = [counters, inputs.hyper, *given]
@@ -639,49 +552,31 @@ def emulated(host: Host, code: Code) -> Emulated:
     return Emulated(host, code.ptx["90"])
 
 
-@pytest.mark.parametrize("kernel", COMPILED, ids=str)
-def test_ptx_of_sizes_and_alignments(emulated: Emulated, kernel: Kernel) -> None:
-    check_sizes_and_alignments(emulated, rule_of(kernel), formats_of(kernel))
+OF_PTX = [
+    *((worlds.check_sizes_and_alignments, *pair) for pair in PAIRS),
+    *((worlds.check_special_values, *pair) for pair in PAIRS if pair[1] in LOW_PRECISION),
+    *((worlds.check_all_codes_under_all_exponents, given) for given in worlds.GRAD_EXPONENTS),
+    *((worlds.check_corrections_that_become_one, *pair) for pair in PAIRS if pair[1] in FEW),
+    *((worlds.check_counters, "adamaxw", f, 5) for f in FEW),
+    *((worlds.check_found_inf_changes_nothing, "adamaxw", f, x) for f in FEW for x in (1.0, torch.nan)),
+    *((worlds.check_64_bit_offsets, f) for f in FEW),
+]
 
 
-@pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in LOW_PRECISION], ids=str)
-def test_ptx_of_special_values(emulated: Emulated, kernel: Kernel) -> None:
-    worlds, _ = special_worlds(rule_of(kernel), formats_of(kernel), emulated.chunk_size(formats_of(kernel)))
-    step_both(emulated, worlds)
+@each(OF_PTX)
+def test_a_step_of_ptx(emulated: Emulated, check: Callable[[Emulated], Any]) -> None:
+    check(emulated)
 
 
-@pytest.mark.parametrize("grad_exponents", GRAD_EXPONENTS, ids=str)
-def test_ptx_of_all_codes_under_all_exponents(emulated: Emulated, grad_exponents: tuple[int, int]) -> None:
-    check_all_codes_under_all_exponents(emulated, grad_exponents)
+LOST = [
+    ("-fmad=true", ["fma.rn.f32", "fma.rn.f64"]),
+    ("-use_fast_math", ["div.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
+]
 
 
-@pytest.mark.parametrize("kernel", [k for k in COMPILED if formats_of(k) in FEW], ids=str)
-def test_ptx_of_corrections_that_become_one(emulated: Emulated, kernel: Kernel) -> None:
-    check_corrections_that_become_one(emulated, rule_of(kernel), formats_of(kernel))
-
-
-@pytest.mark.parametrize("formats", FEW, ids=str)
-def test_ptx_of_counters_and_found_inf(emulated: Emulated, formats: Formats) -> None:
-    check_counters(emulated, "adamaxw", formats, steps=5)
-    for found_inf in (1.0, torch.nan):
-        check_found_inf_changes_nothing(emulated, "adamaxw", formats, found_inf)
-
-
-@pytest.mark.parametrize("formats", FEW, ids=str)
-def test_ptx_of_64_bit_offsets(emulated: Emulated, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
-    check_64_bit_offsets(emulated, formats, monkeypatch)
-
-
-@pytest.mark.parametrize(
-    "flags, found",
-    [
-        (["-fmad=true"], ["fma.rn.f32", "fma.rn.f64"]),
-        (["-use_fast_math"], ["div.approx.ftz.f32", "fma.rn.ftz.f32", "mul.ftz.f32"]),
-    ],
-    ids=["fmad", "fast-math"],
-)
-def test_lost_exactness_is_seen(tmp_path: Path, flags: list[str], found: list[str]) -> None:
-    command = [nvcc(), "-ptx", "-O3", "-std=c++17", *flags, "-arch=compute_90", f"-I{CSRC}"]
+@pytest.mark.parametrize(("flag", "found"), LOST)
+def test_lost_exactness_is_seen(tmp_path: Path, flag: str, found: list[str]) -> None:
+    command = [nvcc(), "-ptx", "-O3", "-std=c++17", flag, "-arch=compute_90", f"-I{CSRC}"]
     output_of(*command, write_source(tmp_path, COMPILED_TO_LOSE), "-o", tmp_path / "ptx")
     problems = arithmetic_problems(read_ptx((tmp_path / "ptx").read_text())["90"])
     steps = [str(k) for k in COMPILED_TO_LOSE]

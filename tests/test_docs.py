@@ -43,13 +43,8 @@ def test_the_bytes_of_formats_are_those_of_their_tensors() -> None:
     assert len(rows) >= 8
     for dtype_name, arguments, kept, moved, _ in rows:
         dtype = getattr(torch, dtype_name)
-        given = eval(f"dict({arguments.strip('`')})")
-        formats = formats_of(
-            dtype,
-            given.get("state_format", "fp32"),
-            given.get("master_weights"),
-            given.get("stochastic_rounding", False),
-        )
+        defaults = {"state_format": "fp32", "master_weights": None, "stochastic_rounding": False}
+        formats = formats_of(dtype, **{**defaults, **eval(f"dict({arguments.strip('`')})")})
         parts = state_parts(("exp_avg", "exp_avg_var"), formats, dtype)
         state = sum(part.dtype.itemsize / part.block for part in parts)
         assert f"{2 * dtype.itemsize + state:.2f}" == kept, arguments

@@ -1,16 +1,11 @@
 """Storage formats in the optimizer: bytes, masters, stochastic rounding, refusals. The codecs themselves
 are in test_codecs.py, backends in test_backends.py, checkpoints in test_checkpoints.py."""
 
-import contextlib
 from typing import Any
 
 import pytest
 import torch
-
-from helpers import (  # isort: skip
-    BF16, F16, F32, FORMATS, Make, Rule, assert_same_bits, parameters, raises_with, set_gradients, train,
-    trained,
-)  # fmt: skip
+from helpers import BF16, FORMATS, Make, Rule, assert_same_bits, parameters, raises_with, set_gradients, train
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -18,13 +13,14 @@ from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import extension
 from fused_optim.storage import REMAINDERS
 
+F16 = torch.float16
 OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dtype == BF16}
 
 
 @pytest.mark.parametrize(
     ("dtype", "options", "most"),
     [
-        (F32, {}, 16),
+        (torch.float32, {}, 16),
         (BF16, {"master_weights": "split16"}, 14),
         (BF16, {"master_weights": "split16", "state_format": "bf16"}, 10),
         (BF16, {"master_weights": "split8", "state_format": "8bit"}, 7.13),
@@ -33,8 +29,9 @@ OF_BF16 = {name: options for name, (dtype, _, options) in FORMATS.items() if dty
 def test_bytes_a_parameter(
     make: Make, dtype: torch.dtype, options: dict[str, Any], most: float, flatten: bool
 ) -> None:
-    params, optimizer = trained(make, 1, parameters([(256, 256)], dtype), flatten=flatten, **options)
-    (p,) = params
+    (p,) = parameters([(256, 256)], dtype)
+    optimizer = make([p], flatten=flatten, **options)
+    train(optimizer, [p], 1)
     state = [t for key, t in optimizer.state[p].items() if key != "step"]
     counted = sum(t.numel() * t.element_size() for t in (p, p.grad, *state)) / p.numel()
     assert counted <= most
@@ -133,8 +130,9 @@ def test_the_seed_of_each_step_decides_the_rounding_and_nothing_else_does(make: 
 @pytest.mark.parametrize("master", ["split16", "split8"])
 @pytest.mark.parametrize("written", [100.0, 0.0, -0.0])
 def test_what_is_written_to_a_parameter_counts(make: Make, master: str, written: float) -> None:
-    params, optimizer = trained(make, 3, parameters([(300,)], BF16), lr=1e-3, master_weights=master)
-    (p,) = params
+    (p,) = parameters([(300,)], BF16)
+    optimizer = make([p], lr=1e-3, master_weights=master)
+    train(optimizer, [p], 3)
     with torch.no_grad():
         p.fill_(written)
     p.grad = torch.zeros_like(p)
@@ -170,8 +168,7 @@ def test_a_model_cast_to_float32_steps_on_without_what_its_bits_needed(flatten: 
     )
     train(optimizer, list(model.parameters()), 2)
     model.float()
-    with contextlib.nullcontext():
-        train(optimizer, list(model.parameters()), 1)
+    train(optimizer, list(model.parameters()), 1)
     for p in model.parameters():
         state = {"step", "exp_avg", "exp_avg_e4m3", "exp_avg_var", "exp_avg_var_e5m3"}
         assert set(optimizer.state[p]) == state

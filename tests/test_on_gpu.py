@@ -20,15 +20,12 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU he
 SIZES = (5, 1025, 40000)
 
 
-def ready(name: str) -> bool:
-    return torch.cuda.is_available() and BACKENDS[name].why_not(torch.device("cuda")) is None
-
-
 @pytest.fixture(params=["triton", "cuda", "eager"])
 def backend(request: pytest.FixtureRequest) -> str:
-    if not ready(request.param):
-        pytest.skip(f"backend {request.param}: {BACKENDS[request.param].why_not(torch.device('cuda'))}")
-    return str(request.param)
+    why_not = BACKENDS[request.param].why_not(torch.device("cuda"))
+    if why_not is not None:
+        pytest.skip(f"backend {request.param}: {why_not}")
+    return request.param
 
 
 def parameters(device: str) -> list[Tensor]:

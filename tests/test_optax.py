@@ -148,16 +148,14 @@ def adabelief(
     )
 
 
-@pytest.mark.parametrize(
-    ("ours_is", "optax_is", "options"),
-    [
-        (AdaBelief, adabelief, {}),
-        (AdaBelief, adabelief, {"nesterov": True, "eps_root": 0.0}),
-        (AdamaxW, optax.adamaxw, {}),
-        (AdamW, optax.adamw, {}),
-        (AdamW, optax.adamw, {"nesterov": True, "eps_root": 1e-10}),
-    ],
-)
+BOTH: list[tuple[Any, Any, dict[str, Any]]] = [
+    (AdaBelief, adabelief, {}), (AdaBelief, adabelief, {"nesterov": True, "eps_root": 0.0}),
+    (AdamaxW, optax.adamaxw, {}),
+    (AdamW, optax.adamw, {}), (AdamW, optax.adamw, {"nesterov": True, "eps_root": 1e-10}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("ours_is", "optax_is", "options"), BOTH)
 def test_optimizers_have_the_bits_of_optax(ours_is: Any, optax_is: Any, options: dict[str, Any]) -> None:
     grads = random_gradients(3)
     optimizer = ours_is(variant_groups(4), betas=BETAS, backend="eager", **options)
@@ -187,15 +185,12 @@ class Oracle(NamedTuple):
 
 ORACLES = {
     "adabelief": Oracle(adabelief(0.01, weight_decay=0.1), optax.scale_by_belief(*BETAS)),
-    "adabelief-nesterov": Oracle(
-        adabelief(0.01, weight_decay=0.1, nesterov=True), optax.scale_by_belief(*BETAS, nesterov=True)
-    ),
-    "adamw": Oracle(
-        optax.adamw(0.01, *BETAS, weight_decay=0.1, nesterov=True),
-        optax.scale_by_adam(*BETAS, nesterov=True),
-    ),
+    "adabelief-nesterov": Oracle(adabelief(0.01, weight_decay=0.1, nesterov=True),
+                                 optax.scale_by_belief(*BETAS, nesterov=True)),
+    "adamw": Oracle(optax.adamw(0.01, *BETAS, weight_decay=0.1, nesterov=True),
+                    optax.scale_by_adam(*BETAS, nesterov=True)),
     "adamaxw": Oracle(optax.adamaxw(0.01, *BETAS, weight_decay=0.1), optax.scale_by_adamax(*BETAS)),
-}
+}  # fmt: skip
 rules = pytest.mark.parametrize("rule", RULES)
 
 

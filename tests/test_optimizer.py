@@ -241,12 +241,7 @@ def test_callables_see_the_count(make: Make, flatten: bool) -> None:
     assert all(type(c) is int for c in seen)
 
 
-RETURNED: list[Callable[[float], Any]] = [
-    float, torch.tensor, np.float32, np.array, lambda x: torch.tensor([x])
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("kind", RETURNED)
+@pytest.mark.parametrize("kind", [float, torch.tensor, np.float32, np.array, lambda x: torch.tensor([x])])
 def test_callables_are_the_values_that_they_return(make: Make, judge: Judge, kind: Any) -> None:
     """Whatever ``float()`` takes."""
     optimizer = make(parameters(), lr=lambda c: kind(0.1 / (1 + c)), weight_decay=lambda c: kind(0.25 * c))
@@ -272,12 +267,8 @@ def constant(value: float) -> Callable[[int], float]:
 def test_callables_live_with_their_group(make: Make, way: str) -> None:
     params = parameters([(3,)] * 3)
     rates, decays = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
-    optimizer = make(
-        [
-            {"params": [p], "lr": constant(r), "weight_decay": constant(d)}
-            for p, r, d in zip(params, rates, decays)
-        ]
-    )
+    numbers = zip(params, rates, decays)
+    optimizer = make([{"params": [p], "lr": constant(r), "weight_decay": constant(d)} for p, r, d in numbers])
     train(optimizer, params, 1)
     if way == "removed":
         del optimizer.param_groups[0]
@@ -347,9 +338,8 @@ def test_flat_parameters_share_one_storage(make: Make, rule: Rule) -> None:
     for key in ("exp_avg", rule.nu):
         assert len(storages([optimizer.state[p][key] for p in params[:3]])) == 1
     optimizer.unflatten()
-    apart = [
-        t for p in params for t in (p, p.grad, optimizer.state[p]["exp_avg"], optimizer.state[p][rule.nu])
-    ]
+    states = [optimizer.state[p] for p in params]
+    apart = [t for p, s in zip(params, states) for t in (p, p.grad, s["exp_avg"], s[rule.nu])]
     assert len(storages(apart)) == len(apart)
     assert optimizer.memory()["moments"] > 0
 

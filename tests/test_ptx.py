@@ -4,7 +4,7 @@ kernel must not do against a kernel that does it."""
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import ptx
 import pytest
@@ -61,18 +61,11 @@ def result(operation: str, *inputs: int) -> int:
     raise AssertionError(f"{operation} has no result")
 
 
-def f32(x: float) -> int:
-    return struct.unpack("I", struct.pack("f", x))[0]
+def float_bits(whole: str, real: str) -> Callable[[float], int]:
+    return lambda x: struct.unpack(whole, struct.pack(real, x))[0]
 
 
-def f64(x: float) -> int:
-    return struct.unpack("Q", struct.pack("d", x))[0]
-
-
-def f16(x: float) -> int:
-    return struct.unpack("H", struct.pack("e", x))[0]
-
-
+f16, f32, f64 = float_bits("H", "e"), float_bits("I", "f"), float_bits("Q", "d")
 NAN = 0x7FFFFFFF
 M = 2**32 - 1
 KNOWN = [
@@ -86,7 +79,8 @@ KNOWN = [
     ("abs.f32 %r8, %r3;", (f32(-1.5),), f32(1.5)),
     ("mul.rn.f32 %r8, %r3, %r4;", (f32(2.0**-126), f32(0.5)), 0x00400000),
     ("mul.rn.f64 %rd8, %rd3, %rd4;", (f64(0.1), f64(3.0)), f64(0.1 * 3.0)),
-    ("mul.rn.f32x2 %rd8, %rd3, %rd4;", (f32(2.0) << 32 | f32(3.0), f32(5.0) << 32 | f32(7.0)), f32(10.0) << 32 | f32(21.0)),
+    ("mul.rn.f32x2 %rd8, %rd3, %rd4;", (f32(2.0) << 32 | f32(3.0), f32(5.0) << 32 | f32(7.0)),
+     f32(10.0) << 32 | f32(21.0)),
     ("div.rn.f32 %r8, %r3, %r4;", (f32(1.0), f32(3.0)), 0x3EAAAAAB),
     ("div.rn.f32 %r8, %r3, %r4;", (3, f32(2.0)), 2),
     ("sqrt.rn.f32 %r8, %r3;", (f32(2.0),), 0x3FB504F3),
@@ -204,7 +198,9 @@ FAULTS = {
     "blocks write": ("st.global.b32 [%rd1], %r2;", "is in a race"),
     "read what another wrote": ("st.global.b32 [%rd1], %r1; ld.global.b32 %r3, [%rd0];", "is in a race"),
     "write what another read": ("ld.global.b32 %r3, [%rd0]; st.global.b32 [%rd1], %r1;", "is in a race"),
-    "shared, no barrier": ("mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1; ld.shared.b32 %r5, [%r3];", "is in a race"),
+    "shared, no barrier": ("""
+        mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1;
+        ld.shared.b32 %r5, [%r3];""", "is in a race"),
     "an exchange is no barrier of memory": ("""
         mov.u32 %r3, 0; shl.b32 %r4, %r1, 2; st.shared.b32 [%r4], %r1; mov.u32 %r9, -1;
         redux.sync.max.s32 %r5, %r1, %r9; ld.shared.b32 %r5, [%r3];""", "thread 1 of block 0 is in a race"),
@@ -214,10 +210,13 @@ FAULTS = {
         setp.lt.u32 %p1, %r1, 32; @%p1 bra $ONE; bar.sync 0; bra $DONE;
     $ONE:
         bar.sync 0; bra $DONE;""", "threads wait at a barrier"),
-    "a barrier for those that are left": ("setp.lt.u32 %p1, %r1, 16; @%p1 bra $DONE; bar.sync 0;", "threads wait at a barrier"),
+    "a barrier for those that are left": (
+        "setp.lt.u32 %p1, %r1, 16; @%p1 bra $DONE; bar.sync 0;", "threads wait at a barrier"),
     "an exchange of some": ("""
-        setp.lt.u32 %p1, %r1, 8; mov.u32 %r9, -1; @%p1 redux.sync.max.s32 %r5, %r1, %r9;""", "threads of one warp are apart"),
-    "an exchange within less than a warp": ("mov.u32 %r9, 255; redux.sync.max.s32 %r5, %r1, %r9;", "not for the whole warp"),
+        setp.lt.u32 %p1, %r1, 8; mov.u32 %r9, -1; @%p1 redux.sync.max.s32 %r5, %r1, %r9;""",
+        "threads of one warp are apart"),
+    "an exchange within less than a warp": (
+        "mov.u32 %r9, 255; redux.sync.max.s32 %r5, %r1, %r9;", "not for the whole warp"),
 }  # fmt: skip
 
 

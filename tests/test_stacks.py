@@ -32,7 +32,6 @@ def trainer(model: torch.nn.Module, compiled: str, **options: Any) -> Callable[[
 
 
 @pytest.mark.parametrize("backend", [None, "eager"])
-@pytest.mark.parametrize("flatten", [False, True], ids=["list", "flat"])
 @pytest.mark.parametrize("compiled", ["train", "optimizer.step"])
 def test_torch_compile(compiled: str, flatten: bool, backend: str | None) -> None:
     """A step in compiled code is a graph break: it has the right bits, and a new lr compiles nothing."""

@@ -110,7 +110,7 @@ def test_losses_are_caught(loss: str, tmp_path: Path) -> None:
     assert any(expected in problem for problem in row["problems"]), row
 
 
-SOME = "optimizers or sizes and (fp32:fp32:fp32 or split8:bf16:8bit)"
+SOME = "optimizers or sizes and (fp32-fp32-fp32 or split8-bf16-e4m3)"
 EMULATED = [
     ("installed", "90", "sizes"),
     ("installed", "90", "not sizes"),
@@ -138,4 +138,4 @@ def test_on_an_emulated_gpu(version: str, capability: str, tests: str) -> None:
 
 def test_a_kernel_of_each_rule_on_an_emulated_gpu() -> None:
     """What ``make test`` runs of all this."""
-    run_on_emulated_gpu("installed", "90", "sizes and split8:bf16:8bit or interrupted")
+    run_on_emulated_gpu("installed", "90", "sizes and split8-bf16-e4m3 or interrupted")

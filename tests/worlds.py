@@ -55,6 +55,10 @@ for i, param in enumerate(of_operand(PARAM)):
     COMBINATIONS += [Formats(param, grad, *moments) for grad in grads for moments in MOMENTS]
     COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
+WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
+OF_BF16 = named("bf16", "bf16", "bf16_dither", "bf16_dither")
+FEW = [FP32, FP64, OF_BF16, named("split8", "bf16", "e4m3", "e5m3")]
+"""Where formats differ most."""
 
 
 class Row(NamedTuple):
@@ -107,9 +111,8 @@ class World:
                 aux.append(None)
                 if part is not None:
                     numel = part.numel(row.numel)
-                    aux[k] = state[part.key] = self._guarded(part.dtype, numel, row.offsets[4 + k]).copy_(
-                        new[1]
-                    )
+                    memory = self._guarded(part.dtype, numel, row.offsets[4 + k])
+                    aux[k] = state[part.key] = memory.copy_(new[1])
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
             operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key)
@@ -250,6 +253,14 @@ def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World]
 # step(work, **where), which returns how many launches it took.
 
 
+def each(cases: Iterable[tuple[Any, ...]]) -> Any:
+    """A test's parameter ``check``, a function of a library: of each case the first, given the rest."""
+    cases = list(cases)
+    names = ["-".join([check.__name__.removeprefix("check_"), *map(str, given)]) for check, *given in cases]
+    checks = [lambda library, c=check, g=given: c(library, *g) for check, *given in cases]
+    return pytest.mark.parametrize("check", checks, ids=names)
+
+
 def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> None:
     chunk = library.chunk_size(formats)
     worlds = [World(rule, formats, rows_of_sizes(chunk), special=True) for _ in range(2)]
@@ -284,7 +295,14 @@ def check_corrections_that_become_one(library: Any, rule: str, formats: Formats)
         step_both(library, worlds)
 
 
-def check_64_bit_offsets(library: Any, formats: Formats, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_special_values(library: Any, rule: str, formats: Formats) -> tuple[list[World], list[bool]]:
+    """Gives what :func:`special_worlds` gives."""
+    worlds, noticed = special_worlds(rule, formats, library.chunk_size(formats))
+    step_both(library, worlds)
+    return worlds, noticed
+
+
+def check_64_bit_offsets(library: Any, formats: Formats) -> None:
     """Elements from 2^33 on."""
     chunk, before = library.chunk_size(formats), 2**33
     rows = [Row(chunk + 5), Row(chunk + 5, (1,) * 7)]
@@ -292,11 +310,11 @@ def check_64_bit_offsets(library: Any, formats: Formats, monkeypatch: pytest.Mon
     for world in worlds:
         world.new_gradients()
     index = storage._index
-    monkeypatch.setattr(storage, "_index", lambda values: index(values) + before)
-    step_both(library, worlds, skipped=before // chunk)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(storage, "_index", lambda values: index(values) + before)
+        step_both(library, worlds, skipped=before // chunk)
 
 
-WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 GRAD_EXPONENTS = [(-149, -20), (-20, 20), (20, 126)]
 
 
@@ -316,12 +334,12 @@ def check_all_codes_under_all_exponents(library: Any, grad_exponents: tuple[int,
     first, last = grad_exponents
     for _ in range(3):
         for world in worlds:
-            exponent = first + (last - first) * torch.rand(
-                2 * blocks, generator=world.rng, dtype=torch.float64
-            )
+            place = torch.rand(2 * blocks, generator=world.rng, dtype=torch.float64)
             spread = 2.0 ** (-20 * torch.rand(numel, generator=world.rng, dtype=torch.float64))
             sign = 1 - 2 * torch.randint(2, (numel,), generator=world.rng)
-            world.grads[0].copy_((2.0**exponent).repeat_interleave(128) * spread * sign)
+            world.grads[0].copy_(
+                (2.0 ** (first + (last - first) * place)).repeat_interleave(128) * spread * sign
+            )
         step_both(library, worlds)
 
 
