@@ -76,7 +76,7 @@ def parser() -> argparse.ArgumentParser:
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
     measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
-    command = commands.add_parser("all", parents=[measuring], help="everything that is timed, in minutes")
+    command = commands.add_parser("all", parents=[measuring], help="everything that is timed")
     command.add_argument("--rehearse", action="store_true", help="every kind of figure on next to nothing")
     known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")

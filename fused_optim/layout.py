@@ -114,7 +114,7 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
     names: dict[int, str] = {}
     for name, t in named:
         if names.setdefault(id(t), name) != name:
-            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; give each its own")
+            raise ValueError(f"{names[id(t)]} and {name} are the same tensor; give it once")
         if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
         if _may_collide(t) and len(set(_offsets(t).tolist())) != t.numel():
@@ -131,7 +131,7 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
             if other_device != device or other_start >= end:
                 break
             if (is_dense(t) and is_dense(other)) or torch.isin(_bytes(t), _bytes(other)).any():
-                raise ValueError(f"{name} and {other_name} overlap in memory; give each its own")
+                raise ValueError(f"{name} and {other_name} overlap in memory; give each memory of its own")
 
 
 def _offsets(t: Tensor) -> Tensor:  # of each element, in elements from the first

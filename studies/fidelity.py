@@ -117,7 +117,8 @@ class Ours:
 
     def second_moment(self) -> Tensor:
         state = self.optimizer.state[self.param]
-        return self.format.decode(state[self.key], state.get(aux.key if (aux := self.format.aux_of(self.key)) else None))
+        aux = self.format.aux_of(self.key)
+        return self.format.decode(state[self.key], None if aux is None else state[aux.key])
 
 
 class Recursion:
@@ -129,7 +130,8 @@ class Recursion:
         self.mu, self.nu = self.mu_format.encode(self.param, None), self.nu_format.encode(self.param, None)
         self.reference = RULES[rule].reference
         defaults = OPTIMIZERS[rule]([torch.nn.Parameter(self.param)]).defaults
-        hyper = Hyperparameters(0, 0, *defaults["betas"], defaults["eps"], defaults.get("eps_root", 0), 0, 0, 0)
+        eps = (defaults["eps"], defaults.get("eps_root", 0))
+        hyper = Hyperparameters(0, 0, *defaults["betas"], *eps, 0, 0, 0)
         columns = coefficients(torch.tensor([hyper], dtype=torch.float64), torch.tensor([1]), torch.float32)
         # What changes from step to step concerns the parameter alone.
         self.coefficients = Coefficients(*(column[0] for column in columns))
