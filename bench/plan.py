@@ -90,13 +90,13 @@ def beside(processes: int, device: str, effort: Effort) -> list[Record]:
     spinning = [subprocess.Popen(command) for _ in range(processes)]
     records = []
     for name in (*names, TORCH):
-        worker = Worker(Case(workload("291x4096"), "float32", device, name, "host"), effort)
+        worker = Worker(Case(workload("291x64"), "float32", device, name, "host"), effort)
         quiet, busy = [], []
         for _ in range(8 if worker.well else 0):
             for times, what in ((quiet, signal.SIGSTOP), (busy, signal.SIGCONT)):
                 for process in spinning:
                     process.send_signal(what)
-                times += worker.run(250)
+                times += worker.run(100)
         worker.stop()
         line = {**head(worker.case), **worker.said, "measure": "busy", "processes": processes}
         if busy:

@@ -1,4 +1,9 @@
 // fused_optim._cpu: addresses and sizes come in as integers; no torch header anywhere.
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+#include <atomic>
 #include <stdexcept>
 #include <vector>
 
@@ -24,7 +29,7 @@ const std::vector<NamedIsa>& isas() {
        __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
        avx512::isa},
-      {"avx2", __builtin_cpu_supports("avx2") != 0, avx2::isa},
+      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::isa},
 #endif
       {"baseline", true, baseline::isa},
   };
@@ -61,6 +66,20 @@ void prefetch(const Row& row) {
 }
 
 template <class T>
+void step_chunks(const Task& task, const std::vector<Coefficients<T>>& sets, const std::vector<int32_t>& set_of_counter,
+                 int64_t k, int64_t portion) {
+  const int64_t last = minimum(k + portion, task.n_chunks);
+  for (; k < last; ++k) {
+    if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row) prefetch(task.rows[task.chunks[k + 2].row]);
+    const Chunk chunk = task.chunks[k];
+    const Row& row = task.rows[chunk.row];
+    const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * task.chunk_size;
+    task.step_elements(row, begin, minimum(begin + task.chunk_size, row.numel), task.grad_is_own,
+                       &sets[set_of_counter[row.counter]]);
+  }
+}
+
+template <class T>
 void run(const Task& task) {
   // Neighbours mostly share group and step number, so coefficients are worked out when one of them changes.
   std::vector<Coefficients<T>> sets;
@@ -78,25 +97,27 @@ void run(const Task& task) {
     }
     set_of_counter[i] = static_cast<int32_t>(sets.size()) - 1;
   }
-  // A thread takes several chunks at a time, so that ten thousand tiny tensors do not mean
-  // ten thousand requests for work; 32 portions a thread even out their speeds.
+  // A thread takes several chunks at a time, so that ten thousand tiny tensors do not mean ten thousand requests for
+  // work. Each begins with a share of its own, the same in every step, which its core's cache may still hold, and
+  // then helps the others: a core may be busy with something else.
   const int64_t portion = 1 + task.n_chunks / (32 * static_cast<int64_t>(task.threads));
   const int64_t portions = (task.n_chunks + portion - 1) / portion;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(task.threads) schedule(dynamic) if (task.threads > 1 && portions > 1)
-#endif
-  for (int64_t i = 0; i < portions; ++i) {
-    const int64_t last = minimum((i + 1) * portion, task.n_chunks);
-    for (int64_t k = i * portion; k < last; ++k) {
-      if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row)
-        prefetch(task.rows[task.chunks[k + 2].row]);
-      const Chunk chunk = task.chunks[k];
-      const Row& row = task.rows[chunk.row];
-      const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * task.chunk_size;
-      task.step_elements(row, begin, minimum(begin + task.chunk_size, row.numel), task.grad_is_own,
-                         &sets[set_of_counter[row.counter]]);
+  const int shares = static_cast<int>(minimum(task.threads, portions));
+  std::vector<std::atomic<int64_t>> taken(shares);
+  const auto work = [&](int thread) {
+    for (int k = 0; k < shares; ++k) {
+      const int share = (thread + k) % shares;
+      const int64_t first = portions * share / shares, count = portions * (share + 1) / shares - first;
+      for (int64_t i; (i = taken[share].fetch_add(1, std::memory_order_relaxed)) < count;)
+        step_chunks(task, sets, set_of_counter, (first + i) * portion, portion);
     }
-  }
+  };
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(shares) if (shares > 1)
+  work(omp_get_thread_num());
+#else
+  for (int share = 0; share < shares; ++share) work(share);
+#endif
   // Last, so that what is thrown before leaves them true.
   for (int64_t i = 0; i < task.n_counters; ++i) {
     int64_t& count = *reinterpret_cast<int64_t*>(task.counters[i].step);

@@ -25,12 +25,15 @@ struct Hyperparameters {
 template <class T>
 struct Divisor {
   T value;
+  T reciprocal;     // 0 where quotients need a division: see vectors.h
   uint32_t is_one;  // once for all, and as an integer: a processor is done with it sooner
 };
 
 template <class T>
 FUSED_OPTIM_HD Divisor<T> divisor(T value) {
-  return {value, value == T(1)};
+  const T magnitude = value < 0 ? -value : value;
+  const bool usual = magnitude >= T(0x1p-14) && magnitude <= T(0x1p24);
+  return {value, usual ? T(1) / value : T(0), value == T(1)};
 }
 
 template <class X, class T>

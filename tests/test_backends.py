@@ -330,6 +330,28 @@ def test_cpu_with_every_instruction_set(rule: str, isa: str, monkeypatch: pytest
 
 
 @cpu
+@pytest.mark.parametrize("isa", extension("_cpu")[0].isas() if extension("_cpu")[0] else ["none"])
+@pytest.mark.parametrize("divisor", [0.6321206, 1.9999999, 0.50000006, 0.99999994, 1e-4, 3e-5, 49152.0, 3e7])
+def test_cpu_division(divisor: float, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every significand divided, and what is too small or large for the way without a division instruction.
+    With beta1 = 0 and a first moment of -0 the new one is the quotient, signs of zeros included."""
+    monkeypatch.setattr(extension("_cpu")[0], "isas", lambda: [isa])
+    edges = [0.0, -0.0, 1e-45, -1e-40, 2.0**-100, -(2.0**-101), 2.0**112, -3.4e38, float("inf")]
+    exponents = torch.tensor([127, 26, 238]).repeat_interleave(2**23 // 3)
+    significands = torch.arange(len(exponents)) * 3 % 2**23
+    x = torch.cat([(exponents << 23 | significands).int().view(F32), torch.tensor(edges).repeat(37)])
+    x[: 2**20 : 5] = -0.0
+    p = torch.zeros_like(x, requires_grad=True)
+    p.grad = x
+    optimizer = AdamaxW([p], betas=(0.0, 0.5), backend="cpu")
+    optimizer.step()
+    optimizer.state[p]["exp_avg"].fill_(-0.0)
+    optimizer.grad_scale, optimizer.found_inf = torch.tensor(divisor), torch.tensor(0.0)
+    optimizer.step()
+    assert_same_bits(optimizer.state[p]["exp_avg"], x / torch.tensor(divisor))
+
+
+@cpu
 @pytest.mark.parametrize("dtype", [F16, BF16])
 def test_cpu_codecs(dtype: torch.dtype) -> None:
     """All 65,536 values of a 16-bit dtype decoded and encoded, and 2^20 random float32 bit

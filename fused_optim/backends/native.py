@@ -51,7 +51,7 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
         _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
         CPU_CHUNK,
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
-        min(torch.get_num_threads(), 1 + batch.numel // CPU_CHUNK),
+        min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK)),
     )
 
 
