@@ -36,7 +36,7 @@ class Backend:
     step: Callable[[Batch, Inputs], None]  # one step of a batch in place, step numbers included
     # Brings in all that such steps run, with or without grad_scale and found_inf. It is called for all
     # batches before anything is written, so that a compiler's error changes nothing.
-    load: Callable[[BatchKey, bool, bool], None] = lambda key, scaled, skippable: None
+    load: Callable[[BatchKey, bool, bool], Any] = lambda key, scaled, skippable: None
     steps_all_at_once: bool = True  # whether ``step`` makes all of a batch or nothing, whatever interrupts it
 
 

@@ -44,20 +44,22 @@ def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
 
 
 @cache
-def _load(key: BatchKey, scaled: bool, skippable: bool) -> None:
+def _load(key: BatchKey, scaled: bool, skippable: bool) -> Any:
+    """The prologue and the step kernel, loaded onto the device."""
     with torch.accelerator.device_index(key.device.index):  # None for the CPU, which changes nothing
-        _kernels().load(key.param.working, scaled, skippable, *_arguments(key))
+        return _kernels().load(key.param.working, scaled, skippable, *_arguments(key))
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
     kernels, key, device = _kernels(), batch.key, batch.key.device
-    constants, prologue_options, step_options = _arguments(key)
+    constants = _arguments(key)[0]
+    prologue, step = _load(key, inputs.grad_scale is not None, inputs.found_inf is not None)
     rows, chunks, counters = table_on(batch, constants["CHUNK"])
     size = len(counters) * kernels.COEFFICIENT_COLUMNS.value
     coefficients = torch.empty(size, dtype=key.param.working, device=device)
     with torch.accelerator.device_index(device.index):
-        kernels.launch_prologue(counters, *inputs, coefficients, prologue_options)
-        kernels.launch_step(rows, chunks, counters, coefficients, constants, step_options)
+        kernels.launch_prologue(prologue, counters, *inputs, coefficients)
+        kernels.launch_step(step, rows, chunks, counters, coefficients, constants)
 
 
 TRITON = Backend("triton", _why_not, _step, _load)
