@@ -1,8 +1,9 @@
-"""Prove everything at once on a machine with a GPU: build, tests, sanitizer, benchmark.
+"""Prove everything at once on a machine with a GPU: bits, measurements, tests, sanitizers, profiles.
 
-Needs Python, torch, Triton and pytest, nvcc for the CUDA backend, and no network: nothing is
-installed but into the folder of the results. Each part has its share of the time; one that fails or
-runs over does not stop the others, and the summary is written anew after each.
+Needs Python, torch, Triton and pytest, nvcc for the CUDA backend, and no network. What is worth most comes
+first. The machine may go away at any moment, and perhaps only a few small files can be had from it: after
+each part, and every few seconds within one, the folder of the results has all that is known in two files,
+``summary.md`` and ``results.tar.gz``. All else is in a temporary folder.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import shutil
 import signal
 import subprocess
 import sys
+import tarfile
+import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,9 +25,13 @@ import torch
 
 from .environment import ROOT, describe
 
+SITES = {"install": "site", "build": "built"}
+"""Where parts install the package, in the folder of work."""
+
 
 class Part(NamedTuple):
-    """One thing that is tried: a command, which may take so many seconds."""
+    """One thing that is tried: a command, which may take so many seconds. With ``beside`` it begins with the
+    first part, and may take so many seconds more when its turn comes."""
 
     name: str
     what: str
@@ -32,6 +39,7 @@ class Part(NamedTuple):
     command: tuple[str, ...]
     environment: dict[str, str]
     why_not: str | None = None
+    beside: bool = False
 
 
 class Outcome(NamedTuple):
@@ -49,9 +57,18 @@ def _tool(name: str) -> str | None:
     return shutil.which(name, path=os.pathsep.join(folders))
 
 
-def parts(out: Path, gpu: bool) -> list[Part]:
-    """What is tried, the cheapest proofs first."""
-    nvcc, sanitizer = _tool("nvcc"), _tool("compute-sanitizer")
+def _install(kind: str, site: Path) -> tuple[str, ...]:
+    # A copy: two builds in the sources' folder would write the same files.
+    python, copy = shlex.quote(sys.executable), shlex.quote(str(site.with_suffix(".src")))
+    install = f"{python} -m pip install -q --no-index --no-deps --no-build-isolation --target"
+    sources = "csrc fused_optim kernels setup.py pyproject.toml MANIFEST.in README.md LICENSE"
+    text = f"mkdir {copy} && cd {shlex.quote(str(ROOT))} && cp -r {sources} {copy} && "
+    return "sh", "-c", f"{text}FUSED_OPTIM_BUILD={kind} {install} {shlex.quote(str(site))} {copy}"
+
+
+def parts(work: Path, gpu: bool) -> list[Part]:
+    """What is tried, what is worth most first."""
+    nvcc, sanitizer, profiler = _tool("nvcc"), _tool("compute-sanitizer"), _tool("ncu")
     device, backends = ("cuda", "triton,cuda") if gpu else ("cpu", "triton,cpu")
     interpreter = {} if gpu else {"TRITON_INTERPRET": "1"}
     kind, building = "cuda" if nvcc and gpu else "cpu", {}
@@ -59,61 +76,84 @@ def parts(out: Path, gpu: bool) -> list[Part]:
         building["CUDA_HOME"] = str(Path(nvcc).parents[1])
     if gpu:  # this GPU's alone: nvcc takes half a minute for each
         building["FUSED_OPTIM_CUDA_ARCHS"] = "".join(map(str, torch.cuda.get_device_capability()))
-    python = shlex.quote(sys.executable)
-    install = f"{python} -m pip install -q --no-index --no-deps --no-build-isolation --upgrade"
-    install += f" --target {shlex.quote(str(out / 'site'))} {shlex.quote(str(ROOT))}"
-    # Without compilers there are still the Triton kernels, for the parts that follow.
-    build = f"FUSED_OPTIM_BUILD={kind} {install} || {{ FUSED_OPTIM_BUILD=none {install}; exit 1; }}"
     run = (sys.executable, "-m")
-    proofs = (*run, "bench.gpu_proofs", device, backends)
+    proofs = (*run, "bench.gpu_proofs", device)
     # The installed package, not the sources, which have no compiled part.
     tests = (*run, "pytest", "-q", "-rs", "-p", "no:cacheprovider", f"--rootdir={ROOT}")
     tests += (f"-opythonpath={ROOT}/tests", f"-c{ROOT}/pyproject.toml", f"{ROOT}/tests/test_on_gpu.py")
     # torch and Triton ask CUDA some things that it may answer with an error, and go on.
-    memcheck = (sanitizer, "--error-exitcode", "9", "--report-api-errors", "no") if gpu and sanitizer else ()
-    bench = (*run, "bench", "all", "--device", device, "--out", str(out), "--seconds", "140")
+    sanitize = (sanitizer or "", "--error-exitcode", "9", "--report-api-errors", "no") if gpu else ()
+    no_sanitizer = None if sanitizer or not gpu else "there is no compute-sanitizer"
+    profile = (profiler or "", "--set", "full", "-k", "regex:step_kernel", "-c", "3") if gpu else ()
+    no_profiler = None if profiler or not gpu else "there is no ncu"
+    measure = (*run, "bench.gpu_measure", device, str(work / "gpu.json"))
     # torch's allocator hands out parts of large blocks, within which nothing is out of bounds.
     uncached = interpreter | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    few = (*proofs, backends, "few")
     return [
-        Part("build", f"the package builds with what is here ({kind})", 150, ("sh", "-c", build), building),
-        Part("self-check", "each backend that is ready makes one step with eager's bits", 60,
+        Part("install", "the package without its compiled parts", 30, _install("none", work / SITES["install"]), {}),
+        Part("first-bits", "Triton has eager's bits in float32 and all in bfloat16", 60,
+             (*proofs, "triton", "first"), interpreter),
+        Part("build", f"the package builds with what is here ({kind})", 100,
+             _install(kind, work / SITES["build"]), building, beside=True),
+        Part("self-check", "each backend that is ready makes one step with eager's bits", 30,
              (*run, "fused_optim"), interpreter),
-        Part("bits", "every backend has eager's bits: rules, formats, layouts, sizes, 2^31", 150, proofs,
-             interpreter),
-        Part("tests", "capture and replay, streams, devices, no waiting", 120, tests, interpreter),
-        Part("sanitizer", "memcheck finds no bad access on a small case", 90, (*memcheck, *proofs, "--small"),
-             uncached, None if sanitizer or not gpu else "there is no compute-sanitizer"),
-        Part("bench", "the benchmark", 200, bench if gpu else (*bench, "--rehearse"), {}),
+        Part("measured", "bandwidth, peers, host time and replay, in one process", 150, measure, {}),
+        Part("tests", "capture and replay, streams, devices, no waiting", 90, tests, interpreter),
+        Part("bits", "every backend has eager's bits: rules, formats, layouts, sizes, 2^31", 120,
+             (*proofs, *((backends, "all") if gpu else ("cpu", "small"))), interpreter),
+        Part("memcheck", "no bad access in four combinations", 60, (*sanitize, *few), uncached, no_sanitizer),
+        Part("racecheck", "no race in shared memory", 60,
+             (*sanitize, "--tool", "racecheck", *few) if gpu else few, interpreter, no_sanitizer),
+        Part("profile", "three kernels", 60, (*profile, *few), interpreter, no_profiler),
     ]  # fmt: skip
 
 
-def run(part: Part, seconds: float, folder: Path) -> Outcome:
-    """Try a part for so long at most; its output goes to a log."""
-    if part.why_not is not None or seconds < 5:
-        return Outcome(part, "not tried", 0, part.why_not or "no time is left")
-    log, begin = folder / f"{part.name}.log", time.monotonic()
-    # The package that was built here comes first.
-    paths = [str(folder / "site"), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
-    environment |= part.environment
-    with log.open("wb") as file:
-        output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
-        # Not in the sources' folder, which Python would import from first.
-        process = subprocess.Popen(part.command, cwd=folder, env=environment, **output)
-    try:
-        verdict = "FAILED" if process.wait(seconds) else "passed"
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)  # its children would go on holding the GPU
-        process.wait()
-        verdict = "TIMED OUT"
-    return Outcome(part, verdict, time.monotonic() - begin, ([""] + _end(log))[-1].strip())
+class Run:
+    """A part's process, which writes to a log."""
+
+    def __init__(self, part: Part, work: Path, sites: Sequence[Path]) -> None:
+        self.part, self.log, self.begin = part, work / f"{part.name}.log", time.monotonic()
+        self.process: subprocess.Popen[bytes] | None = None
+        if part.why_not is not None:
+            return
+        paths = [*map(str, sites), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        with self.log.open("wb") as file:
+            output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            # Not in the sources' folder, which Python would import from first.
+            self.process = subprocess.Popen(
+                part.command, cwd=work, env=environment | part.environment, **output
+            )
+
+    def finish(self, seconds: float, save: Callable[[], None]) -> Outcome:
+        """Wait for so long at most; ``save`` is called every few seconds."""
+        if self.process is None:
+            return Outcome(self.part, "not tried", 0, self.part.why_not or "")
+        end, verdict = time.monotonic() + seconds, ""
+        while not verdict:
+            try:
+                verdict = (
+                    "FAILED" if self.process.wait(min(5, max(0.1, end - time.monotonic()))) else "passed"
+                )
+            except subprocess.TimeoutExpired:
+                save()
+                if time.monotonic() > end:
+                    self.stop()
+                    verdict = "TIMED OUT"
+        return Outcome(self.part, verdict, time.monotonic() - self.begin, ([""] + _end(self.log))[-1].strip())
+
+    def stop(self) -> None:
+        if self.process is not None and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGKILL)  # its children would go on holding the GPU
+            self.process.wait()
 
 
 def _end(log: Path) -> list[str]:
     return log.read_text(errors="replace").strip().splitlines()[-25:] if log.exists() else []
 
 
-def summary(outcomes: list[Outcome], device: str, folder: Path) -> str:
+def summary(outcomes: list[Outcome], device: str, work: Path) -> str:
     """The report, in Markdown."""
     failed = [o for o in outcomes if o.verdict != "passed"]
     lines = ["# GPU check" if device == "cuda" else "# A rehearsal without a GPU: no GPU figure", ""]
@@ -129,12 +169,23 @@ def summary(outcomes: list[Outcome], device: str, folder: Path) -> str:
             f"## The end of {o.part.name}.log",
             "",
             "```",
-            *_end(folder / f"{o.part.name}.log"),
+            *_end(work / f"{o.part.name}.log"),
             "```",
         ]
-    measured = folder / f"{device}.md"
+    measured = work / "gpu.md"
     lines += ["", "## Measured", "", measured.read_text()] if measured.exists() else []
     return "\n".join(lines) + "\n"
+
+
+def _archive(work: Path, folder: Path) -> None:
+    """All logs and results in one file, which is whole at every moment."""
+    unfinished = work / "results.part"
+    with tarfile.open(unfinished, "w:gz") as archive:
+        for path in sorted(work.iterdir()):
+            if path.suffix in (".log", ".json", ".md"):
+                archive.add(path, path.name)
+    shutil.copyfile(unfinished, folder / "results.new")
+    (folder / "results.new").replace(folder / "results.tar.gz")
 
 
 def main(folder: Path, dry: bool, seconds: float, only: Sequence[str]) -> int:
@@ -148,14 +199,30 @@ def main(folder: Path, dry: bool, seconds: float, only: Sequence[str]) -> int:
     folder = folder.resolve()
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
+    work = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     deadline = time.monotonic() + seconds
     outcomes: list[Outcome] = []
-    for part in parts(folder, gpu):
-        if only and part.name not in only:
-            continue
-        print(f"{part.name}: {part.what}", flush=True)
-        outcomes.append(run(part, min(part.seconds, deadline - time.monotonic()), folder))
-        print("  {1}, {2:.0f} s: {3}".format(*outcomes[-1]), flush=True)
-        (folder / "summary.md").write_text(summary(outcomes, "cuda" if gpu else "cpu", folder))
+
+    def save() -> None:
+        (work / "summary.md").write_text(text := summary(outcomes, "cuda" if gpu else "cpu", work))
+        (folder / "summary.md").write_text(text)
+        _archive(work, folder)
+
+    chosen = [part for part in parts(work, gpu) if not only or part.name in only]
+    begun = {part.name: Run(part, work, ()) for part in chosen if part.beside}
+    sites: list[Path] = []
+    try:
+        for part in chosen:
+            print(f"{part.name}: {part.what}", flush=True)
+            run = begun.get(part.name) or Run(part, work, sites)
+            outcomes.append(run.finish(min(part.seconds, deadline - time.monotonic()), save))
+            print("  {1}, {2:.0f} s: {3}".format(*outcomes[-1]), flush=True)
+            if part.name in SITES and outcomes[-1].verdict == "passed":
+                sites.insert(0, work / SITES[part.name])  # what was installed last comes first
+            save()
+    finally:
+        for run in begun.values():
+            run.stop()
+        shutil.rmtree(work, ignore_errors=True)
     print(f"wrote {folder / 'summary.md'}")
     return int(any(o.verdict != "passed" for o in outcomes))

@@ -15,7 +15,7 @@ from .measure import Record
 from .providers import DEEPSPEED, OUR_RULES, TORCH
 
 RESULTS = ROOT / "bench" / "results"
-SHOWN = re.compile(r"2\^2[68]|gpt2|10000x64|500-groups|llama-7b")
+SHOWN = re.compile(r"2\^(26|28|30)|gpt2|10000x64|500-groups|llama-7b")
 """Workloads in the README."""
 
 
@@ -47,7 +47,7 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 _COLUMNS = {
     "median": "ms", "p20": "20%", "p80": "80%", "quiet": "quiet ms", "p99": "99%", "of_quiet": "of quiet",
     "p99_of_quiet": "99% of quiet", "gb_per_s": "GB/s", "of_roofline": "of roofline",
-    "times_torch": "x torch fused", "checked": "checked against",
+    "times_torch": "x torch fused", "host_us": "host us", "replay_us": "replay us", "checked": "checked against",
 }  # fmt: skip
 
 

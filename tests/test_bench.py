@@ -2,14 +2,17 @@
 
 import json
 import os
+import signal
+import subprocess
 import sys
+import tarfile
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench import cuda_report, gpu_check, gpu_proofs, kernels, measure, plan, report, worker
+from bench import cuda_report, gpu_check, gpu_measure, gpu_proofs, kernels, measure, plan, report, worker
 from bench.__main__ import main
 from bench.formats import TRIPLES
 from bench.measure import Effort, Worker
@@ -197,7 +200,7 @@ def test_gpu_check_rehearsed(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "A rehearsal without a GPU" in text and "| tests | passed |" in text
     assert not failed, text
-    assert gpu_proofs.main("cpu", "cpu", "--small") == 0
+    assert gpu_proofs.main("cpu", "cpu", "small") == 0
 
 
 def test_gpu_check_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,5 +211,35 @@ def test_gpu_check_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(gpu_check, "parts", lambda *_: [*tried, part("good", "print(7)")])
     assert gpu_check.main(tmp_path / "out", dry=True, seconds=100, only=()) == 1
     text = (tmp_path / "out" / "summary.md").read_text()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["results.tar.gz", "summary.md"]
     assert "2 of 3 parts did not pass" in text and "the reason" in text
     assert "| slow | TIMED OUT |" in text and "| good | passed |" in text
+
+
+def test_gpu_check_cut_off_loses_nothing(tmp_path: Path) -> None:
+    """A machine that goes away in a long part leaves the logs of those before it."""
+    code = f"""
+import sys
+import tarfile
+from pathlib import Path
+from bench import gpu_check
+part = lambda name, code: gpu_check.Part(name, "something", 60, (sys.executable, "-c", code), {{}})
+gpu_check.parts = lambda *_: [part("good", "print(7)"), part("endless", "import time; time.sleep(60)")]
+gpu_check.main(Path({str(tmp_path / "out")!r}), True, 100, ())
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], start_new_session=True, stdout=subprocess.PIPE)
+    assert process.stdout is not None
+    while not process.stdout.readline().startswith(b"endless"):
+        assert process.poll() is None
+    os.killpg(process.pid, signal.SIGKILL)
+    process.communicate()
+    with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
+        text = {name: archive.extractfile(name).read().decode() for name in ("good.log", "summary.md")}  # type: ignore[union-attr]
+    assert text["good.log"] == "7\n" and "| good | passed |" in text["summary.md"]
+
+
+def test_gpu_measurements_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_measure, "QUESTIONS", (gpu_measure.Question("3x64", zero_rows=True),))
+    assert gpu_measure.main("cpu", str(tmp_path / "gpu.json")) == 0
+    records = json.loads((tmp_path / "gpu.json").read_text())["records"]
+    assert len(records) == 3 and all(r["status"] == "measured" and r["host_us"] > 0 for r in records)
