@@ -92,7 +92,7 @@ def parts(work: Path, gpu: bool) -> list[Part]:
     few = (*proofs, backends, "few")
     return [
         Part("install", "the package without its compiled parts", 30, _install("none", work / SITES["install"]), {}),
-        Part("first-bits", "Triton has eager's bits in float32 and all in bfloat16", 60,
+        Part("first-bits", "Triton has eager's bits in float32 and all in bfloat16", 60 if gpu else 120,
              (*proofs, "triton", "first"), interpreter),
         Part("build", f"the package builds with what is here ({kind})", 100,
              _install(kind, work / SITES["build"]), building, beside=True),

@@ -88,9 +88,12 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
     ends = [re.search(r"0x([0-9a-f]+)\s*$", operands) for *_, operands in found]
     jumps = [place.get(int(end[1], 16), 0) if end and name in ("BRA", "BRA.U") else 0
              for end, name in zip(ends, names)]  # fmt: skip
-    # Eight single bytes are stored with 64 bits; so is one float64, but of the tail.
+    # Eight single bytes are stored with 64 bits. So is a step number, after the full chunks' end.
     stored = r"STG\S*\.(?:128|64)" if any(re.match(r"STG\S*\.[SU]8", n) for n in names) else r"STG\S*\.128"
     accesses = [i for i, name in enumerate(names) if re.match(rf"LDG\S*\.128|{stored}", name)]
+    ends_of_threads = [i for i, name in enumerate(names) if name == "EXIT" and certain[i]]
+    end = min((i for i in ends_of_threads if accesses and i > accesses[0]), default=len(names))
+    accesses = [i for i in accesses if i < end]
     if not accesses:
         return {}
 
@@ -173,9 +176,11 @@ def operand_bytes(row: Row) -> tuple[list[int], list[int]]:
 
 
 def elements_per_thread(row: Row) -> int:
-    """A thread's elements in a full chunk: 16 bytes of the smallest operand, but no more than 8."""
+    """A thread's elements in a pass over a full chunk: 16 bytes of the smallest operand, but no more than 8, and
+    8 where Triton steps float32."""
     names = (row["param"], row["grad"], *STATES[row["state"]])
-    return 16 // max(2, min(part_bytes(name)[0] for name in names))
+    smallest = min(part_bytes(name)[0] for name in names)
+    return 8 if smallest == 4 and row.get("compiler") != "nvcc" else 16 // max(2, smallest)
 
 
 def register_limit(row: Row) -> int:
@@ -184,7 +189,7 @@ def register_limit(row: Row) -> int:
     if row.get("compiler") == "nvcc":
         return 80 if row["param"] == "fp64" else 64
     if (row["param"], row["grad"]) == ("fp32", "fp32"):
-        return 48 if row["state"] == "fp32" else 64
+        return 72 if row["state"] == "fp32" and row["target"] == "cuda:100" else 64
     return 80
 
 
