@@ -40,22 +40,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             beside the parameter, together the exact float32) or ``"split8"`` (8, a float32 of 24 bits).
         stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
             to nearest, where small updates are lost; see :attr:`seed`.
+        unscale_in_step: have ``torch.amp.GradScaler`` hand its scale and whether it found an infinity to the
+            step, which then unscales, or changes nothing, without a wait for the device and without a pass
+            over the gradients. Off, the scaler unscales and skips itself, and gradients may be clipped
+            between the two by code that does not know this optimizer (Lightning, say, refuses to clip for one
+            that unscales). ``grad_scale`` and ``found_inf``, set as attributes by the caller, count either way.
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
             tensors become views of them until :meth:`unflatten`.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
+        foreach, fused, capturable: taken, since factories pass them, and without effect: every step is fused,
+            and one on a GPU can be captured.
+        amsgrad, differentiable: must be False.
     """
 
     rule: str  # the subclass's name in RULES
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler lets the step unscale and skip, with no wait
+    _step_supports_amp_scaling = False  # what torch.amp.GradScaler asks for
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
-        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, flatten: bool,
-        backend: str | None,
+        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, unscale_in_step: bool,
+        flatten: bool, backend: str | None, torchs: dict[str, Any],
     ) -> None:  # fmt: skip
         options.check_choices(*formats)
+        options.check_torchs(torchs)
         self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
+        self._step_supports_amp_scaling = options.flag("unscale_in_step", unscale_in_step)
         self._mask = weight_decay_mask
         self._count = self._seed = 0
         self._reset()
@@ -213,7 +223,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed")
+        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -140,8 +140,9 @@ def test_a_side_stream(backend: str) -> None:
 
 
 @pytest.mark.parametrize("overflow", [False, True])
-def test_grad_scaler(backend: str, overflow: bool) -> None:
-    pair = Pair(backend)
+@pytest.mark.parametrize("in_step", [False, True], ids=["by the scaler", "in the step"])
+def test_grad_scaler(backend: str, in_step: bool, overflow: bool) -> None:
+    pair = Pair(backend, unscale_in_step=in_step)
     pair.ours.step()
     pair.eager.step()
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)

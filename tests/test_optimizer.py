@@ -78,6 +78,18 @@ def test_weight_decay_mask_over_groups(make: Make) -> None:
     assert masks(None, weight_decay_mask=[False]) == [None, [False]]
 
 
+def test_what_factories_pass_is_taken(make: Make) -> None:
+    """None and False of all, True of what every step is anyway; in a group too. It changes nothing."""
+    off = {"foreach": None, "fused": False, "capturable": False, "amsgrad": False, "differentiable": False}
+    on = {**off, "foreach": True, "fused": True, "capturable": True}
+    plain = snapshot(trained(make)[1])
+    for given in (off, on):
+        _, optimizer = trained(make, **given)
+        assert_same_bits(snapshot(optimizer), plain)
+        assert "fused" not in optimizer.param_groups[0]
+        assert_same_bits(snapshot(trained(lambda ps, g=given: make([{"params": ps, **g}]))[1]), plain)
+
+
 # Closures and hooks
 
 
