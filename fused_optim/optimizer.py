@@ -1,6 +1,7 @@
 """The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints. A subclass names its rule,
 and a backend makes the step. A step goes: closure, hyperparameters, plan, launch."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -283,6 +284,15 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._warn_of_graphs("load_state_dict")
 
     def __getstate__(self) -> dict[str, Any]:
+        options.check_picklable(self.param_groups, self._mask)
+        return self._pickled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # which can copy callables that pickle cannot save
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__setstate__(copy.deepcopy(self._pickled(), memo))
+        return twin
+
+    def _pickled(self) -> dict[str, Any]:
         own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 

@@ -6,6 +6,7 @@ numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``r
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
@@ -216,6 +217,22 @@ def check_mask(mask: Any, groups: list[Group]) -> None:
     names = {name for group in groups for name in group.get("param_names", ())}
     for name in sorted(set(mask) - names) if isinstance(mask, Mapping) else []:
         raise ValueError(f"weight_decay_mask names {name!r}, which is no parameter's name")
+
+
+def check_picklable(groups: list[Group], mask: Any) -> None:
+    """Raise a PicklingError that says what to do about a callable that pickle cannot save."""
+    callables = [("weight_decay_mask", mask)]
+    for i, group in enumerate(groups):
+        schedules = group.get("schedules", {}).items()
+        callables += [(f"{key}{where_of(i)}", schedule) for key, (schedule, _) in schedules]
+    for what, given in callables:
+        try:
+            pickle.dumps(given)
+        except Exception as error:
+            raise pickle.PicklingError(
+                f"{what} is {given!r}, which pickle cannot save ({error}): give a function that has a name in a "
+                "module, or let torch.optim.lr_scheduler.LambdaLR set lr; state_dict() leaves callables out"
+            ) from error
 
 
 class HyperparameterTable:
