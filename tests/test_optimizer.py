@@ -476,13 +476,17 @@ REPLACES: dict[str, Callable[[Any, Tensor], Any]] = {
 
 
 @pytest.mark.parametrize("what", REPLACES)
-def test_new_tensors_after_a_capture_are_warned_of(make: Make, judge: Judge, what: str) -> None:
-    """Replays go on with those of before. The optimizer steps on with the new ones."""
-    params, optimizer = trained(make, 2, flatten=True)
+def test_new_tensors_after_a_capture_are_warned_of(
+    make: Make, judge: Judge, what: str, flatten: bool
+) -> None:
+    """Replays go on with those of before, which are kept. The optimizer steps on with the new ones."""
+    params, optimizer = trained(make, 2, flatten=flatten)
     copied = copy.deepcopy(optimizer)
     captured_step(optimizer)
+    captured = [weakref.ref(t) for t in optimizer.state[params[0]].values()]
     with pytest.warns(RuntimeWarning, match=rf"{what} made new tensors.*capture it again"):
         REPLACES[what](optimizer, params[0])
     judge.train(optimizer, 2, first=3)
+    assert all(t() is not None for t in captured)
     captured_step(optimizer)
     REPLACES[what](copied, copied.param_groups[0]["params"][0])  # nothing was captured of it
