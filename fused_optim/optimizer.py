@@ -205,7 +205,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         """
         name, settings = self._name_of(param), self._settings
         keys = settings.rule.states
-        for key in state.keys() - {*keys, "step", "master"}:
+        for key in sorted(state.keys() - {*keys, "step", "master"}):
             raise ValueError(f"the state of parameter {name} must have {[*keys, 'step']}, got {key!r} too")
         check_saved(name, param, state, keys, settings.rule.name)
         step = checked_step(name, state["step"], ValueError)
