@@ -25,6 +25,8 @@ class AdamaxW(FusedOptimizer):
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\varepsilon`.
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
+        unscale_in_step: have ``torch.amp.GradScaler`` leave unscaling and skipping to the step; off, the
+            scaler does both, as trainers that clip expect.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_inf``. Checkpoints of ``torch.optim.Adamax`` load.
     Errors: ValueError, TypeError or RuntimeError, which name what is wrong.
@@ -48,8 +50,14 @@ class AdamaxW(FusedOptimizer):
         weight_decay: float | Schedule = 1e-4, *,
         weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
         state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
-        flatten: bool = False, backend: str | None = None,
+        unscale_in_step: bool = False, flatten: bool = False, backend: str | None = None,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False,
+        amsgrad: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
-        super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)
+        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable}
+        torchs |= {"amsgrad": amsgrad, "differentiable": differentiable}
+        super().__init__(
+            params, defaults, formats, weight_decay_mask, decoupled_lr, unscale_in_step, flatten, backend, torchs
+        )  # fmt: skip

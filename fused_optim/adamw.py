@@ -31,6 +31,8 @@ class AdamW(FusedOptimizer):
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``. The
             default is Optax's 1e-4, not torch's 1e-2.
         nesterov: look one step ahead in the first moment.
+        unscale_in_step: have ``torch.amp.GradScaler`` leave unscaling and skipping to the step; off, the
+            scaler does both, as trainers that clip expect.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_avg_sq``. Checkpoints of ``torch.optim.AdamW`` load.
     Errors: ValueError, TypeError or RuntimeError, which name what is wrong.
@@ -54,9 +56,15 @@ class AdamW(FusedOptimizer):
         weight_decay: float | Schedule = 1e-4, *, nesterov: bool = False,
         weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
         state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
-        flatten: bool = False, backend: str | None = None,
+        unscale_in_step: bool = False, flatten: bool = False, backend: str | None = None,
+        foreach: bool | None = None, fused: bool | None = None, capturable: bool = False,
+        amsgrad: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         defaults |= {"nesterov": nesterov, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
-        super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)
+        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable}
+        torchs |= {"amsgrad": amsgrad, "differentiable": differentiable}
+        super().__init__(
+            params, defaults, formats, weight_decay_mask, decoupled_lr, unscale_in_step, flatten, backend, torchs
+        )  # fmt: skip

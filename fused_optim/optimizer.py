@@ -1,6 +1,8 @@
 """The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints. A subclass names its rule,
 and a backend makes the step. A step goes: closure, hyperparameters, plan, launch."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
@@ -15,7 +17,7 @@ from .flat import FlatLayout
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
 from .rules import RULES
-from .state import bytes_in_use, own
+from .state import bytes_in_use, check_saved, check_state, checked_step, decoded, in_formats, own
 from .table import finish
 
 
@@ -40,22 +42,32 @@ class FusedOptimizer(torch.optim.Optimizer):
             beside the parameter, together the exact float32) or ``"split8"`` (8, a float32 of 24 bits).
         stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
             to nearest, where small updates are lost; see :attr:`seed`.
+        unscale_in_step: have ``torch.amp.GradScaler`` hand its scale and whether it found an infinity to the
+            step, which then unscales, or changes nothing, without a wait for the device and without a pass
+            over the gradients. Off, the scaler unscales and skips itself, and gradients may be clipped
+            between the two by code that does not know this optimizer (Lightning, say, refuses to clip for one
+            that unscales). ``grad_scale`` and ``found_inf``, set as attributes by the caller, count either way.
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
             tensors become views of them until :meth:`unflatten`.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
+        foreach, fused, capturable: taken, since factories pass them, and without effect: every step is fused,
+            and one on a GPU can be captured.
+        amsgrad, differentiable: must be False.
     """
 
     rule: str  # the subclass's name in RULES
-    _step_supports_amp_scaling = True  # torch.amp.GradScaler lets the step unscale and skip, with no wait
+    _step_supports_amp_scaling = False  # what torch.amp.GradScaler asks for
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
-        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, flatten: bool,
-        backend: str | None,
+        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, unscale_in_step: bool,
+        flatten: bool, backend: str | None, torchs: dict[str, Any],
     ) -> None:  # fmt: skip
         options.check_choices(*formats)
+        options.check_torchs(torchs)
         self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
+        self._step_supports_amp_scaling = options.flag("unscale_in_step", unscale_in_step)
         self._mask = weight_decay_mask
         self._count = self._seed = 0
         self._reset()
@@ -159,6 +171,63 @@ class FusedOptimizer(torch.optim.Optimizer):
             state.update({key: own(value) for key, value in state.items() if key != "step"})
         self._settings = replace(self._settings, flatten=False)
         self._plan, self._flat = None, FlatLayout()
+        self._warn_of_graphs("unflatten")
+
+    def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of a parameter as values, whatever its format: the moments and, with
+        ``master_weights``, the float32 ``master``, in the parameter's shape and working precision (float32, or
+        float64 for float64), and ``step``. All are copies. Of a parameter that was never stepped they are
+        what its first step starts from. A parameter that no group holds is a ValueError, a state that does
+        not fit the parameter's shape a RuntimeError."""
+        name, settings = self._name_of(param), self._settings
+        keys, state = settings.rule.states, self.state.get(param, {})
+        check_state(name, param, state, keys, RuntimeError)
+        split = settings.formats_of(param).param.aux is not None
+        return decoded(state, param, keys, split, settings.dense_like(param))
+
+    def set_decoded_state(self, param: Tensor, state: dict[str, Any]) -> None:
+        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has.
+
+        Values are rounded to the nearest in this optimizer's formats; those that :meth:`decoded_state` gave come
+        out of it again as they were. The parameter is left as it is, and its master becomes the
+        nearest that rounds to it; a ``master`` that is missing is what the parameter holds, one that
+        is not needed is ignored. A state that lacks a key, has others, or another shape than the
+        parameter's is a ValueError that names it, and nothing has changed then.
+
+        Example: keep some rows of a weight, in a parameter that replaces it.
+            >>> from fused_optim import AdamW
+            >>> old = torch.nn.Parameter(torch.ones(4, 3))
+            >>> optimizer = AdamW([old], state_format="8bit")
+            >>> rows = torch.tensor([0, 2, 3])
+            >>> state, new = optimizer.decoded_state(old), torch.nn.Parameter(old.detach()[rows])
+            >>> optimizer.param_groups[0]["params"][0] = new; _ = optimizer.state.pop(old, None)
+            >>> optimizer.set_decoded_state(new, {k: t[rows] if t.dim() else t for k, t in state.items()})
+        """
+        name, settings = self._name_of(param), self._settings
+        keys = settings.rule.states
+        for key in sorted(state.keys() - {*keys, "step", "master"}):
+            raise ValueError(f"the state of parameter {name} must have {[*keys, 'step']}, got {key!r} too")
+        check_saved(name, param, state, keys, settings.rule.name)
+        step = checked_step(name, state["step"], ValueError)
+        copies = {key: own(t) for key, t in state.items()}
+        made = in_formats(copies, param, keys, settings.formats_of(param), settings.dense_like(param))
+        self.state[param] = {**made, "step": torch.tensor(step, dtype=torch.int64, device=param.device)}
+        self._warn_of_graphs("set_decoded_state")
+
+    def _name_of(self, param: Tensor) -> str:  # for error texts
+        for name, p, _ in options.numbered(self.param_groups):
+            if p is param:
+                return name
+        raise ValueError(f"the parameter of shape {tuple(param.shape)} is in no group of this optimizer")
+
+    def _warn_of_graphs(self, what: str) -> None:
+        if self._captured:
+            warnings.warn(
+                f"a CUDA graph has captured a step of this optimizer, and {what} made new tensors for it: "
+                "replays go on with the old ones; make a step, and capture it again",
+                RuntimeWarning,
+                stacklevel=3,
+            )
 
     def memory(self) -> dict[str, int]:
         """Bytes that are in use now, by purpose: ``parameters``, ``gradients``, ``moments`` (block exponents
@@ -190,8 +259,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         """Load what :meth:`state_dict` returned, here or from another optimizer with the same state keys.
 
         Moments take this optimizer's format and layout, ``step`` becomes an integer, and nothing aliases
-        ``state_dict``. What another optimizer did otherwise is warned of. A state that lacks a key or has
-        another shape is a ValueError that names both, and nothing has changed then.
+        ``state_dict``. What another optimizer did otherwise is warned of, and so is a step that a CUDA
+        graph has captured: it must be captured again. A state that lacks a key or has another shape is a
+        ValueError that names both, and nothing has changed then.
         """
         old = self.param_groups
         loaded: list[checkpoint.Loaded] = []
@@ -211,9 +281,19 @@ class FusedOptimizer(torch.optim.Optimizer):
             hooks.callback(self.register_load_state_dict_pre_hook(check).remove)
             hooks.callback(self.register_load_state_dict_post_hook(install, prepend=True).remove)
             super().load_state_dict(state_dict)
+        self._warn_of_graphs("load_state_dict")
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed")
+        options.check_picklable(self.param_groups, self._mask)
+        return self._pickled()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:  # which can copy callables that pickle cannot save
+        twin = memo[id(self)] = self.__class__.__new__(self.__class__)
+        twin.__setstate__(copy.deepcopy(self._pickled(), memo))
+        return twin
+
+    def _pickled(self) -> dict[str, Any]:
+        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

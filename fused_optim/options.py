@@ -6,6 +6,7 @@ numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``r
 """
 
 import math
+import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
@@ -22,6 +23,10 @@ Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
 _FORMATS = ("state_format", "master_weights", "stochastic_rounding")
+_NOT_HERE = {
+    "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
+    "differentiable": "the step is made by kernels that autograd does not see",
+}
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
     "betas[0]": "Invalid beta parameter at index 0",
@@ -64,6 +69,13 @@ def check_choices(state_format: Any, master_weights: Any, stochastic_rounding: A
     if flag("stochastic_rounding", stochastic_rounding) and master_weights is not None:
         given = f"stochastic_rounding=True and master_weights={master_weights!r}"
         raise ValueError(f"give one of the two, not both: {given}")
+
+
+def check_torchs(given: Mapping[str, Any]) -> None:
+    """Raise what is wrong with the options of torch's optimizers that factories pass to every optimizer."""
+    for key in ("foreach", "fused", "capturable", *_NOT_HERE):
+        if given.get(key) is not None and flag(key, given[key]) and key in _NOT_HERE:
+            raise ValueError(f"{key}=True is not supported: {_NOT_HERE[key]}")
 
 
 def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
@@ -118,7 +130,7 @@ def check_group(group: Group, where: str = "") -> None:
         if key in group:
             flag(f"{key}{where}", group[key])
     if group.get("differentiable"):
-        raise ValueError("differentiable=True is not supported")
+        raise ValueError(f"differentiable=True is not supported: {_NOT_HERE['differentiable']}")
 
 
 def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
@@ -131,12 +143,13 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
     """Check a new group and give it all that belongs in one."""
-    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr"):
+    for key in (*_FORMATS, "unscale_in_step", "flatten", "backend", "decoupled_lr"):
         if key in group:
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
                 "constructor, or make another optimizer for that group"
             )
+    check_torchs(group)
     schedules = {key: group[key] for key in ("lr", "weight_decay") if callable(group[key])}
     for key, schedule in schedules.items():
         group[key] = _scheduled_value(key, schedule, count)
@@ -204,6 +217,22 @@ def check_mask(mask: Any, groups: list[Group]) -> None:
     names = {name for group in groups for name in group.get("param_names", ())}
     for name in sorted(set(mask) - names) if isinstance(mask, Mapping) else []:
         raise ValueError(f"weight_decay_mask names {name!r}, which is no parameter's name")
+
+
+def check_picklable(groups: list[Group], mask: Any) -> None:
+    """Raise a PicklingError that says what to do about a callable that pickle cannot save."""
+    callables = [("weight_decay_mask", mask)]
+    for i, group in enumerate(groups):
+        schedules = group.get("schedules", {}).items()
+        callables += [(f"{key}{where_of(i)}", schedule) for key, (schedule, _) in schedules]
+    for what, given in callables:
+        try:
+            pickle.dumps(given)
+        except Exception as error:
+            raise pickle.PicklingError(
+                f"{what} is {given!r}, which pickle cannot save ({error}): give a function that has a name in a "
+                "module, or let torch.optim.lr_scheduler.LambdaLR set lr; state_dict() leaves callables out"
+            ) from error
 
 
 class HyperparameterTable:

@@ -11,7 +11,7 @@ from torch import Tensor
 from .layout import same_layout
 from .reference import MAX_COUNT
 from .rounding import MU, NU
-from .storage import BLOCK, BLOCK_FORMATS, REMAINDERS, Format, Formats, Part
+from .storage import BLOCK, BLOCK_FORMATS, REMAINDERS, Format, Formats, Part, formats_of
 
 State = dict[str, Any]
 Keys = tuple[str, str]
@@ -97,13 +97,25 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
     key = format.aux.key
     if _fits(state.get(key), format.aux, dense):
         return {key: state[key]}
-    param = param.detach()
+    master = _master(state, param).to(param.device)
+    return {key: _empty_part(format.aux, dense).copy_(format.remainder_of(param.detach(), master))}
+
+
+def _master(state: State, param: Tensor) -> Tensor:
+    """The float32 that a split parameter stands for: a master in the state, by a remainder, or its own value."""
     master = state.get("master")
     if master is None and state.get("remainder") is not None:
         remainder = state["remainder"].to(param.device)
-        master = REMAINDERS[remainder.dtype].decode(param, remainder)
-    master = (param if master is None else master).to(param.device, torch.float32)
-    return {key: _empty_part(format.aux, dense).copy_(format.remainder_of(param, master))}
+        return REMAINDERS[remainder.dtype].decode(param.detach(), remainder)
+    return (param.detach() if master is None else master).to(torch.float32)
+
+
+def decoded(state: State, param: Tensor, keys: Keys, split: bool, dense: Tensor) -> State:
+    """A checked state as values: copies of the moments, of the master of a split parameter, and ``step``."""
+    plain = in_formats(state, param, keys, formats_of(param.dtype, "fp32", None, False), dense)
+    step = torch.as_tensor(state.get("step", 0), dtype=torch.int64, device=param.device)
+    masters = {"master": _master(state, param)} if split else {}
+    return {key: own(t) for key, t in {"step": step, **masters, **{key: plain[key] for key in keys}}.items()}
 
 
 def own(value: Any) -> Any:  # a tensor gets memory of its own; anything else is kept
@@ -121,9 +133,8 @@ def check_state(name: str, p: Tensor, state: State, keys: Keys, error: type[Exce
             right, fits = "a tensor of dtype int16 or int8", dtype in REMAINDERS
         elif key in keys and p.is_complex():
             right, fits = "a complex tensor", dtype is not None and dtype.is_complex
-        if key in keys and dtype == torch.uint8:
-            _check_exponents(name, p, state, key, error)
-        elif not fits:
+        in_blocks = key in keys and dtype == torch.uint8
+        if not fits and not in_blocks:
             given = dtype or f"type {type(value).__name__}"
             like = f", like the parameter's {p.dtype}" if key in keys else ""
             raise error(f"the state {key!r} of parameter {name} must be {right}{like}, got {given}")
@@ -131,6 +142,8 @@ def check_state(name: str, p: Tensor, state: State, keys: Keys, error: type[Exce
             advice = "" if error is ValueError else "; delete optimizer.state[p] to start it anew"
             shapes = f"shape {tuple(value.shape)}, the parameter {tuple(p.shape)}"
             raise error(f"the state {key!r} of parameter {name} has {shapes}{advice}")
+        if in_blocks:
+            _check_exponents(name, p, state, key, error)
 
 
 def _check_exponents(name: str, p: Tensor, state: State, key: str, error: type[Exception]) -> None:

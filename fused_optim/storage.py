@@ -143,7 +143,9 @@ def _encode_8bit(width: int, values: Tensor, place: Place | None) -> Encoded:
     orders = (1 << width) - 2  # from a block's exponent to that of its largest finite value
     finite = torch.where(magnitude < 0x7F800000, magnitude, 0).reshape(-1)
     blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
-    exponent = ((blocks.amax(1) >> 23) - orders).clamp(min=0)
+    # To nearest, a block whose largest value is a power of two has the exponent below, at which that has a
+    # code still: what was decoded, from a code that rounding had carried to the power of two, say, is exact.
+    exponent = ((blocks.amax(1) - int(place is None) >> 23) - orders).clamp(min=0)
     each = _of_elements(exponent, values.shape)
     scaled = magnitude - (each << 23)
     if width == 4:

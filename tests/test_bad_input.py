@@ -1,6 +1,7 @@
 """Section 5 of the specification, row by row: bad input gives a clear error before anything is
 written, or the right result. What changes between steps is in test_changes.py."""
 
+import copy
 import math
 import warnings
 from typing import Any
@@ -90,7 +91,8 @@ def test_bad_options_are_refused(
 
 CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
     *(("flatten", value, TypeError, "True or False") for value in (1, "on")),
-    ("decoupled_lr", None, TypeError, "True or False"),
+    *((name, value, TypeError, "True or False") for name, value in (
+        ("decoupled_lr", None), ("unscale_in_step", 1), ("fused", 1), ("foreach", "on"), ("amsgrad", 0.0))),
     ("stochastic_rounding", 1, TypeError, "True or False"),
     ("backend", "gpu", ValueError, "'cpu', 'cuda', 'eager', 'triton'"),
     *(("weight_decay_mask", value, TypeError, "") for value in (3, "yes")),
@@ -110,7 +112,7 @@ def test_bad_arguments_are_refused(
 
 OF_THE_OPTIMIZER = {
     "state_format": "8bit", "master_weights": "split8", "stochastic_rounding": True, "flatten": True,
-    "backend": "eager", "decoupled_lr": True,
+    "backend": "eager", "decoupled_lr": True, "unscale_in_step": True,
 }  # fmt: skip
 
 
@@ -163,8 +165,8 @@ CALLS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("make([1.0])", TypeError, ("Tensors",)),
     ("make([a]).add_param_group([b])", TypeError, ("must be a dict",)),
     ("make([a], backend='cuda')", RuntimeError, ("'cuda'", "not available", "cpu")),
-    ("make([{'params': [a], 'differentiable': True}])", (RuntimeError, ValueError),
-     ("differentiable", "not supported")),
+    *((call, ValueError, (f"{key}=True is not supported: ",)) for key in ("differentiable", "amsgrad")
+      for call in (f"make([a], {key}=True)", f"make([{{'params': [a], '{key}': True}}])")),
     ("make([b, a, a])", ValueError, ("1 of group 0", "2 of group 0", "same")),
     ("make([{'params': [a]}, {'params': [b, a]}])", ValueError, ("0 of group 0", "1 of group 1", "same")),
     ("make([('first', a), ('second', a)])", ValueError, ("'first'", "'second'", "same")),
@@ -373,30 +375,49 @@ def test_cast_data_converts_the_state_once_with_a_warning(
 # AMP
 
 
-@pytest.mark.parametrize("unscale", [False, True])
-def test_a_real_grad_scaler(make: Make, judge: Judge, unscale: bool, flatten: bool) -> None:
+@pytest.mark.parametrize("between", ["", "unscale", "clip"])
+@pytest.mark.parametrize("in_step", [False, True], ids=["by the scaler", "in the step"])
+def test_a_real_grad_scaler(make: Make, judge: Judge, in_step: bool, between: str, flatten: bool) -> None:
+    """Gradients are unscaled once, clipped in between or not. A step that is skipped, by the scaler or
+    inside, leaves parameters, states and step numbers; only the latter is counted as a call. The scale
+    shrinks then, and grows after two good steps."""
     params = parameters()
-    optimizer = make(params, flatten=flatten)
+    optimizer = make(params, flatten=flatten, unscale_in_step=in_step)
     scaler = torch.amp.GradScaler("cpu", init_scale=8.0, growth_interval=2)
+    scales = []
     for seed in range(8):
         set_gradients(params, seed)
-        factors = [p.grad for p in params]
+        factors = [gradient(p, 1000 * seed + i) for i, p in enumerate(params)]
+        if between == "clip":
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
         want = judge.expected(optimizer)
         if seed in (2, 5):
             factors[1][0] = torch.inf
-            want = {**snapshot(optimizer), "count": seed + 1}
+            want = snapshot(optimizer)
+            want["count"] += in_step
         optimizer.zero_grad()
         scaler.scale(sum((p * f).sum() for p, f in zip(params, factors))).backward()
-        if unscale:
+        if between:
             scaler.unscale_(optimizer)
+        if between == "clip":
+            torch.nn.utils.clip_grad_norm_(params, 0.1)
         scaler.step(optimizer)
         scaler.update()
+        scales.append(scaler.get_scale())
         assert_same_bits(snapshot(optimizer), want, f"step {seed}")
+    assert scales == [8, 16, 8, 8, 16, 8, 8, 16]
     assert optimizer.state[params[0]]["step"] == 6
-    optimizer.zero_grad()
-    before = snapshot(optimizer)
-    scaler.step(optimizer)  # with no gradient at all
-    assert_same_bits(snapshot(optimizer)["params"], before["params"])
+    assert not hasattr(optimizer, "grad_scale") and not hasattr(optimizer, "found_inf")
+    for summed in (1.0, 2.0):  # over devices; the caller may set it too
+        optimizer.found_inf, want = torch.tensor(summed), snapshot(optimizer)
+        optimizer.step()
+        assert_same_bits(snapshot(optimizer), {**want, "count": want["count"] + 1})
+    del optimizer.found_inf
+    for o in (optimizer, copy.deepcopy(optimizer)) if in_step else ():  # with no gradient at all
+        before = snapshot(o)
+        o.zero_grad()
+        scaler.step(o)
+        assert_same_bits(snapshot(o)["params"], before["params"])
 
 
 # Closures and schedules

@@ -1,15 +1,17 @@
 """Checkpoints: what is saved, what is loaded, from here and from others, and what is refused."""
 
 import copy
+import json
 import pickle
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from helpers import (  # isort: skip
-    BF16, FORMATS, RULES, Judge, Make, Rule, assert_same_bits, copies, like, parameters, raises_unchanged,
-    raises_with, results, saved_and_loaded, set_gradients, snapshot, train, trained,
+    BACKENDS, BF16, FORMATS, RULES, Judge, Make, Rule, assert_same_bits, copies, like, parameters,
+    raises_unchanged, raises_with, results, saved_and_loaded, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
 
@@ -111,6 +113,62 @@ def test_resuming_gives_the_same_bits(make: Make, format: str, flatten: bool) ->
     resumed.load_state_dict(saved)
     pickled, copied = pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)
     check_alike(optimizer, resumed, pickled, copied, first=3)
+
+
+def through_safetensors(saved: dict[str, Any], path: Path) -> dict[str, Any]:
+    """Tensors under the parameter's number and their key, everything else as JSON beside them."""
+    safetensors = pytest.importorskip("safetensors")
+    tensors = {f"{i}.{key}": t for i, state in saved["state"].items() for key, t in state.items()}
+    others = {key: value for key, value in saved.items() if key != "state"}
+    pytest.importorskip("safetensors.torch").save_file(tensors, path, {"others": json.dumps(others)})
+    state: dict[int, dict[str, Tensor]] = {}
+    with safetensors.safe_open(path, "pt") as file:
+        for name in file.keys():  # noqa: SIM118 (it is no mapping)
+            i, key = name.split(".")
+            state.setdefault(int(i), {})[key] = file.get_tensor(name)
+        return {**json.loads(file.metadata()["others"]), "state": state}
+
+
+@pytest.mark.parametrize("format", [name for name in KEPT if name != "complex128"])  # safetensors has none
+@pytest.mark.parametrize("into", BACKENDS)
+def test_another_backend_and_layout_go_on(format: str, into: str, tmp_path: Path) -> None:
+    """100 steps, to the bit, from a safetensors file."""
+    dtype, options = KEPT[format]
+    flatten, (source,) = into == "cpu", set(BACKENDS) - {into}
+    params, optimizer = trained(
+        AdamW, 3, parameters([(140,), (3, 2)], dtype), flatten=not flatten, backend=source, **options
+    )
+    optimizer.seed = 7
+    twins = like(params)
+    loaded = AdamW(twins, flatten=flatten, backend=into, **options)
+    loaded.load_state_dict(through_safetensors(optimizer.state_dict(), tmp_path / "state.safetensors"))
+    for o, ps in ((optimizer, params), (loaded, twins)):
+        train(o, ps, 100, first=3)
+    assert_same_bits(snapshot(loaded), snapshot(optimizer))
+
+
+LOCAL: dict[str, tuple[str, Any]] = {
+    "lr": ("lr is", lambda count: 0.1 / 2**count),
+    "weight_decay": ("weight_decay of group 1 is", lambda count: 0.1),
+    "weight_decay_mask": ("weight_decay_mask is", lambda name, p: p.dim() > 1),
+}
+
+
+@pytest.mark.parametrize("key", LOCAL)
+def test_callables_that_pickle_cannot_find(make: Make, key: str) -> None:
+    """Are named, with what to do; a copy has them, and a state dict leaves them out."""
+    text, given = LOCAL[key]
+    params = parameters()
+    groups: list[dict[str, Any]] = [{"params": params[:2]}, {"params": params[2:]}]
+    if key != "weight_decay_mask":
+        groups[key != "lr"][key] = given
+    optimizer = make(groups, weight_decay_mask=given if key == "weight_decay_mask" else None)
+    train(optimizer, params, 2)
+    for _ in range(2):
+        with raises_with(pickle.PicklingError, text, "<lambda>", "name in a module", "LambdaLR"):
+            pickle.dumps(optimizer)
+        check_alike(optimizer, copy.deepcopy(optimizer), first=2)
+    saved_and_loaded(optimizer.state_dict())
 
 
 @pytest.mark.parametrize("key", ["reference_lr", "initial_lr"])

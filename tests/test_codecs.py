@@ -102,6 +102,20 @@ def test_split16_is_exact() -> None:
         assert torch.equal(error, least)
 
 
+@pytest.mark.parametrize("name", OPERANDS)
+def test_what_was_decoded_is_exact(name: str) -> None:
+    """Rounded to nearest it comes out again, so that a state can be moved as values. That is so too where
+    rounding carried a block's largest value to the power of two above."""
+    format = FORMATS[name]
+    rng = torch.Generator().manual_seed(0)
+    for step in range(1, 9):
+        x = torch.randn(64 * BLOCK, generator=rng) * 10 ** (10 * torch.rand(64 * BLOCK, generator=rng) - 9)
+        x[:3] = torch.tensor([torch.inf, torch.nan, -0.0])
+        x = x.abs() if OPERANDS[name] == NU else x
+        values = format.decode(*of_step(x, name, step))
+        assert_same_bits(format.decode(*format.encode(values, None)), values)
+
+
 @pytest.mark.parametrize("name", ["split16", "split8"])
 def test_a_remainder_can_be_made_for_a_master(name: str) -> None:
     """Of an older checkpoint: the value nearest to it that rounds to the parameter as it is."""

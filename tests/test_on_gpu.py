@@ -102,6 +102,25 @@ def test_capture_and_replay_with_a_learning_rate_on_the_gpu(backend: str, flatte
     pair.check()
 
 
+def test_a_graph_must_be_captured_again_after_a_load(backend: str, flatten: bool) -> None:
+    """That is said, and the new one steps what was loaded."""
+    pair, graphs = Pair(backend, flatten=flatten), [torch.cuda.CUDAGraph() for _ in range(2)]
+    pair.ours.step()
+    saved = pair.ours.state_dict()
+    with torch.cuda.graph(graphs[0]):
+        pair.ours.step()
+    with pytest.warns(RuntimeWarning, match="capture it again"):
+        pair.ours.load_state_dict(saved)
+    pair.eager_steps(1e-2)
+    pair.check()
+    pair.ours.step()
+    with torch.cuda.graph(graphs[1]):
+        pair.ours.step()
+    graphs[1].replay()
+    pair.eager_steps(1e-2, 1e-2)
+    pair.check()
+
+
 # What is refused leaves a graph without kernels, of which torch warns.
 @pytest.mark.filterwarnings("ignore:The CUDA Graph is empty")
 def test_capture_refuses_what_would_freeze(backend: str) -> None:
@@ -140,8 +159,9 @@ def test_a_side_stream(backend: str) -> None:
 
 
 @pytest.mark.parametrize("overflow", [False, True])
-def test_grad_scaler(backend: str, overflow: bool) -> None:
-    pair = Pair(backend)
+@pytest.mark.parametrize("in_step", [False, True], ids=["by the scaler", "in the step"])
+def test_grad_scaler(backend: str, in_step: bool, overflow: bool) -> None:
+    pair = Pair(backend, unscale_in_step=in_step)
     pair.ours.step()
     pair.eager.step()
     scaler = torch.amp.GradScaler("cuda", init_scale=1024.0)

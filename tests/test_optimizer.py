@@ -1,6 +1,7 @@
 """The ``torch.optim`` contract, list and flat: groups, masks, closures, hooks, learning rates, flat
 buffers. What somebody changes between steps is in test_changes.py, checkpoints in test_checkpoints.py."""
 
+import copy
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -10,8 +11,8 @@ import pytest
 import torch
 
 from helpers import (  # isort: skip
-    DTYPES, RULES, Judge, Make, Parameters, Rule, assert_same_bits, copies, parameters, raises_with,
-    saved_and_loaded, set_gradients, snapshot, train, trained,
+    DTYPES, RULES, Judge, Make, Parameters, Rule, assert_same_bits, copies, parameters,
+    raises_unchanged, raises_with, saved_and_loaded, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
 from torch.optim import lr_scheduler
@@ -76,6 +77,18 @@ def test_weight_decay_mask_over_groups(make: Make) -> None:
     assert seen == ["0", "1", "2", "0"]
     assert masks([True, False, False, True]) == [[True, False, False], [True]]
     assert masks(None, weight_decay_mask=[False]) == [None, [False]]
+
+
+def test_what_factories_pass_is_taken(make: Make) -> None:
+    """None and False of all, True of what every step is anyway; in a group too. It changes nothing."""
+    off = {"foreach": None, "fused": False, "capturable": False, "amsgrad": False, "differentiable": False}
+    on = {**off, "foreach": True, "fused": True, "capturable": True}
+    plain = snapshot(trained(make)[1])
+    for given in (off, on):
+        _, optimizer = trained(make, **given)
+        assert_same_bits(snapshot(optimizer), plain)
+        assert "fused" not in optimizer.param_groups[0]
+        assert_same_bits(snapshot(trained(lambda ps, g=given: make([{"params": ps, **g}]))[1]), plain)
 
 
 # Closures and hooks
@@ -429,3 +442,51 @@ def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
             assert optimizer.state[p]["step"].shape == ()
             plain = plain or snapshot(optimizer)
             assert_same_bits(snapshot(optimizer), plain, str(options))
+
+
+# CUDA graphs, rehearsed: the CPU steps, and torch says that it captures. On a GPU: test_on_gpu.py
+
+
+def captured_step(optimizer: Any) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+        optimizer.step()
+
+
+def test_what_a_capture_refuses(make: Make) -> None:
+    """What would freeze, and a step that is not like the one before."""
+    params, optimizer = trained(make, 1, lr=lambda count: 0.1)
+    with raises_unchanged(optimizer, RuntimeError, "lr of group 0 would freeze"):
+        captured_step(optimizer)
+    params, optimizer = trained(make, 1)
+    for undo in (params[0].grad, None):
+        params[0].grad = None if undo is not None else params[0].detach().clone()
+        with raises_unchanged(optimizer, RuntimeError, "like the one before it"):
+            captured_step(optimizer)
+        optimizer.step()
+    captured_step(optimizer)
+
+
+REPLACES: dict[str, Callable[[Any, Tensor], Any]] = {
+    "load_state_dict": lambda o, p: o.load_state_dict(o.state_dict()),
+    "set_decoded_state": lambda o, p: o.set_decoded_state(p, o.decoded_state(p)),
+    "unflatten": lambda o, p: o.unflatten(),
+}
+
+
+@pytest.mark.parametrize("what", REPLACES)
+def test_new_tensors_after_a_capture_are_warned_of(
+    make: Make, judge: Judge, what: str, flatten: bool
+) -> None:
+    """Replays go on with those of before, which are kept. The optimizer steps on with the new ones."""
+    params, optimizer = trained(make, 2, flatten=flatten)
+    copied = copy.deepcopy(optimizer)
+    captured_step(optimizer)
+    captured = [weakref.ref(t) for t in optimizer.state[params[0]].values()]
+    with pytest.warns(RuntimeWarning, match=rf"{what} made new tensors.*capture it again"):
+        REPLACES[what](optimizer, params[0])
+    judge.train(optimizer, 2, first=3)
+    assert all(t() is not None for t in captured)
+    captured_step(optimizer)
+    REPLACES[what](copied, copied.param_groups[0]["params"][0])  # nothing was captured of it
