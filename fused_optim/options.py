@@ -2,7 +2,8 @@
 
 A group is a plain dict, as everywhere in ``torch.optim``. What belongs to it lives in it: its
 numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``reference_lr`` (what
-``decoupled_lr`` divides lr by) and ``schedules`` (each callable, with the value that it last gave).
+``decoupled_lr`` divides lr by), ``schedules`` (each callable, with the value that it last gave), and what
+is the optimizer's: ``count`` (of ``step()`` calls, which schedules see), ``seed`` and ``version``.
 """
 
 import math
@@ -21,6 +22,7 @@ from .storage import MASTER_WEIGHTS, STATE_FORMATS
 Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls, as in Optax
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
+VERSION = 2  # of state dicts; those of 0.1 have none
 _FORMATS = ("state_format", "master_weights", "stochastic_rounding")
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
@@ -138,9 +140,11 @@ def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> 
                 "constructor, or make another optimizer for that group"
             )
     schedules = {key: group[key] for key in ("lr", "weight_decay") if callable(group[key])}
+    # All keys are there always: checkpoints are read by the keys that groups have.
+    group.update(schedules={}, count=count, version=VERSION)
     for key, schedule in schedules.items():
         group[key] = _scheduled_value(key, schedule, count)
-        group.setdefault("schedules", {})[key] = [schedule, group[key]]
+        group["schedules"][key] = [schedule, group[key]]
     check_group(group, where_of(index))
     if decoupled_lr:
         if "lr" in schedules or float(group["lr"]) == 0:

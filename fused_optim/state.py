@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import same_layout
+from .layout import local, placed_like, same_layout
 from .reference import MAX_COUNT
 from .rounding import MU, NU
 from .storage import BLOCK, BLOCK_FORMATS, REMAINDERS, Format, Formats, Part
@@ -32,6 +32,30 @@ def exponents_key(key: str, state: State) -> str | None:
     """Where the block exponents of an 8-bit moment are; None of a moment in another format."""
     found = (key + suffix for suffix in BLOCK_FORMATS if key + suffix in state)
     return next(found, None) if state[key].dtype == torch.uint8 else None
+
+
+def portable(state: State, keys: Keys) -> State:
+    """What is saved of a state. 8-bit moments are decoded: block exponents belong to what lies here of a
+    parameter. bfloat16 holds them exactly, and the bits of int16, which collectives do not know."""
+    saved = dict(state)
+    for key in keys:
+        exponents = exponents_key(key, state) if key in state else None
+        if exponents is not None:
+            format = BLOCK_FORMATS[exponents.removeprefix(key)]
+            values = format.decode(local(state[key]).contiguous(), saved.pop(exponents))
+            saved[key] = placed_like(state[key], values.to(torch.bfloat16))
+    remainder = state.get("remainder")
+    if remainder is not None and remainder.dtype == torch.int16:
+        saved["remainder"] = placed_like(remainder, local(remainder).view(torch.bfloat16))
+    return saved
+
+
+def with_remainder_bits(state: State) -> State:
+    """A saved state with the remainder as it is in memory."""
+    remainder = state.get("remainder")
+    if isinstance(remainder, Tensor) and remainder.is_floating_point():
+        return {**state, "remainder": remainder.to(torch.bfloat16).view(torch.int16)}
+    return state
 
 
 def with_exponent_keys(state: State, keys: Keys) -> State:
@@ -183,4 +207,4 @@ def bytes_in_use(params: list[Tensor], states: dict[Any, State], tables: list[Te
         "master": [t for key, t in held if key == "remainder"],
         "metadata": [*tables, *(t for key, t in held if key == "step")],
     }
-    return {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
+    return {part: sum(local(t).nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
