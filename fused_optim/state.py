@@ -53,8 +53,8 @@ def portable(state: State, keys: Keys) -> State:
 def with_remainder_bits(state: State) -> State:
     """A saved state with the remainder as it is in memory."""
     remainder = state.get("remainder")
-    if isinstance(remainder, Tensor) and remainder.is_floating_point():
-        return {**state, "remainder": remainder.to(torch.bfloat16).view(torch.int16)}
+    if isinstance(remainder, Tensor) and remainder.dtype == torch.bfloat16:
+        return {**state, "remainder": remainder.view(torch.int16)}
     return state
 
 

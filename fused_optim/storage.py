@@ -145,7 +145,7 @@ def _encode_8bit(width: int, values: Tensor, place: Place | None) -> Encoded:
     blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
     # To nearest, a largest value that is a power of two takes the larger of the two codes that it has, under the
     # smaller exponent: so what was decoded is encoded exactly, also where the largest was rounded up to it.
-    exponent = ((blocks.amax(1) - (place is None) >> 23) - orders).clamp(min=0)
+    exponent = (((blocks.amax(1) - int(place is None)) >> 23) - orders).clamp(min=0)
     each = _of_elements(exponent, values.shape)
     scaled = magnitude - (each << 23)
     if width == 4:
