@@ -60,6 +60,17 @@ class FlatBuffers:
         return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
 
 
+def _check_moved(params: list[Tensor]) -> None:
+    """Raise a ValueError where parameters that left their slots share memory that somebody has put them into."""
+    storages = [p.untyped_storage().data_ptr() for p in params if p.numel()]
+    if len(set(storages)) < len(storages):
+        raise ValueError(
+            "parameters were moved out of the buffers of flatten=True into memory that they share, which "
+            "ZeroRedundancyOptimizer(parameters_as_bucket_view=True) does, and which flatten=True would move them out of "
+            "again, unseen by who put them there; give flatten=False, or parameters_as_bucket_view=False"
+        )
+
+
 class FlatLayout:
     """All flat buffers of an optimizer, one set for each device and dtype."""
 
@@ -70,9 +81,11 @@ class FlatLayout:
     def hold(self, params: Iterable[Tensor]) -> None:
         """Have exactly these parameters in flat buffers; if they are not, gather them anew."""
         params = list(params)
-        in_slots = all(b.in_slot(b.param, p, p) for p, b in self.buffers_of.items())
-        if in_slots and self.buffers_of.keys() == set(params):
+        moved = [p for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
+        if not moved and self.buffers_of.keys() == set(params):
             return
+        ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
+        _check_moved([p for p in moved if p.untyped_storage().data_ptr() not in ours])
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
             by_kind.setdefault((p.device, p.dtype), []).append(p)
