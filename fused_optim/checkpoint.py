@@ -55,7 +55,8 @@ def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled
             if not state:
                 continue
             state = {k: own(v if k == "step" else shard_of(p, v)) for k, v in state.items()}
-            state = with_remainder_bits(with_exponent_keys({"step": group.get("step"), **state}, keys))
+            state = with_exponent_keys({"step": group.get("step"), **state}, keys)
+            state = with_remainder_bits(state, settings.formats_of(p).param)
             check_saved(name, local(p), state, keys, settings.rule.name)
             state = in_formats(state, local(p), keys, settings.formats_of(p), settings.dense_like(p))
             states[p] = settings.placed(p, state)

@@ -60,32 +60,28 @@ class FlatBuffers:
         return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
 
 
-def _check_moved(params: list[Tensor]) -> None:
-    """Raise a ValueError where parameters that left their slots share memory that somebody has put them into."""
-    storages = [p.untyped_storage().data_ptr() for p in params if p.numel()]
-    if len(set(storages)) < len(storages):
-        raise ValueError(
-            "parameters were moved out of the buffers of flatten=True into memory that they share, which "
-            "ZeroRedundancyOptimizer(parameters_as_bucket_view=True) does, and which flatten=True would move them out of "
-            "again, unseen by who put them there; give flatten=False, or parameters_as_bucket_view=False"
-        )
-
-
 class FlatLayout:
     """All flat buffers of an optimizer, one set for each device and dtype."""
 
     def __init__(self) -> None:
         self.buffers: list[FlatBuffers] = []
         self.buffers_of: dict[Any, FlatBuffers] = {}
+        self._elsewhere: set[Any] = set()
 
     def hold(self, params: Iterable[Tensor]) -> None:
-        """Have exactly these parameters in flat buffers; if they are not, gather them anew."""
-        params = list(params)
-        moved = [p for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
+        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Those that somebody
+        has moved out since stay where they are."""
+        moved = [(p, b) for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
+        ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
+        # Memory that somebody else has given a parameter may be a buffer too: ZeroRedundancyOptimizer's, say.
+        self._elsewhere.update(
+            p
+            for p, b in moved
+            if (p.device, p.dtype) == (b.device, b.dtype) and p.untyped_storage().data_ptr() not in ours
+        )
+        params = [p for p in params if p not in self._elsewhere]
         if not moved and self.buffers_of.keys() == set(params):
             return
-        ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
-        _check_moved([p for p in moved if p.untyped_storage().data_ptr() not in ours])
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
             by_kind.setdefault((p.device, p.dtype), []).append(p)

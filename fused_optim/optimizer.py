@@ -97,7 +97,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
-        options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr)
+        settings = {**self._settings.by_name, "decoupled_lr": self._decoupled_lr}
+        options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr, settings)
         group["seed"] = self.seed
         earlier = len(self._params())
         self._settings.check_new(group, self.param_groups)

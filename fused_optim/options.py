@@ -23,7 +23,6 @@ Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
 VERSION = 2  # of state dicts; those of 0.1 have none
-_FORMATS = ("state_format", "master_weights", "stochastic_rounding")
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
     "betas[0]": "Invalid beta parameter at index 0",
@@ -131,10 +130,12 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
     return number(f"{key} at count {count}", value)
 
 
-def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
-    """Check a new group and give it all that belongs in one."""
-    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr"):
-        if key in group:
+def complete_group(
+    group: Group, index: int, count: int, decoupled_lr: bool, settings: dict[str, Any]
+) -> None:
+    """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
+    for key, value in settings.items():
+        if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's arguments here too
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
                 "constructor, or make another optimizer for that group"

@@ -35,6 +35,11 @@ class Settings:
     flatten: bool
     backend: str | None
 
+    @property
+    def by_name(self) -> dict[str, Any]:  # as the constructor's arguments
+        names = ("state_format", "master_weights", "stochastic_rounding", "flatten", "backend")
+        return dict(zip(names, (*self.formats, self.flatten, self.backend)))
+
     def formats_of(self, p: Tensor) -> Formats:
         return formats_of(p.dtype, *self.formats)
 

@@ -35,8 +35,9 @@ def exponents_key(key: str, state: State) -> str | None:
 
 
 def portable(state: State, keys: Keys) -> State:
-    """What is saved of a state. 8-bit moments are decoded: block exponents belong to what lies here of a
-    parameter. bfloat16 holds them exactly, and the bits of int16, which collectives do not know."""
+    """What is saved of a state. 8-bit moments are decoded, exactly: block exponents belong to what lies here of a
+    parameter. Of a remainder the 16 bits, those that split8 lacks zero, are called bfloat16: no collective
+    gathers int16, FSDP1 no integers, and others cast what they do not know to the parameter's dtype."""
     saved = dict(state)
     for key in keys:
         exponents = exponents_key(key, state) if key in state else None
@@ -45,17 +46,21 @@ def portable(state: State, keys: Keys) -> State:
             values = format.decode(local(state[key]).contiguous(), saved.pop(exponents))
             saved[key] = placed_like(state[key], values.to(torch.bfloat16))
     remainder = state.get("remainder")
-    if remainder is not None and remainder.dtype == torch.int16:
-        saved["remainder"] = placed_like(remainder, local(remainder).view(torch.bfloat16))
+    if remainder is not None:
+        bits = local(remainder).to(torch.int16) << (16 - 8 * remainder.dtype.itemsize)
+        saved["remainder"] = placed_like(remainder, bits.view(torch.bfloat16))
     return saved
 
 
-def with_remainder_bits(state: State) -> State:
-    """A saved state with the remainder as it is in memory."""
+def with_remainder_bits(state: State, format: Format) -> State:
+    """A saved state with the remainder as it is in memory, of ``format`` where that has all of its bits."""
     remainder = state.get("remainder")
-    if isinstance(remainder, Tensor) and remainder.dtype == torch.bfloat16:
-        return {**state, "remainder": remainder.view(torch.int16)}
-    return state
+    if not isinstance(remainder, Tensor) or remainder.dtype != torch.bfloat16:
+        return state
+    bits = remainder.view(torch.int16)
+    narrow = (bits >> 8).to(torch.int8)
+    exact = format.aux is not None and format.aux.dtype == torch.int8 and torch.equal(bits, narrow.short() << 8)
+    return {**state, "remainder": narrow if exact else bits}
 
 
 def with_exponent_keys(state: State, keys: Keys) -> State:
