@@ -55,6 +55,9 @@ class FlatBuffers:
         at = t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size()
         return at and (part.block > 1 or t.stride() == p.stride())
 
+    def is_alike(self, p: Tensor) -> bool:  # in what a buffer has one of
+        return (p.device, p.dtype) == (self.device, self.dtype)
+
     def bounds(self, p: Tensor) -> tuple[int, int]:  # in real elements
         start, end = self._bounds(self.param, p)
         return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
@@ -69,18 +72,16 @@ class FlatLayout:
         self._elsewhere: set[Any] = set()
 
     def hold(self, params: Iterable[Tensor]) -> None:
-        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Those that somebody
-        has moved out since stay where they are."""
-        moved = [(p, b) for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
+        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Where somebody has
+        moved all out of a buffer since, they stay where they are."""
         ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
-        # Memory that somebody else has given a parameter may be a buffer too: ZeroRedundancyOptimizer's, say.
-        self._elsewhere.update(
-            p
-            for p, b in moved
-            if (p.device, p.dtype) == (b.device, b.dtype) and p.untyped_storage().data_ptr() not in ours
-        )
+        for b in self.buffers:
+            # Who moves all of them has buffers too, as ZeroRedundancyOptimizer(parameters_as_bucket_view=True).
+            if all(p.untyped_storage().data_ptr() not in ours and b.is_alike(p) for p in b.params):
+                self._elsewhere.update(b.params)
         params = [p for p in params if p not in self._elsewhere]
-        if not moved and self.buffers_of.keys() == set(params):
+        in_slots = all(b.in_slot(b.param, p, p) for p, b in self.buffers_of.items())
+        if in_slots and self.buffers_of.keys() == set(params):
             return
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
