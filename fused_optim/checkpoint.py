@@ -11,7 +11,13 @@ from .options import VERSION, Group, check_group, names_of, whole_number
 from .plan import Settings
 from .reference import MAX_COUNT
 from .state import (
-    check_saved, checked_step, in_formats, own, portable, with_exponent_keys, with_remainder_bits,
+    check_saved,
+    checked_step,
+    in_formats,
+    own,
+    portable,
+    with_exponent_keys,
+    with_remainder_bits,
 )  # fmt: skip
 
 _ELSEWHERE = {

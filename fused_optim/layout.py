@@ -71,7 +71,7 @@ def first_index(name: str, p: Any) -> int:
             "whole parameter, for which a shard must be whole rows that follow each other, Replicate() or "
             "Shard(0); give state_format='fp32', master_weights=None or 'split16' and stochastic_rounding=False"
         )
-    return first * math.prod(p.shape[1:])
+    return int(first * math.prod(p.shape[1:]))
 
 
 def span(t: Tensor) -> int:
@@ -170,7 +170,7 @@ def check_address(what: str, t: Tensor) -> None:
     raise ValueError(f"{what} {problem}")
 
 
-def check_stepped(name: str, p: Tensor) -> None:
+def check_stepped(name: str, p: Any) -> None:
     """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
     if plain_format(p.dtype) is None:
         supported = "float32, float64, bfloat16, float16, complex64 and complex128"

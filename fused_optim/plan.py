@@ -13,8 +13,17 @@ from . import addresses
 from .backends import Backend, select
 from .flat import FlatLayout
 from .layout import (
-    check_address, check_kind, check_no_overlap, check_stepped, dense_like, first_index, gradient_is_native,
-    is_distributed, local, placed_alike, placed_like,
+    check_address,
+    check_kind,
+    check_no_overlap,
+    check_stepped,
+    dense_like,
+    first_index,
+    gradient_is_native,
+    is_distributed,
+    local,
+    placed_alike,
+    placed_like,
 )  # fmt: skip
 from .options import Group, numbered
 from .rounding import random_key
@@ -190,7 +199,8 @@ def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Setting
 
 def init_states(groups: list[Group], state: dict[Any, Any], settings: Settings) -> None:
     """Make the states that a step would make, of step number 0; those that there are stay as they are."""
-    made, steps = {}, {}
+    made: dict[Tensor, State] = {}
+    steps: dict[Any, Tensor] = {}
     for name, p, hyper_row in numbered(groups):
         if p.requires_grad and not is_uninitialized(p) and not state.get(p):
             made[p] = _state_of(name, p, settings.dense_like(p), {}, settings)

@@ -160,7 +160,7 @@ def test_checkpoints_of_version_1_continue(backend: str, format: str) -> None:
 
 def test_names_in_another_order_are_warned_of(make: Make) -> None:
     """States are loaded by the order of parameters."""
-    params, optimizer = trained(make)
+    params = parameters()
     named = list(zip("abc", params))
     saved = make(named).state_dict()
     make(named).load_state_dict(saved)

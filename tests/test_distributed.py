@@ -3,6 +3,8 @@ that are read by another number of processes. One start of the processes makes a
 ranks, since a start takes seconds; each check is a test."""
 
 import os
+import subprocess
+import sys
 import traceback
 import warnings
 from collections.abc import Callable
@@ -16,12 +18,16 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import torch.multiprocessing as mp
+
 from helpers import (  # isort: skip
-    BF16, F32, RULES, assert_same_bits, built_once, gradient, like, parameters, raises_with, snapshot, train,
+    BF16, F32, RULES, assert_same_bits, built_once, gradient, parameters, raises_with,
 )  # fmt: skip
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions, get_model_state_dict, get_optimizer_state_dict, set_model_state_dict,
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
     set_optimizer_state_dict,
 )  # fmt: skip
 from torch.distributed.device_mesh import init_device_mesh
@@ -446,6 +452,19 @@ def meshes_of_two_dimensions(folder: Path) -> None:
     steps(model, optimizer, 3)
     steps(twin, single, 3)
     assert_same_bits(values_of(model), values_of(twin))
+
+
+@pytest.mark.stacks
+def test_the_example(tmp_path: Path) -> None:
+    """examples/train_fsdp.py on two processes, resumed by one."""
+    example = Path(__file__).parent.parent / "examples" / "train_fsdp.py"
+    for ranks, first, steps in ((2, 0, 4), (1, 4, 20)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        given = [str(example), f"--steps={steps}", f"--checkpoint={tmp_path / 'checkpoint'}"]
+        run = subprocess.run([*launch, *given], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert f"{ranks} processes on" in run.stdout and f"from step {first}\n" in run.stdout
+    assert "step   20  validation loss" in run.stdout
 
 
 # DDP, ZeRO, FSDP1
