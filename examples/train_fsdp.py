@@ -1,4 +1,4 @@
-"""Train the demo's GPT with FSDP2 on any number of processes, and go on from a checkpoint with another number.
+"""Train the demo's GPT with FSDP2 on any number of processes; go on from a checkpoint with another number.
 
 torchrun --nproc-per-node 2 examples/train_fsdp.py --steps 60 --checkpoint fsdp_checkpoint
 torchrun --nproc-per-node 1 examples/train_fsdp.py --steps 120 --checkpoint fsdp_checkpoint

@@ -77,7 +77,7 @@ def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled
     count = whole_number("the saved 'count'", first.get("count", max(numbers)), MAX_COUNT + 1)
     for group, our in zip(groups, ours):
         group["count"] = count
-        group["seed"] = whole_number("seed", first.get("seed", our["seed"]), 2**32)
+        group["seed"] = whole_number("seed", first.get("seed", our.get("seed", 0)), 2**32)
     for i, (group, our) in enumerate(zip(saved["param_groups"], ours)):
         if "weight_decay_mask" not in group:
             _warn_of_differences(group, our, i)
@@ -97,7 +97,8 @@ def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -
     check_group(complete, where)
     version = whole_number(f"version{where}", group.get("version", 1), 2**31)
     if version > VERSION:
-        raise ValueError(f"version{where} is {version}, of a newer fused_optim; this one reads up to {VERSION}")
+        newer = "of a newer fused_optim; this one reads up to"
+        raise ValueError(f"version{where} is {version}, {newer} {VERSION}")
     return {**complete, "version": VERSION, "schedules": {}}
 
 
@@ -141,5 +142,5 @@ def _warn_of_differences(group: Group, our: Group, index: int) -> None:
 def keep_schedules(old: list[Group], new: list[Group]) -> None:
     """Give loaded groups the callables of those that they replace; loaded values are no outside writes."""
     for before, group in zip(old, new):
-        schedules = before["schedules"].items()
+        schedules = before.get("schedules", {}).items()
         group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}

@@ -72,11 +72,11 @@ class FlatLayout:
         self._elsewhere: set[Any] = set()
 
     def hold(self, params: Iterable[Tensor]) -> None:
-        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Where somebody has
-        moved all out of a buffer since, they stay where they are."""
+        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Where somebody
+        has moved all out of a buffer since, they stay where they are."""
         ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
         for b in self.buffers:
-            # Who moves all of them has buffers too, as ZeroRedundancyOptimizer(parameters_as_bucket_view=True).
+            # Who moves all of them has buffers too: ZeroRedundancyOptimizer(parameters_as_bucket_view=True).
             if all(p.untyped_storage().data_ptr() not in ours and b.is_alike(p) for p in b.params):
                 self._elsewhere.update(b.params)
         params = [p for p in params if p not in self._elsewhere]

@@ -67,9 +67,10 @@ def first_index(name: str, p: Any) -> int:
     shape = local(p).shape
     if not neighbours or (p.dim() and shape != (rows, *p.shape[1:])):
         raise ValueError(
-            f"parameter {name} has placements {p.placements}, and its formats round by an element's index in the "
-            "whole parameter, for which a shard must be whole rows that follow each other, Replicate() or "
-            "Shard(0); give state_format='fp32', master_weights=None or 'split16' and stochastic_rounding=False"
+            f"parameter {name} has placements {p.placements}, and its formats round by an element's index in "
+            "the whole parameter, for which a shard must be whole rows that follow each other, Replicate() "
+            "or Shard(0); give state_format='fp32', master_weights=None or 'split16' and "
+            "stochastic_rounding=False"
         )
     return int(first * math.prod(p.shape[1:]))
 
@@ -187,7 +188,7 @@ def check_stepped(name: str, p: Any) -> None:
     elif g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
         problem = f"has dtype {g.dtype}, its parameter {p.dtype}; both must be floating-point, or complex"
     elif is_distributed(g) != is_distributed(p):
-        problem = f"is a {type(g).__name__}, its parameter a {type(p).__name__}; both must be DTensors, or none"
+        problem = f"is a {type(g).__name__}, its parameter a {type(p).__name__}; both must be DTensors or none"
     elif is_distributed(g) and g.device_mesh != p.device_mesh:
         problem = f"is on the mesh {g.device_mesh}, its parameter on {p.device_mesh}; they must be equal"
     if problem is not None:

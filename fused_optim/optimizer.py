@@ -78,12 +78,12 @@ class FusedOptimizer(torch.optim.Optimizer):
     # In the groups, the same in all of them, since all that saves optimizers saves groups.
     @property
     def _count(self) -> int:
-        return int(self.param_groups[0]["count"]) if self.param_groups else 0
+        return int(self.param_groups[0].get("count", 0)) if self.param_groups else 0
 
     @property
     def seed(self) -> int:
         """Of ``stochastic_rounding``, in [0, 2^32). Saved. 0 unless set, so that replicas round alike."""
-        return int(self.param_groups[0]["seed"]) if self.param_groups else 0
+        return int(self.param_groups[0].get("seed", 0)) if self.param_groups else 0
 
     @seed.setter
     def seed(self, seed: int) -> None:
@@ -217,9 +217,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a
-        snapshot, in which every tensor is a copy. Groups have ``"count"``, the number of ``step()`` calls that
-        schedules see, the ``"seed"`` of stochastic rounding and the ``"version"`` of what is saved. Callables
-        are left out. What not all that saves, gathers and loads tensors can take is saved as bfloat16, with
+        snapshot, in which every tensor is a copy. Groups have ``"count"``, the number of ``step()`` calls
+        that schedules see, the ``"seed"`` of stochastic rounding and the ``"version"`` of what is saved.
+        Callables are left out. What collectives and others' code cannot take is saved as bfloat16, with
         nothing lost: 8-bit moments as their values, the 16 bits of a ``remainder`` as they are."""
         return checkpoint.snapshot(super().state_dict(), self._settings)
 

@@ -135,7 +135,7 @@ def complete_group(
 ) -> None:
     """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
     for key, value in settings.items():
-        if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's arguments here too
+        if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's here too
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
                 "constructor, or make another optimizer for that group"

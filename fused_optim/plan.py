@@ -163,8 +163,8 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
         key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
         made = _state_of(name, p, dense, state.get(p, {}), settings)
         random = random_key(seed, k)
-        operands = Operands(name, p, dense, grad_copy, made, key, hyper_row, random, settings.offset_of(name, p))
-        operands.number = len(items)
+        offset = settings.offset_of(name, p)
+        operands = Operands(name, p, dense, grad_copy, made, key, hyper_row, random, offset, len(items))
         items.append(operands)
     stepped = {o.source for o in items}
     states = [(f" of parameter {o.name}", o.state) for o in items]
@@ -179,8 +179,8 @@ def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Setting
     for key, value in old.items():
         if is_distributed(value) and not placed_alike(value, p):
             raise RuntimeError(
-                f"the state {key!r} of parameter {name} has placements {value.placements} and not its parameter's; "
-                "redistribute() it, or delete optimizer.state[p] to start it anew"
+                f"the state {key!r} of parameter {name} has placements {value.placements} and not its "
+                "parameter's; redistribute() it, or delete optimizer.state[p] to start it anew"
             )
     here = {key: local(value) for key, value in old.items()}
     check_state(name, local(p), here, keys, RuntimeError)
@@ -204,8 +204,8 @@ def init_states(groups: list[Group], state: dict[Any, Any], settings: Settings) 
     for name, p, hyper_row in numbered(groups):
         if p.requires_grad and not is_uninitialized(p) and not state.get(p):
             made[p] = _state_of(name, p, settings.dense_like(p), {}, settings)
-            zero = steps.setdefault((hyper_row, p.device), torch.zeros((), dtype=torch.int64, device=p.device))
-            made[p]["step"] = zero
+            zero = torch.zeros((), dtype=torch.int64, device=p.device)
+            made[p]["step"] = steps.setdefault((hyper_row, p.device), zero)
     state.update(made)
 
 

@@ -35,9 +35,10 @@ def exponents_key(key: str, state: State) -> str | None:
 
 
 def portable(state: State, keys: Keys) -> State:
-    """What is saved of a state. 8-bit moments are decoded, exactly: block exponents belong to what lies here of a
-    parameter. Of a remainder the 16 bits, those that split8 lacks zero, are called bfloat16: no collective
-    gathers int16, FSDP1 no integers, and others cast what they do not know to the parameter's dtype."""
+    """What is saved of a state. 8-bit moments are decoded, exactly: block exponents belong to what lies here
+    of a parameter. Of a remainder the 16 bits, those that split8 lacks zero, are called bfloat16: no
+    collective gathers int16, FSDP1 no integers, and others cast what they do not know to the parameter's
+    dtype."""
     saved = dict(state)
     for key in keys:
         exponents = exponents_key(key, state) if key in state else None
@@ -59,7 +60,8 @@ def with_remainder_bits(state: State, format: Format) -> State:
         return state
     bits = remainder.view(torch.int16)
     narrow = (bits >> 8).to(torch.int8)
-    exact = format.aux is not None and format.aux.dtype == torch.int8 and torch.equal(bits, narrow.short() << 8)
+    wanted = format.aux is not None and format.aux.dtype == torch.int8
+    exact = wanted and torch.equal(bits, narrow.to(torch.int16) << 8)
     return {**state, "remainder": narrow if exact else bits}
 
 

@@ -143,8 +143,8 @@ def _encode_8bit(width: int, values: Tensor, place: Place | None) -> Encoded:
     orders = (1 << width) - 2  # from a block's exponent to that of its largest finite value
     finite = torch.where(magnitude < 0x7F800000, magnitude, 0).reshape(-1)
     blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
-    # To nearest, a largest value that is a power of two takes the larger of the two codes that it has, under the
-    # smaller exponent: so what was decoded is encoded exactly, also where the largest was rounded up to it.
+    # To nearest, a largest value that is a power of two takes the larger of the two codes that it has, under
+    # the smaller exponent: what was decoded is encoded exactly, also where the largest was rounded up.
     exponent = (((blocks.amax(1) - int(place is None)) >> 23) - orders).clamp(min=0)
     each = _of_elements(exponent, values.shape)
     scaled = magnitude - (each << 23)

@@ -67,8 +67,9 @@ At = namedtuple("At", "start offset mask block_mask count key finite")
 ``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: the index of each, and
 whether it exists; a mask of None for all. ``block_mask``: the same of their blocks. ``count``: the address
 of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
-parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be stored with low precision are below 2^127, so that none is
-infinite or NaN or rounds to infinity, and no moment in memory is infinite or NaN (see ``step._all_finite``).
+parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be
+stored with low precision are below 2^127, so that none is infinite or NaN or rounds to infinity, and no
+moment in memory is infinite or NaN (see ``step._all_finite``).
 True or None, since Triton makes tensors of other constants in a tuple.
 """
 
@@ -199,8 +200,8 @@ def _dither(at, OPERAND: tl.constexpr, BITS: tl.constexpr):
 
 @triton.jit
 def _random_words(at):
-    """16 bits for each element. In a full chunk eight neighbours, which one thread holds, share one evaluation;
-    else the first element may be in the middle of eight."""
+    """16 bits for each element. In a full chunk eight neighbours, which one thread holds, share one
+    evaluation; else the first element may be in the middle of eight."""
     EACH: tl.constexpr = 8 if at.mask is None else 1
     N: tl.constexpr = at.offset.shape[0] // EACH
     first = at.start + tl.load(at.key + 1)

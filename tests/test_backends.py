@@ -25,7 +25,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 STORED = ["fp32", "bf16", "fp32+8bit", "split16", "bf16_stochastic", "split8+8bit"]
 """Those that differ in how values are stored."""
-SHARDS = [named("split8", "bf16", "e4m3", "e5m3"), named("bf16_stochastic", "bf16", "bf16_dither", "bf16_dither")]
+SHARDS = [
+    named("split8", "bf16", "e4m3", "e5m3"),
+    named("bf16_stochastic", "bf16", "bf16_dither", "bf16_dither"),
+]
 """Formats that round by an element's index, all of them."""
 
 
@@ -316,7 +319,7 @@ def threads(n: int) -> Iterator[None]:
 @pytest.mark.parametrize("backend", [marked(name) for name in ("cpu", "triton")])
 @pytest.mark.parametrize("formats", SHARDS)
 def test_shards_round_by_the_index_in_the_whole(backend: str, formats: Formats) -> None:
-    """Rows whose first element is not the parameter's, also in the middle of the eight that share random bits."""
+    """Rows whose first element is not the parameter's, also amid the eight that share random bits."""
     if device_of(backend) != "cpu":
         pytest.skip("the table of this test lies on the CPU")
     rows = [Row(2500, first=first) for first in (0, 8, 13, 2**33 + 3)]

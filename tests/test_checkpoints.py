@@ -33,8 +33,8 @@ def halving(count: int) -> float:
 
 
 def check_alike(*optimizers: Any, first: int) -> None:
-    """All have the same values, and step on alike. (A block of 8-bit values whose largest is a power of two can
-    be stored in two ways.)"""
+    """All have the same values, and step on alike. (A block of 8-bit values whose largest is a power of two
+    can be stored in two ways.)"""
     want = optimizers[0].state_dict()
     for o in optimizers:
         assert_same_bits(o.state_dict(), want)

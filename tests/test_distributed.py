@@ -66,7 +66,8 @@ def run_checks(rank: int, ranks: int, folder: Path) -> None:
     init = f"file://{folder}/init{ranks}"
     dist.init_process_group("gloo", init, timedelta(seconds=60), rank=rank, world_size=ranks)
     warnings.simplefilter("error")
-    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|Multiple backends)")  # torch's own
+    # torch's own, of FSDP1
+    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|Multiple backends)")
     for name, function in CHECKS[ranks].items():
         said = ""
         torch.manual_seed(0)
@@ -300,7 +301,8 @@ OPTIONS = {
 
 @check
 def state_dicts_of_checkpoint_helpers(folder: Path) -> None:
-    """torch.distributed.checkpoint.state_dict, in every format: the next steps are the same, count and seed."""
+    """torch.distributed.checkpoint.state_dict, in every format: the next steps are the same, and count and
+    seed."""
     for format in FORMATS:
         make, dtype, options = options_of(format)
         model = sharded(dtype)
@@ -499,7 +501,8 @@ def zero_redundancy_optimizer(folder: Path) -> None:
     for views, flatten in ((False, False), (True, False), (False, True), (True, True)):
         model, twin = small_model(), small_model()
         given = {"parameters_as_bucket_view": views, "flatten": flatten, **options}
-        zero, single = ZeroRedundancyOptimizer(model.parameters(), make, **given), make(twin.parameters(), **options)
+        zero = ZeroRedundancyOptimizer(model.parameters(), make, **given)
+        single = make(twin.parameters(), **options)
         steps(model, zero, 3)
         steps(twin, single, 3)
         assert_same_bits(values_of(model), values_of(twin), f"views {views}, flatten {flatten}")
@@ -508,7 +511,7 @@ def zero_redundancy_optimizer(folder: Path) -> None:
 @check
 def fsdp1(folder: Path) -> None:
     """Its own state dicts, full and back, in every format: the next steps are the same. (With
-    use_orig_params=True torch 2.13 itself loads other first moments than it saved, torch.optim.AdamW's too.)"""
+    use_orig_params=True torch 2.13 loads other first moments than it saved, of torch.optim.AdamW too.)"""
     for format in FORMATS:
         make, dtype, options = options_of(format)
         models = [FSDP1(small_model(dtype), device_id=torch.device("cpu")) for _ in range(2)]
