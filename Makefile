@@ -30,7 +30,7 @@ demo: $(VENV)/installed
 
 # One thread a worker: the tests are many and small, and those of threads set their own number.
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not kernels"
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m "not kernels and not stacks"
 
 # All kernels as they are compiled, by each compiler: looked at, and run by an emulator.
 test-kernels: $(VENV)/installed $(TRITONS:%=$(VENV)/triton-%)

@@ -277,7 +277,7 @@ struct Operands {
   Array<Grad> g;
   Array<Mu> mu;
   Array<Nu> nu;
-  int64_t begin;
+  int64_t begin;  // the first element's index in the parameter
   Place place;
   Coefficients<typename Param::Working> c;
 };
@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
                                                {row.grad, 0, begin},
                                                {row.mu, row.mu_aux, begin},
                                                {row.nu, row.nu_aux, begin},
-                                               begin,
+                                               begin + row.offset,
                                                {c.count, static_cast<uint64_t>(row.key)},
                                                c};
   const int lane = thread % kLanes;

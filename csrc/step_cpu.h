@@ -56,18 +56,22 @@ inline void prefetch_bytes(const void* first, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(first) + i, 1);
 }
 
-// Philox gives eight neighbours their bits at once, two of them in each word.
-FUSED_OPTIM_APART inline void random_tile(const Place& place, int64_t begin, uint16_t* random) {
-  uint32_t words[4][kTile / 8];
-#pragma omp simd
-  for (int64_t i = 0; i < kTile / 8; ++i) {
+// Philox gives eight neighbours their bits at once, two of them in each word. Returns where those of element `begin`
+// are, which may not be the first of the eight.
+FUSED_OPTIM_APART inline const uint16_t* random_tile(const Place& place, int64_t begin, uint16_t* random) {
+  uint32_t words[4][kTile / 8 + 1];
+  const auto evaluate = [&](int64_t i) FUSED_OPTIM_INLINE {
     const PhiloxWords four = philox(static_cast<uint64_t>(begin / 8 + i), place);
     words[0][i] = four.word[0];
     words[1][i] = four.word[1];
     words[2][i] = four.word[2];
     words[3][i] = four.word[3];
-  }
-  for (int64_t i = 0; i < kTile / 8; ++i) {
+  };
+#pragma omp simd
+  for (int64_t i = 0; i < kTile / 8; ++i) evaluate(i);
+  const bool one_more = begin % 8 != 0;
+  if (one_more) evaluate(kTile / 8);
+  for (int64_t i = 0; i < kTile / 8 + one_more; ++i) {
     for (int k = 0; k < 4; ++k) {
 #if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
       words[k][i] = words[k][i] << 16 | words[k][i] >> 16;
@@ -75,6 +79,7 @@ FUSED_OPTIM_APART inline void random_tile(const Place& place, int64_t begin, uin
       memcpy(random + 8 * i + 2 * k, &words[k][i], sizeof(uint32_t));
     }
   }
+  return random + begin % 8;
 }
 
 // `body(i, count)` for each vector of elements `i` to `end`.
@@ -219,11 +224,12 @@ struct Tile {
   FUSED_OPTIM_HD void take_magnitudes(Words m) { largest = larger(m, largest); }
 };
 
-// Encodes the `n` values of a tile that begins at element `begin`; block exponents are in place.
+// Encodes the `n` values of a tile that begins at element `begin` of its parameter; block exponents are in place.
 template <class Codec, Operand operand>
 FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64_t begin, int64_t n, Place place) {
-  alignas(Words) uint16_t random[Codec::random == kPhilox ? kTile : 1];
-  if constexpr (Codec::random == kPhilox) random_tile(place, begin, random);
+  alignas(Words) uint16_t random_bits[Codec::random == kPhilox ? kTile + 8 : 1];
+  const uint16_t* random = random_bits;
+  if constexpr (Codec::random == kPhilox) random = random_tile(place, begin, random_bits);
   tile.begin_dithers(begin, place);
   for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Codec>) {
     tile.begin_block(block);
@@ -302,8 +308,8 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
         nu.end_block(block, first, block_end);
       }
       const bool finite = mu.has_finite_values() && nu.has_finite_values();
-      mu.begin_dithers(begin, place);
-      nu.begin_dithers(begin, place);
+      mu.begin_dithers(row.offset + begin, place);
+      nu.begin_dithers(row.offset + begin, place);
       for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
         const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
         mu.begin_block(block);
@@ -321,11 +327,11 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
         });
       }
       if (!finite) {
-        encode_tile(mu, false, begin, n, place);
-        encode_tile(nu, false, begin, n, place);
+        encode_tile(mu, false, row.offset + begin, n, place);
+        encode_tile(nu, false, row.offset + begin, n, place);
       }
     }
-    if constexpr (kBuffered<Param>) encode_tile(param, param.has_finite_values(), begin, n, place);
+    if constexpr (kBuffered<Param>) encode_tile(param, param.has_finite_values(), row.offset + begin, n, place);
   }
 }
 

@@ -9,6 +9,7 @@ struct Row {
   int64_t numel, counter, grad, param, mu, nu;
   int64_t param_aux, mu_aux, nu_aux;  // second parts, 0 where the format has none
   int64_t key;                        // of the parameter's random bits
+  int64_t offset;                     // the first element's index in its parameter
 };
 
 // A chunk number is complemented where the chunk is short or its row is not aligned.

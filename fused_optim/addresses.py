@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from .backends import extension
-from .layout import freed, is_lazy
+from .layout import freed, is_distributed, is_lazy, local
 from .table import int64_tensor
 
 CHANGED, SAME, GRADS_MOVED = range(3)  # what Addresses.ask found, here and in csrc/addresses.h
@@ -32,27 +32,31 @@ class Addresses:
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
         self._fixed = [*(p for p in self._params if p.grad is not None), *held]
         # A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
+        self._distributed = any(map(is_distributed, self._fixed))
         self._may_be_lazy = [t for t in self._fixed if t.is_complex() or t.dim() == 0]
         self._seen = self._look()
         self.grads = int64_tensor(self._seen[-1])  # of the gradients that there are; kept up to date
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
         self._known = (self._params, held, *dicts, values)
-        native = cpu and cpu.Addresses(self._params, held, self.grads.data_ptr())
+        native = cpu and not self._distributed and cpu.Addresses(self._params, held, self.grads.data_ptr())
         self._native = native if native and native.works() else None
 
     def _look(self) -> list[Any]:
         """What parameters, states and gradients are like and where they are; last, where gradients are."""
         grads = [p.grad for p in self._params]
-        tensors = [*self._fixed, *(g for g in grads if g is not None)]
+        tensors, placements = [*self._fixed, *(g for g in grads if g is not None)], []
+        if self._distributed:
+            placements = [t.placements for t in tensors if is_distributed(t)]
+            tensors = list(map(local, tensors))
         try:
             strides, places = list(map(Tensor.stride, tensors)), list(map(Tensor.data_ptr, tensors))
         except RuntimeError:  # a sparse gradient has none
             return []
         kinds = [[t.dtype for t in tensors], [t.shape for t in tensors], strides]
-        lazy = [is_lazy(t) for p in self._may_be_lazy for t in (p, p.grad) if t is not None]
+        lazy = [is_lazy(local(t)) for p in self._may_be_lazy for t in (p, p.grad) if t is not None]
         n = len(self._fixed)
-        return [[g is None for g in grads], *kinds, lazy, places[:n], places[n:]]
+        return [[g is None for g in grads], *kinds, lazy, placements, places[:n], places[n:]]
 
     def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
@@ -67,7 +71,7 @@ class Addresses:
         places, before = seen[-1], self._seen[-1]
         if places == before:
             return SAME
-        grads = (p.grad for p in self._params if p.grad is not None)
+        grads = (local(p.grad) for p in self._params if p.grad is not None)
         if any((a ^ b) % 16 for a, b in zip(places, before)) or any(map(freed, grads)):
             return CHANGED
         self._seen = seen

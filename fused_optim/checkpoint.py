@@ -6,10 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .options import Group, check_group, names_of, whole_number
+from .layout import local, shard_of
+from .options import VERSION, Group, check_group, names_of, whole_number
 from .plan import Settings
 from .reference import MAX_COUNT
-from .state import check_saved, checked_step, in_formats, own, with_exponent_keys
+from .state import (
+    check_saved,
+    checked_step,
+    in_formats,
+    own,
+    portable,
+    with_exponent_keys,
+    with_remainder_bits,
+)  # fmt: skip
 
 _ELSEWHERE = {
     *("foreach", "fused", "capturable", "differentiable", "buffer", "param_names"),
@@ -19,50 +28,60 @@ _ELSEWHERE = {
 _DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay")
 
 
-Loaded = tuple[list[Group], dict[Tensor, dict[str, Any]], int, int | None]  # groups, states, count and seed
+Loaded = tuple[list[Group], dict[Tensor, dict[str, Any]]]  # groups and states
 
 
-def snapshot(state_dict: dict[str, Any], count: int, seed: int | None) -> dict[str, Any]:
-    """torch's state dict with tensors of its own, without callables, with count and seed."""
+def snapshot(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """torch's state dict with tensors of its own and without callables."""
     state = {
-        key: {k: own(v) for k, v in state.items()} if isinstance(state, dict) else own(state)
+        key: {k: own(v) for k, v in portable(state, settings.rule.states).items()}
+        if isinstance(state, dict)
+        else own(state)
         for key, state in state_dict["state"].items()
     }
     groups = [
-        {k: list(v) if isinstance(v, list) else own(v) for k, v in group.items() if k != "schedules"}
+        {**{k: list(v) if isinstance(v, list) else own(v) for k, v in group.items()}, "schedules": None}
         for group in state_dict["param_groups"]
     ]
-    seeds = {} if seed is None else {"seed": seed}
-    return {**state_dict, "state": state, "param_groups": groups, "count": count, **seeds}
+    return {**state_dict, "state": state, "param_groups": groups}
 
 
 def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled_lr: bool) -> Loaded:
     """Raises a ValueError that names what cannot be loaded; changes nothing."""
     groups = [_complete(group, ours, i, decoupled_lr) for i, group in enumerate(saved["param_groups"])]
+    _warn_of_names(groups, ours)
     states: dict[Tensor, dict[str, Any]] = {}
     steps: dict[Any, Tensor] = {}
     keys, numbers = settings.rule.states, [0]
     for i, (group, our) in enumerate(zip(groups, ours)):
         decays = group["weight_decay_mask"] or [True] * len(our["params"])
         for name, key, p, decay in zip(names_of(ours, i), group["params"], our["params"], decays):
-            if not saved["state"].get(key):
+            # torch's flattened dicts are read by the keys of this optimizer's states, with {} for none.
+            state = {k: v for k, v in saved["state"].get(key, {}).items() if not isinstance(v, dict)}
+            if not state:
                 continue
-            state = {k: own(v) for k, v in saved["state"][key].items()}
+            state = {k: own(v if k == "step" else shard_of(p, v)) for k, v in state.items()}
             state = with_exponent_keys({"step": group.get("step"), **state}, keys)
-            check_saved(name, p, state, keys, settings.rule.name)
-            states[p] = in_formats(state, p, keys, settings.formats_of(p), settings.dense_like(p))
+            state = with_remainder_bits(state, settings.formats_of(p).param)
+            check_saved(name, local(p), state, keys, settings.rule.name)
+            state = in_formats(state, local(p), keys, settings.formats_of(p), settings.dense_like(p))
+            states[p] = settings.placed(p, state)
             numbers.append(checked_step(name, state["step"], ValueError))
             # Equal numbers are one tensor: see plan.py, of what is stepped together.
             together = (i, p.device, numbers[-1], decay)
             if together not in steps:
                 steps[together] = torch.tensor(numbers[-1], dtype=torch.int64, device=p.device)
             states[p]["step"] = steps[together]
-    count = whole_number("the saved 'count'", saved.get("count", max(numbers)), MAX_COUNT + 1)
-    seed = None if saved.get("seed") is None else whole_number("seed", saved["seed"], 2**32)
+    # Version 1 had both beside the groups.
+    first = {**(saved["param_groups"][0] if saved["param_groups"] else {}), **saved}
+    count = whole_number("the saved 'count'", first.get("count", max(numbers)), MAX_COUNT + 1)
+    for group, our in zip(groups, ours):
+        group["count"] = count
+        group["seed"] = whole_number("seed", first.get("seed", our.get("seed", 0)), 2**32)
     for i, (group, our) in enumerate(zip(saved["param_groups"], ours)):
         if "weight_decay_mask" not in group:
             _warn_of_differences(group, our, i)
-    return groups, states, count, seed
+    return groups, states
 
 
 def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -> Group:
@@ -76,7 +95,30 @@ def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -
     if mask is not None and len(mask) != n:
         raise ValueError(f"weight_decay_mask{where} has {len(mask)} entries for {n} parameters")
     check_group(complete, where)
-    return complete
+    version = whole_number(f"version{where}", group.get("version", 1), 2**31)
+    if version > VERSION:
+        newer = "of a newer fused_optim; this one reads up to"
+        raise ValueError(f"version{where} is {version}, {newer} {VERSION}")
+    return {**complete, "version": VERSION, "schedules": {}}
+
+
+def _warn_of_names(groups: list[Group], ours: list[Group]) -> None:
+    """Say where parameters that are matched by their order have other names. (torch.distributed.checkpoint
+    has names in place of numbers, and matches by them.)"""
+    for i, (group, our) in enumerate(zip(groups, ours)):
+        saved, names = group.get("param_names"), our.get("param_names")
+        numbered = all(isinstance(key, int) for key in group["params"])
+        if saved and names and numbered and list(saved) != list(names):
+            which = "in another order" if sorted(saved) == sorted(names) else "other names"
+            pairs = ", ".join(f"{a!r} for {b!r}" for a, b in zip(saved, names) if a != b)
+            warnings.warn(
+                f"saved group {i} has its parameters {which}, and states are loaded by their order: {pairs}; "
+                "make the optimizer for the same parameters in the saved order",
+                UserWarning,
+                stacklevel=7,
+            )
+        if names:
+            group["param_names"] = list(names)
 
 
 def _warn_of_differences(group: Group, our: Group, index: int) -> None:
@@ -100,6 +142,5 @@ def _warn_of_differences(group: Group, our: Group, index: int) -> None:
 def keep_schedules(old: list[Group], new: list[Group]) -> None:
     """Give loaded groups the callables of those that they replace; loaded values are no outside writes."""
     for before, group in zip(old, new):
-        if "schedules" in before:
-            schedules = before["schedules"].items()
-            group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}
+        schedules = before.get("schedules", {}).items()
+        group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}

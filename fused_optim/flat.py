@@ -55,6 +55,9 @@ class FlatBuffers:
         at = t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size()
         return at and (part.block > 1 or t.stride() == p.stride())
 
+    def is_alike(self, p: Tensor) -> bool:  # in what a buffer has one of
+        return (p.device, p.dtype) == (self.device, self.dtype)
+
     def bounds(self, p: Tensor) -> tuple[int, int]:  # in real elements
         start, end = self._bounds(self.param, p)
         return (2 * start, 2 * end) if self.dtype.is_complex else (start, end)
@@ -66,10 +69,17 @@ class FlatLayout:
     def __init__(self) -> None:
         self.buffers: list[FlatBuffers] = []
         self.buffers_of: dict[Any, FlatBuffers] = {}
+        self._elsewhere: set[Any] = set()
 
     def hold(self, params: Iterable[Tensor]) -> None:
-        """Have exactly these parameters in flat buffers; if they are not, gather them anew."""
-        params = list(params)
+        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Where somebody
+        has moved all out of a buffer since, they stay where they are."""
+        ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
+        for b in self.buffers:
+            # Who moves all of them has buffers too: ZeroRedundancyOptimizer(parameters_as_bucket_view=True).
+            if all(p.untyped_storage().data_ptr() not in ours and b.is_alike(p) for p in b.params):
+                self._elsewhere.update(b.params)
+        params = [p for p in params if p not in self._elsewhere]
         in_slots = all(b.in_slot(b.param, p, p) for p, b in self.buffers_of.items())
         if in_slots and self.buffers_of.keys() == set(params):
             return

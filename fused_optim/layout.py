@@ -1,12 +1,78 @@
 """How a tensor's elements lie in memory, and which tensors a kernel can be given."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy as is_uninitialized
 
 from .storage import native_gradient, plain_format
+
+
+def is_distributed(t: Any) -> bool:  # a DTensor
+    return hasattr(t, "to_local") and hasattr(t, "placements")
+
+
+@torch.no_grad()  # else the local tensor would be a view to autograd
+def local(t: Any) -> Any:
+    """What of a tensor lies in this process: a DTensor's local tensor; anything else itself."""
+    return t.to_local() if is_distributed(t) else t
+
+
+def placed_alike(a: Any, b: Any) -> bool:
+    """Whether two tensors are plain, or DTensors with equal meshes and placements."""
+    if not (is_distributed(a) and is_distributed(b)):
+        return is_distributed(a) == is_distributed(b)
+    return bool(a.device_mesh == b.device_mesh and a.placements == b.placements)
+
+
+def placed_like(p: Any, t: Tensor) -> Tensor:
+    """A tensor like ``local(p)`` as a DTensor placed like ``p``, if that is one."""
+    if not is_distributed(p):
+        return t
+    from torch.distributed.tensor import DTensor
+
+    like = {"shape": p.shape, "stride": p.stride()}
+    return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, **like)
+
+
+def shard_of(p: Any, t: Any) -> Any:
+    """Of a tensor like the whole ``p``, in any placement, what belongs to ``local(p)``. All processes that
+    have a part of either must ask."""
+    if is_distributed(t) and not placed_alike(p, t):
+        t = t.redistribute(p.device_mesh, p.placements) if is_distributed(p) else t.full_tensor()
+    elif is_distributed(p) and not is_distributed(t) and t.shape == p.shape:
+        from torch.distributed.tensor import distribute_tensor
+
+        t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)
+    return local(t)
+
+
+def first_index(name: str, p: Any) -> int:
+    """The index in the whole parameter of its first element here: 0 unless it is a shard. Raises a ValueError
+    where the elements here are not neighbours in the whole."""
+    if not is_distributed(p):
+        return 0
+    first, rows = 0, p.shape[0] if p.dim() else 1
+    neighbours = True
+    for size, place, placement in zip(p.device_mesh.shape, p.device_mesh.get_coordinate(), p.placements):
+        if size > 1 and not placement.is_replicate():
+            # As torch.chunk cuts. What is strided is a subclass.
+            neighbours &= type(placement).__name__ == "Shard" and placement.dim == 0
+            most = -(-rows // size)
+            first += min(place * most, rows)
+            rows = max(0, min(most, rows - place * most))
+    shape = local(p).shape
+    if not neighbours or (p.dim() and shape != (rows, *p.shape[1:])):
+        raise ValueError(
+            f"parameter {name} has placements {p.placements}, and its formats round by an element's index in "
+            "the whole parameter, for which a shard must be whole rows that follow each other, Replicate() "
+            "or Shard(0); give state_format='fp32', master_weights=None or 'split16' and "
+            "stochastic_rounding=False"
+        )
+    return int(first * math.prod(p.shape[1:]))
 
 
 def span(t: Tensor) -> int:
@@ -47,6 +113,18 @@ def dense_like(p: Tensor, in_order: bool) -> Tensor:
     return torch.empty(p.shape, dtype=p.dtype, device=p.device)
 
 
+def has_nonzero_gradient(p: Any) -> bool:
+    """Whether an element of the gradient is not zero, in any process's part of it."""
+    total = p.grad.abs().sum()
+    return bool((total.full_tensor() if is_distributed(total) else total) != 0)
+
+
+def gradient_of(p: Any) -> Any:
+    """What of the gradient belongs to ``local(p)``: that of a DTensor may be placed in another way."""
+    g = p.grad
+    return local(g if placed_alike(g, p) else g.redistribute(p.device_mesh, p.placements))
+
+
 def gradient_is_native(g: Tensor, p: Tensor, dense: Tensor) -> bool:
     """Whether kernels read a gradient where it lies: its dtype is native, its layout that of ``dense``."""
     native = native_gradient(p.dtype, g.dtype) and same_layout(g, dense) and is_dense(g) and not is_lazy(g)
@@ -63,6 +141,12 @@ def check_kind(name: str, p: Tensor, flatten: bool) -> None:
     """Raise where a new parameter is of a kind that cannot be stepped at all, naming it."""
     if is_uninitialized(p):
         return
+    if flatten and is_distributed(p):
+        raise ValueError(
+            f"parameter {name} is a DTensor, whose memory flatten=True cannot move into a buffer; give "
+            "flatten=False"
+        )
+    p = local(p)
     if p.device.type != "meta" and p.untyped_storage().device.type == "meta":
         raise TypeError(
             f"parameter {name} has no memory of its own to step ({type(p).__name__}); make the optimizer for "
@@ -87,12 +171,12 @@ def check_address(what: str, t: Tensor) -> None:
     raise ValueError(f"{what} {problem}")
 
 
-def check_stepped(name: str, p: Tensor) -> None:
+def check_stepped(name: str, p: Any) -> None:
     """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
     if plain_format(p.dtype) is None:
         supported = "float32, float64, bfloat16, float16, complex64 and complex128"
         raise NotImplementedError(f"parameter {name} has dtype {p.dtype}; supported are {supported}")
-    check_address(f"parameter {name}", p)
+    check_address(f"parameter {name}", local(p))
     g, problem = p.grad, None
     assert g is not None
     if g.layout != torch.strided:
@@ -103,9 +187,13 @@ def check_stepped(name: str, p: Tensor) -> None:
         problem = f"is on {g.device}, its parameter on {p.device}; they must be on the same device"
     elif g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
         problem = f"has dtype {g.dtype}, its parameter {p.dtype}; both must be floating-point, or complex"
+    elif is_distributed(g) != is_distributed(p):
+        problem = f"is a {type(g).__name__}, its parameter a {type(p).__name__}; both must be DTensors or none"
+    elif is_distributed(g) and g.device_mesh != p.device_mesh:
+        problem = f"is on the mesh {g.device_mesh}, its parameter on {p.device_mesh}; they must be equal"
     if problem is not None:
         raise RuntimeError(f"the gradient of parameter {name} {problem}")
-    check_address(f"the gradient of parameter {name}", g)
+    check_address(f"the gradient of parameter {name}", local(g))
 
 
 def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
@@ -115,6 +203,7 @@ def check_no_overlap(named: Sequence[tuple[str, Tensor]]) -> None:
     for name, t in named:
         if names.setdefault(id(t), name) != name:
             raise ValueError(f"{names[id(t)]} and {name} are the same tensor; give it once")
+        t = local(t)
         if is_uninitialized(t) or t.layout is not torch.strided or t.numel() == 0 or t.data_ptr() == 0:
             continue
         if _may_collide(t) and len(set(_offsets(t).tolist())) != t.numel():

@@ -14,7 +14,8 @@ from torch import Tensor
 from . import checkpoint, options
 from .backends import Inputs, select
 from .flat import FlatLayout
-from .plan import Plan, Settings
+from .layout import has_nonzero_gradient
+from .plan import Plan, Settings, init_states
 from .reference import MAX_COUNT
 from .rules import RULES
 from .state import bytes_in_use, check_saved, check_state, checked_step, decoded, in_formats, own
@@ -69,7 +70,6 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
         self._step_supports_amp_scaling = options.flag("unscale_in_step", unscale_in_step)
         self._mask = weight_decay_mask
-        self._count = self._seed = 0
         self._reset()
         super().__init__(params, {**defaults, "differentiable": False})
         options.check_mask(weight_decay_mask, self.param_groups)
@@ -87,14 +87,21 @@ class FusedOptimizer(torch.optim.Optimizer):
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
 
+    # In the groups, the same in all of them, since all that saves optimizers saves groups.
+    @property
+    def _count(self) -> int:
+        return int(self.param_groups[0].get("count", 0)) if self.param_groups else 0
+
     @property
     def seed(self) -> int:
         """Of ``stochastic_rounding``, in [0, 2^32). Saved. 0 unless set, so that replicas round alike."""
-        return self._seed
+        return int(self.param_groups[0].get("seed", 0)) if self.param_groups else 0
 
     @seed.setter
     def seed(self, seed: int) -> None:
-        self._seed = options.whole_number("seed", seed, 2**32)
+        seed = options.whole_number("seed", seed, 2**32)
+        for group in self.param_groups:
+            group["seed"] = seed
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as :meth:`torch.optim.Optimizer.add_param_group`; errors are the constructor's, and
@@ -102,7 +109,10 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
-        options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr)
+        settings = {**self._settings.by_name, "decoupled_lr": self._decoupled_lr}
+        settings["unscale_in_step"] = self._step_supports_amp_scaling
+        options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr, settings)
+        group["seed"] = self.seed
         earlier = len(self._params())
         self._settings.check_new(group, self.param_groups)
         super().add_param_group(group)
@@ -124,13 +134,16 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
+        if not self.state and self._is_asked_for_states():
+            self.init_state()
+            return loss
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if capturing:
             options.check_capture(self.param_groups)
         options.run_schedules(self.param_groups, self._count)
         self._hyper.read(self.param_groups)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        given = (self._seed, scale is not None, found_inf is not None)
+        given = (self.seed, scale is not None, found_inf is not None)
         # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
         plan, self._plan = self._plan, None
         if plan is None or not plan.refresh(self.param_groups, self.state, given):
@@ -159,8 +172,33 @@ class FusedOptimizer(torch.optim.Optimizer):
             self._hyper.on_device = {}
             for _, batch in plan.batches:
                 batch.on_device = {}
-        self._count = min(self._count + 1, MAX_COUNT)
+        count = min(self._count + 1, MAX_COUNT)
+        for group in self.param_groups:
+            group["count"] = count
         return loss
+
+    def _is_asked_for_states(self) -> bool:
+        """Whether this is no step but how ``torch.distributed.checkpoint`` asks for states that a checkpoint
+        can be read into: no state yet, learning rates of 0, and all gradients there and zero."""
+        if not all(options.lr_value(group["lr"]) == 0 for group in self.param_groups):
+            return False
+        params = [p for p in self._params() if p.requires_grad]
+        return all(p.grad is not None for p in params) and not any(map(has_nonzero_gradient, params))
+
+    @torch.no_grad()
+    def init_state(self) -> None:
+        """Make the states of all parameters that have none and require a gradient, as the first step would:
+        no parameter changes, no step is counted. A checkpoint can be read into them.
+
+        Example:
+            >>> from fused_optim import AdamW
+            >>> model = torch.nn.Linear(3, 1)
+            >>> optimizer = AdamW(model.parameters())
+            >>> optimizer.init_state()
+            >>> sorted(optimizer.state[model.weight])
+            ['exp_avg', 'exp_avg_sq', 'step']
+        """
+        init_states(self.param_groups, self.state, self._settings)
 
     def unflatten(self) -> None:
         """Give every parameter, gradient and state memory of its own, for code that saves or shares single
@@ -249,11 +287,11 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """The state as plain numbers and tensors, as :meth:`torch.optim.Optimizer.state_dict`: a
-        snapshot, in which every tensor is a copy. Beside torch's keys it has ``"count"``, the number of
-        ``step()`` calls that schedules see, and with ``stochastic_rounding`` the ``"seed"``. Callables are
-        left out."""
-        seed = self._seed if self._settings.formats[2] else None
-        return checkpoint.snapshot(super().state_dict(), self._count, seed)
+        snapshot, in which every tensor is a copy. Groups have ``"count"``, the number of ``step()`` calls
+        that schedules see, the ``"seed"`` of stochastic rounding and the ``"version"`` of what is saved.
+        Callables are left out. What collectives and others' code cannot take is saved as bfloat16, with
+        nothing lost: 8-bit moments as their values, the 16 bits of a ``remainder`` as they are."""
+        return checkpoint.snapshot(super().state_dict(), self._settings)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what :meth:`state_dict` returned, here or from another optimizer with the same state keys.
@@ -272,9 +310,7 @@ class FusedOptimizer(torch.optim.Optimizer):
 
         def install(_: torch.optim.Optimizer) -> None:
             checkpoint.keep_schedules(old, self.param_groups)
-            states, self._count, seed = loaded[0][1:]
-            self.state.update(states)
-            self._seed = self._seed if seed is None else seed
+            self.state.update(loaded[0][1])
 
         # torch's own method casts moments to the parameter's dtype and cannot be told not to.
         with ExitStack() as hooks:
@@ -293,7 +329,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         return twin
 
     def _pickled(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed", "_step_supports_amp_scaling")
+        own = ("_settings", "_decoupled_lr", "_mask", "_step_supports_amp_scaling")
         return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

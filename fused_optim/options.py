@@ -2,7 +2,8 @@
 
 A group is a plain dict, as everywhere in ``torch.optim``. What belongs to it lives in it: its
 numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``reference_lr`` (what
-``decoupled_lr`` divides lr by) and ``schedules`` (each callable, with the value that it last gave).
+``decoupled_lr`` divides lr by), ``schedules`` (each callable, with the value that it last gave), and what
+is the optimizer's: ``count`` (of ``step()`` calls, which schedules see), ``seed`` and ``version``.
 """
 
 import math
@@ -22,11 +23,11 @@ from .storage import MASTER_WEIGHTS, STATE_FORMATS
 Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls, as in Optax
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
-_FORMATS = ("state_format", "master_weights", "stochastic_rounding")
 _NOT_HERE = {
     "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
+VERSION = 2  # of state dicts; those of 0.1 have none
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
     "betas[0]": "Invalid beta parameter at index 0",
@@ -141,19 +142,23 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
     return number(f"{key} at count {count}", value)
 
 
-def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
-    """Check a new group and give it all that belongs in one."""
-    for key in (*_FORMATS, "unscale_in_step", "flatten", "backend", "decoupled_lr"):
-        if key in group:
+def complete_group(
+    group: Group, index: int, count: int, decoupled_lr: bool, settings: dict[str, Any]
+) -> None:
+    """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
+    for key, value in settings.items():
+        if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's here too
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
                 "constructor, or make another optimizer for that group"
             )
     check_torchs(group)
     schedules = {key: group[key] for key in ("lr", "weight_decay") if callable(group[key])}
+    # All keys are there always: checkpoints are read by the keys that groups have.
+    group.update(schedules={}, count=count, version=VERSION)
     for key, schedule in schedules.items():
         group[key] = _scheduled_value(key, schedule, count)
-        group.setdefault("schedules", {})[key] = [schedule, group[key]]
+        group["schedules"][key] = [schedule, group[key]]
     check_group(group, where_of(index))
     if decoupled_lr:
         if "lr" in schedules or float(group["lr"]) == 0:

@@ -12,7 +12,19 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 from . import addresses
 from .backends import Backend, select
 from .flat import FlatLayout
-from .layout import check_address, check_kind, check_no_overlap, check_stepped, dense_like, gradient_is_native
+from .layout import (
+    check_address,
+    check_kind,
+    check_no_overlap,
+    check_stepped,
+    dense_like,
+    first_index,
+    gradient_is_native,
+    is_distributed,
+    local,
+    placed_alike,
+    placed_like,
+)  # fmt: skip
 from .options import Group, numbered
 from .rounding import random_key
 from .rules import Rule
@@ -32,15 +44,29 @@ class Settings:
     flatten: bool
     backend: str | None
 
+    @property
+    def by_name(self) -> dict[str, Any]:  # as the constructor's arguments
+        names = ("state_format", "master_weights", "stochastic_rounding", "flatten", "backend")
+        return dict(zip(names, (*self.formats, self.flatten, self.backend)))
+
     def formats_of(self, p: Tensor) -> Formats:
         return formats_of(p.dtype, *self.formats)
 
     def dense_like(self, p: Tensor) -> Tensor:
-        return dense_like(p, self.formats_of(p).index_dependent)
+        return dense_like(local(p), self.formats_of(p).index_dependent)
+
+    def offset_of(self, name: str, p: Tensor) -> int:
+        return first_index(name, p) if self.formats_of(p).index_dependent else 0
 
     def parts_of(self, p: Tensor) -> list[Part]:
         """What a parameter keeps in its state, but for ``step``."""
         return state_parts(self.rule.states, self.formats_of(p), p.dtype)
+
+    def placed(self, p: Tensor, state: State) -> State:
+        """A state of which nothing is a DTensor yet, placed like its parameter; block exponents are a
+        shard's own."""
+        whole = {part.key for part in self.parts_of(p) if part.block == 1}
+        return {k: placed_like(p, t) if k in whole and not is_distributed(t) else t for k, t in state.items()}
 
     def can_be_flat(self, p: Tensor) -> bool:
         """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
@@ -56,6 +82,7 @@ class Settings:
                 check_kind(name, p, self.flatten)
                 if plain_format(p.dtype) is not None:
                     check_formats(name, p.dtype, *self.formats)
+                    self.offset_of(name, p)
                 named.append((f"parameter {name}", p))
         check_no_overlap(named)
 
@@ -124,19 +151,21 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
     check_no_overlap([(f"parameter {name}", p) for _, name, p, _ in live])
     items: list[Operands] = []
     for k, name, p, hyper_row in live:
-        dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), p.grad
-        assert plain is not None and grad is not None
+        dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), local(p.grad)
+        assert plain is not None
         grad_copy = None
-        if not gradient_is_native(grad, p, dense):
+        if not placed_alike(p.grad, p) or not gradient_is_native(grad, local(p), dense):
             dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else plain.working
-            grad = grad_copy = torch.empty_strided(p.shape, dense.stride(), dtype=dtype, device=p.device)
+            grad = grad_copy = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=p.device)
         param, mu, nu = settings.formats_of(p)
         grad_format = plain_format(grad.dtype)
         assert grad_format is not None
         key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
         made = _state_of(name, p, dense, state.get(p, {}), settings)
         random = random_key(seed, k)
-        items.append(Operands(name, p, dense, grad_copy, made, key, hyper_row, random, number=len(items)))
+        offset = settings.offset_of(name, p)
+        operands = Operands(name, p, dense, grad_copy, made, key, hyper_row, random, offset, len(items))
+        items.append(operands)
     stepped = {o.source for o in items}
     states = [(f" of parameter {o.name}", o.state) for o in items]
     states += [("", s) for p, s in state.items() if isinstance(s, dict) and p not in stepped]
@@ -147,17 +176,37 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:
     keys = settings.rule.states
-    check_state(name, p, old, keys, RuntimeError)
+    for key, value in old.items():
+        if is_distributed(value) and not placed_alike(value, p):
+            raise RuntimeError(
+                f"the state {key!r} of parameter {name} has placements {value.placements} and not its "
+                "parameter's; redistribute() it, or delete optimizer.state[p] to start it anew"
+            )
+    here = {key: local(value) for key, value in old.items()}
+    check_state(name, local(p), here, keys, RuntimeError)
     for key in (*(part.key for part in settings.parts_of(p)), "step"):
-        if isinstance(old.get(key), Tensor):
-            check_address(f"state {key!r} of parameter {name}", old[key])
-    made = in_formats(old, p, keys, settings.formats_of(p), dense)
+        if isinstance(here.get(key), Tensor):
+            check_address(f"state {key!r} of parameter {name}", here[key])
+    made = in_formats(here, local(p), keys, settings.formats_of(p), dense)
+    made = settings.placed(p, {k: old[k] if v is here.get(k) else v for k, v in made.items()})
     step = old.get("step")
     right = isinstance(step, Tensor) and (step.dtype, step.dim(), step.device) == (torch.int64, 0, p.device)
     if "step" in old and not right:
         number = checked_step(name, step, RuntimeError)
         made["step"] = torch.tensor(number, dtype=torch.int64, device=p.device)
     return made
+
+
+def init_states(groups: list[Group], state: dict[Any, Any], settings: Settings) -> None:
+    """Make the states that a step would make, of step number 0; those that there are stay as they are."""
+    made: dict[Tensor, State] = {}
+    steps: dict[Any, Tensor] = {}
+    for name, p, hyper_row in numbered(groups):
+        if p.requires_grad and not is_uninitialized(p) and not state.get(p):
+            made[p] = _state_of(name, p, settings.dense_like(p), {}, settings)
+            zero = torch.zeros((), dtype=torch.int64, device=p.device)
+            made[p]["step"] = steps.setdefault((hyper_row, p.device), zero)
+    state.update(made)
 
 
 def _warn_of_casts(items: list[Operands], state: dict[Any, Any]) -> None:

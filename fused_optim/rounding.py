@@ -24,6 +24,7 @@ class Place(NamedTuple):
     step: Tensor  # 0-dim int64: the parameter's step number
     key: int  # the parameter's random_key
     operand: int  # PARAM, MU or NU
+    offset: int = 0  # the first value's index in its parameter, of which this may be a shard
 
 
 def random_key(seed: int, parameter: int) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import same_layout
+from .layout import local, placed_like, same_layout
 from .reference import MAX_COUNT
 from .rounding import MU, NU
 from .storage import BLOCK, BLOCK_FORMATS, REMAINDERS, Format, Formats, Part, formats_of
@@ -32,6 +32,37 @@ def exponents_key(key: str, state: State) -> str | None:
     """Where the block exponents of an 8-bit moment are; None of a moment in another format."""
     found = (key + suffix for suffix in BLOCK_FORMATS if key + suffix in state)
     return next(found, None) if state[key].dtype == torch.uint8 else None
+
+
+def portable(state: State, keys: Keys) -> State:
+    """What is saved of a state. 8-bit moments are decoded, exactly: block exponents belong to what lies here
+    of a parameter. Of a remainder the 16 bits, those that split8 lacks zero, are called bfloat16: no
+    collective gathers int16, FSDP1 no integers, and others cast what they do not know to the parameter's
+    dtype."""
+    saved = dict(state)
+    for key in keys:
+        exponents = exponents_key(key, state) if key in state else None
+        if exponents is not None:
+            format = BLOCK_FORMATS[exponents.removeprefix(key)]
+            values = format.decode(local(state[key]).contiguous(), saved.pop(exponents))
+            saved[key] = placed_like(state[key], values.to(torch.bfloat16))
+    remainder = state.get("remainder")
+    if remainder is not None:
+        bits = local(remainder).to(torch.int16) << (16 - 8 * remainder.dtype.itemsize)
+        saved["remainder"] = placed_like(remainder, bits.view(torch.bfloat16))
+    return saved
+
+
+def with_remainder_bits(state: State, format: Format) -> State:
+    """A saved state with the remainder as it is in memory, of ``format`` where that has all of its bits."""
+    remainder = state.get("remainder")
+    if not isinstance(remainder, Tensor) or remainder.dtype != torch.bfloat16:
+        return state
+    bits = remainder.view(torch.int16)
+    narrow = (bits >> 8).to(torch.int8)
+    wanted = format.aux is not None and format.aux.dtype == torch.int8
+    exact = wanted and torch.equal(bits, narrow.to(torch.int16) << 8)
+    return {**state, "remainder": narrow if exact else bits}
 
 
 def with_exponent_keys(state: State, keys: Keys) -> State:
@@ -196,4 +227,4 @@ def bytes_in_use(params: list[Tensor], states: dict[Any, State], tables: list[Te
         "master": [t for key, t in held if key == "remainder"],
         "metadata": [*tables, *(t for key, t in held if key == "step")],
     }
-    return {part: sum(t.nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}
+    return {part: sum(local(t).nbytes for t in {id(t): t for t in ts}.values()) for part, ts in parts.items()}

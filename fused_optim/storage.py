@@ -76,15 +76,15 @@ def float_of(bits: Tensor) -> Tensor:
     return bits.to(torch.int32).view(torch.float32)
 
 
-def _index(values: Tensor) -> Tensor:
+def _index(values: Tensor, place: Place) -> Tensor:
     """Every element's logical index in its parameter."""
-    return torch.arange(values.numel(), device=values.device).view(values.shape)
+    return place.offset + torch.arange(values.numel(), device=values.device).view(values.shape)
 
 
 def _dither(values: Tensor, place: Place | None, n_bits: int) -> Tensor:
     if place is None:
         return torch.full(values.shape, 1 << n_bits >> 1, device=values.device)
-    return dither(_index(values), place) >> (32 - n_bits)
+    return dither(_index(values, place), place) >> (32 - n_bits)
 
 
 def _plain(dtype: torch.dtype, working: torch.dtype) -> tuple[Callable[..., Tensor], Callable[..., Encoded]]:
@@ -103,7 +103,7 @@ def round_to_bf16(values: Tensor, word: Tensor) -> Tensor:
 def _encode_bf16(values: Tensor, place: Place | None) -> Encoded:
     """A parameter's rounding is random, a moment's goes by the dither."""
     if place is not None and place.operand == PARAM:
-        return round_to_bf16(values, random_words(_index(values), place)), None
+        return round_to_bf16(values, random_words(_index(values, place), place)), None
     return round_to_bf16(values, _dither(values, place, 16)), None
 
 
@@ -143,9 +143,9 @@ def _encode_8bit(width: int, values: Tensor, place: Place | None) -> Encoded:
     orders = (1 << width) - 2  # from a block's exponent to that of its largest finite value
     finite = torch.where(magnitude < 0x7F800000, magnitude, 0).reshape(-1)
     blocks = torch.nn.functional.pad(finite, (0, -finite.numel() % BLOCK)).view(-1, BLOCK)
-    # To nearest, a block whose largest value is a power of two has the exponent below, at which that has a
-    # code still: what was decoded, from a code that rounding had carried to the power of two, say, is exact.
-    exponent = ((blocks.amax(1) - int(place is None) >> 23) - orders).clamp(min=0)
+    # To nearest, a largest value that is a power of two takes the larger of the two codes that it has, under
+    # the smaller exponent: what was decoded is encoded exactly, also where the largest was rounded up.
+    exponent = (((blocks.amax(1) - int(place is None)) >> 23) - orders).clamp(min=0)
     each = _of_elements(exponent, values.shape)
     scaled = magnitude - (each << 23)
     if width == 4:

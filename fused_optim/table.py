@@ -1,8 +1,9 @@
 """Tensors of any number, layout and dtype, as the table of addresses that kernels walk.
 
-- ``rows``, int64 ``[n, 10]``: numel, counter, the addresses of the gradient, the parameter, the two
-  moments and of these three's auxiliary tensors (0 for none; see :class:`~.storage.Format`), and the
-  key of the parameter's random bits. Neighbours in a flat buffer share one row.
+- ``rows``, int64 ``[n, 11]``: numel, counter, the addresses of the gradient, the parameter, the two
+  moments and of these three's auxiliary tensors (0 for none; see :class:`~.storage.Format`), the key of the
+  parameter's random bits and, where it is a shard, the index of its first element in the whole parameter.
+  Neighbours in a flat buffer share one row.
 - ``chunks``, int32 ``[n, 2]``: row and chunk number, one for each program of a launch.
 - ``counters``, int64 ``[n, 2]``: the address of a step number, and the row of hyperparameters that
   goes with it. Parameters that have always stepped together share a step number, and so a counter.
@@ -16,11 +17,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .layout import gradient_of, local
 from .rules import Rule
 from .storage import Format, Formats
 
 ROW_COLUMNS = (
-    "numel", "counter", "grad", "param", "mu", "nu", "param_aux", "mu_aux", "nu_aux", "key"
+    "numel", "counter", "grad", "param", "mu", "nu", "param_aux", "mu_aux", "nu_aux", "key",
+    "offset",
 )  # fmt: skip
 GRAD_COLUMN = ROW_COLUMNS.index("grad")
 ADDRESSES = slice(GRAD_COLUMN, ROW_COLUMNS.index("key"))
@@ -67,33 +70,32 @@ class Operands:
     """One parameter's tensors as kernels see them: dense, of equal strides, complex ones as real pairs."""
 
     name: str
-    source: Tensor  # the parameter as the user has it
-    dense: Tensor  # it, or memory for a dense copy of it
+    source: Tensor  # the parameter as the user has it, which may be a DTensor, as may be its state
+    dense: Tensor  # what is here of it, or memory for a dense copy of that
     grad_copy: Tensor | None  # memory for the gradient, where kernels cannot read its own
     state: dict[str, Any]
     key: BatchKey
     hyper_row: int
     random_key: int
+    offset: int = 0  # the index of its first element in the whole parameter; 0 where formats do not ask
     number: int = 0  # among the parameters that are stepped
     slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
 
     @property
     def grad(self) -> Tensor:
-        grad = self.source.grad if self.grad_copy is None else self.grad_copy
-        assert grad is not None
-        return _real(grad)
+        return _real(local(self.source.grad) if self.grad_copy is None else self.grad_copy)
 
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
         """The parameter and its moments."""
-        mu, nu = (_real(self.state[key]) for key in self.key.rule.states)
+        mu, nu = (_real(local(self.state[key])) for key in self.key.rule.states)
         return _real(self.dense), mu, nu
 
     @property
     def aux(self) -> list[Tensor | None]:
         """The auxiliary tensors of :attr:`stored`, in formats that have one."""
         parts = (f.aux_of(key) for key, f in zip(("", *self.key.rule.states), self.key.formats))
-        return [None if part is None else self.state[part.key] for part in parts]
+        return [None if part is None else local(self.state[part.key]) for part in parts]
 
     @property
     def in_row(self) -> tuple[Tensor | None, ...]:
@@ -120,7 +122,7 @@ class Batch:
     def __init__(self, key: BatchKey, items: list[Operands]) -> None:
         self.key = key
         self.items = items
-        self._copied = [o for o in items if o.dense is not o.source]
+        self._copied = [o for o in items if o.dense is not local(o.source)]
         self._copied_grads = [o for o in items if o.grad_copy is not None]
         rows: list[list[int]] = []
         firsts: list[Operands] = []
@@ -135,7 +137,7 @@ class Batch:
             else:
                 firsts.append(o)
                 addresses = (0 if t is None else t.data_ptr() for t in o.in_row)
-                rows.append([numel, counter, *addresses, o.random_key])
+                rows.append([numel, counter, *addresses, o.random_key, o.offset])
         self.rows = int64_tensor([x for row in rows for x in row]).view(-1, len(ROW_COLUMNS))
         self.counters = int64_tensor([x for _, *pair in counters.values() for x in pair]).view(-1, 2)
         followed = [(row, o.number) for row, o in enumerate(firsts) if o.grad_copy is None]
@@ -146,14 +148,14 @@ class Batch:
 
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:
-            o.dense.copy_(o.source)
+            o.dense.copy_(local(o.source))
         for o in self._copied_grads:
-            assert o.grad_copy is not None and o.source.grad is not None
-            o.grad_copy.copy_(o.source.grad)
+            assert o.grad_copy is not None
+            o.grad_copy.copy_(gradient_of(o.source))
 
     def store_copies(self) -> None:
         for o in self._copied:
-            o.source.copy_(o.dense)
+            local(o.source).copy_(o.dense)
 
     def follow(self, grads: Tensor) -> None:
         """Take the addresses of gradients that have moved: those of all parameters that are stepped."""
@@ -170,14 +172,15 @@ class Batch:
 
     def chunks(self, size: int) -> Tensor:
         """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk). A tail chunk, which is
-        short or has an address in its row that is not a multiple of 16 bytes, is ``~chunk``, negative."""
+        short or has an address in its row that is not a multiple of 16 bytes, is ``~chunk``, negative; so is
+        one of a row whose offset splits the eight neighbours that share random bits."""
         if size not in self._chunks:
             numel = self.rows[:, 0]
             count = (numel + size - 1) // size
             row = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
             first = torch.repeat_interleave(count.cumsum(0) - count, count)
             chunk = torch.arange(len(row), device="cpu") - first
-            aligned = (self.rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1)
+            aligned = (self.rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1) & (self.rows[:, -1] % 8 == 0)
             full = aligned[row] & ((chunk + 1) * size <= numel[row])
             self._chunks[size] = torch.stack([row, torch.where(full, chunk, ~chunk)], 1).int()
         return self._chunks[size]

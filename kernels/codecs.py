@@ -67,8 +67,9 @@ At = namedtuple("At", "start offset mask block_mask count key finite")
 ``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: the index of each, and
 whether it exists; a mask of None for all. ``block_mask``: the same of their blocks. ``count``: the address
 of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
-parameter's random bits. ``finite``: values to be stored with low precision are below 2^127, so that none is
-infinite or NaN or rounds to infinity, and no moment in memory is infinite or NaN (see ``step._all_finite``).
+parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be
+stored with low precision are below 2^127, so that none is infinite or NaN or rounds to infinity, and no
+moment in memory is infinite or NaN (see ``step._all_finite``).
 True or None, since Triton makes tensors of other constants in a tuple.
 """
 
@@ -192,16 +193,24 @@ def _dither(at, OPERAND: tl.constexpr, BITS: tl.constexpr):
     weyl = _bits_of(tl.load(at.count)) * WEYL
     # Eight neighbours, which one thread holds, are constants apart.
     N: tl.constexpr = at.offset.shape[0] // 8
-    first = at.start.to(tl.uint32) + 8 * tl.arange(0, N).to(tl.uint32)
+    first = (at.start + tl.load(at.key + 1)).to(tl.uint32) + 8 * tl.arange(0, N).to(tl.uint32)
     dither = (first * OPERAND + weyl)[:, None] + (tl.arange(0, 8).to(tl.uint32) * OPERAND)[None, :]
     return tl.reshape(dither, [8 * N]) >> (32 - BITS)
 
 
 @triton.jit
 def _random_words(at):
-    """16 bits for each element. Eight neighbours, which one thread holds, share one evaluation."""
-    N: tl.constexpr = at.offset.shape[0] // 8
-    group = (at.start >> 3) + tl.arange(0, N)
+    """16 bits for each element. In a full chunk eight neighbours, which one thread holds, share one
+    evaluation; else the first element may be in the middle of eight."""
+    EACH: tl.constexpr = 8 if at.mask is None else 1
+    N: tl.constexpr = at.offset.shape[0] // EACH
+    first = at.start + tl.load(at.key + 1)
+    if at.mask is None:
+        group = (first >> 3) + tl.arange(0, N)
+        neighbour = tl.arange(0, 8)[None, :]
+    else:
+        group = (first + tl.arange(0, N)) >> 3
+        neighbour = ((first + tl.arange(0, N)) & 7).to(tl.int32)[:, None]
     c0 = group.to(tl.uint32)
     c1 = (group >> 32).to(tl.uint32)
     c2 = tl.zeros([N], tl.uint32) + _bits_of(tl.load(at.count))
@@ -218,11 +227,10 @@ def _random_words(at):
         c3 = p0.to(tl.uint32)
         k0 += 0x9E3779B9
         k1 += 0xBB67AE85
-    neighbour = tl.arange(0, 8)[None, :]
     low = tl.where(neighbour < 2, c0[:, None], c1[:, None])
     high = tl.where(neighbour < 6, c2[:, None], c3[:, None])
     word = tl.where(neighbour < 4, low, high) >> (16 * (neighbour & 1)).to(tl.uint32)
-    return tl.reshape(word & 0xFFFF, [8 * N])
+    return tl.reshape(word & 0xFFFF, [EACH * N])
 
 
 # Values as they are, and bfloat16.

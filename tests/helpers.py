@@ -179,7 +179,7 @@ def snapshot(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
     return {
         "params": copies([p.data for p in params]),
         "states": [copies(dict(optimizer.state.get(p, {}))) for p in params],
-        "count": optimizer.state_dict()["count"],
+        "count": optimizer.param_groups[0]["count"],
     }
 
 
@@ -262,7 +262,7 @@ class Judge:
         """What :func:`snapshot` must be after the next step; ``numbers`` stand for all groups' own."""
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         skip = found_inf is not None and float(found_inf) != 0
-        want: dict[str, Any] = {"params": [], "states": [], "count": optimizer.state_dict()["count"] + 1}
+        want: dict[str, Any] = {"params": [], "states": [], "count": optimizer.param_groups[0]["count"] + 1}
         for group in optimizer.param_groups:
             decays = group["weight_decay_mask"] or [True] * len(group["params"])
             for p, decay in zip(group["params"], decays):

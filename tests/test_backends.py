@@ -12,10 +12,12 @@ import pytest
 import torch
 from helpers import BF16, F16, F32, F64, FORMATS, RULES, Judge, assert_same_bits, gradient
 from torch import Tensor
+from worlds import Row, World, named
 
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, extension
 from fused_optim.reference import bias_correction
+from fused_optim.storage import Formats
 
 pytestmark = pytest.mark.filterwarnings(
     "ignore:.*encountered in:RuntimeWarning"
@@ -23,6 +25,11 @@ pytestmark = pytest.mark.filterwarnings(
 
 STORED = ["fp32", "bf16", "fp32+8bit", "split16", "bf16_stochastic", "split8+8bit"]
 """Those that differ in how values are stored."""
+SHARDS = [
+    named("split8", "bf16", "e4m3", "e5m3"),
+    named("bf16_stochastic", "bf16", "bf16_dither", "bf16_dither"),
+]
+"""Formats that round by an element's index, all of them."""
 
 
 def device_of(backend: str) -> str:
@@ -307,6 +314,21 @@ def threads(n: int) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("backend", [marked(name) for name in ("cpu", "triton")])
+@pytest.mark.parametrize("formats", SHARDS)
+def test_shards_round_by_the_index_in_the_whole(backend: str, formats: Formats) -> None:
+    """Rows whose first element is not the parameter's, also amid the eight that share random bits."""
+    if device_of(backend) != "cpu":
+        pytest.skip("the table of this test lies on the CPU")
+    rows = [Row(2500, first=first) for first in (0, 8, 13, 2**33 + 3)]
+    worlds = [World("adamw", formats, rows) for _ in range(2)]
+    for _ in range(2):
+        for world, name in zip(worlds, (backend, "eager")):
+            world.new_gradients()
+            BACKENDS[name].step(world.batch, world.inputs(None, None))
+        assert_same_bits(worlds[0].contents(), worlds[1].contents())
 
 
 @cpu

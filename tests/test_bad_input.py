@@ -112,7 +112,7 @@ def test_bad_arguments_are_refused(
 
 OF_THE_OPTIMIZER = {
     "state_format": "8bit", "master_weights": "split8", "stochastic_rounding": True, "flatten": True,
-    "backend": "eager", "decoupled_lr": True, "unscale_in_step": True,
+    "backend": "triton", "decoupled_lr": True, "unscale_in_step": True,
 }  # fmt: skip
 
 
@@ -277,7 +277,7 @@ def test_misaligned(make: Make, dtype: torch.dtype) -> None:
     assert bytes(memory) == before
     assert torch.equal(good, torch.ones(5))
     assert not any(optimizer.state.values())
-    assert optimizer.state_dict()["count"] == 0
+    assert optimizer.param_groups[0]["count"] == 0
     for warm in (0, 2):
         params, optimizer = trained(make, warm, [*parameters([(5,)]), *parameters([(5,)], dtype)])
         set_gradients(params, warm)

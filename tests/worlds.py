@@ -69,6 +69,7 @@ class Row(NamedTuple):
     offsets: tuple[int, ...] = (0,) * 7
     hyper_row: int = 0
     count: int = 0
+    first: int = 0  # the index of its first element in a whole parameter, of which it is a shard
 
 
 HYPER = [
@@ -115,7 +116,7 @@ class World:
                     aux[k] = state[part.key] = memory.copy_(new[1])
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
-            operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key)
+            operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key, row.first)
             items.append(Operands(str(key), *operands))
             self.grads.append(g)
             self.steps.append(step)
@@ -202,6 +203,8 @@ def rows_of_sizes(chunk: int) -> Iterator[Row]:
         yield Row(numel, (1,) * 7, hyper_row=(i + 1) % len(HYPER), count=i)
     for k in range(7):
         yield Row(chunk + 1, tuple(3 * (k == j) for j in range(7)), hyper_row=k % len(HYPER), count=100)
+    for first in (8, 13, 2**33 + 3):  # of shards
+        yield Row(chunk + 130, count=7, first=first)
 
 
 def special_values(formats: Formats) -> Iterator[tuple[bool, str, float, float | None]]:
@@ -311,7 +314,7 @@ def check_64_bit_offsets(library: Any, formats: Formats) -> None:
         world.new_gradients()
     index = storage._index
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(storage, "_index", lambda values: index(values) + before)
+        patch.setattr(storage, "_index", lambda *given: index(*given) + before)
         step_both(library, worlds, skipped=before // chunk)
 
 

@@ -22,7 +22,7 @@ def step(batch: Batch, inputs: Inputs) -> None:
         writes = [(o.state["step"], t)]
         new = key.rule.reference(p, g, mu, nu, c)
         for f, operand, values, x, a in zip(key.formats, (PARAM, MU, NU), new, o.stored, o.aux):
-            encoded, new_aux = f.encode(values, Place(t, o.random_key, operand))
+            encoded, new_aux = f.encode(values, Place(t, o.random_key, operand, o.offset))
             writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
         _write(writes, inputs.found_inf)
 

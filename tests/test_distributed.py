@@ -1,0 +1,533 @@
+"""Sharded and replicated training, run for real: processes over gloo, DTensors, FSDP, DDP, ZeRO, checkpoints
+that are read by another number of processes. One start of the processes makes all the checks of a number of
+ranks, since a start takes seconds; each check is a test."""
+
+import os
+import subprocess
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+import torch.multiprocessing as mp
+
+from helpers import (  # isort: skip
+    BF16, F32, RULES, assert_same_bits, built_once, gradient, parameters, raises_with,
+)  # fmt: skip
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)  # fmt: skip
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.nn.parallel import DistributedDataParallel
+
+FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
+    "fp32": (F32, {}),
+    "bf16": (F32, {"state_format": "bf16"}),
+    "split16+bf16": (BF16, {"master_weights": "split16", "state_format": "bf16"}),
+    "split8": (BF16, {"master_weights": "split8"}),
+    "stochastic": (BF16, {"stochastic_rounding": True}),
+    "8bit": (F32, {"state_format": "8bit"}),
+    "split8+8bit": (BF16, {"master_weights": "split8", "state_format": "8bit"}),
+}
+EXACT = [name for name in FORMATS if "8bit" not in name]
+"""Formats whose bits do not depend on how parameters are cut; blocks of 8 bits are a shard's own."""
+Check = Callable[[Path], None]
+CHECKS: dict[int, dict[str, Check]] = {2: {}, 4: {}}
+"""By number of ranks and name; each is given a folder that is shared by all."""
+
+
+def check(function: Check, ranks: int = 2) -> Check:
+    CHECKS[ranks][function.__name__] = function
+    return function
+
+
+def check_of_4(function: Check) -> Check:
+    return check(function, 4)
+
+
+def run_checks(rank: int, ranks: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/init{ranks}"
+    dist.init_process_group("gloo", init, timedelta(seconds=60), rank=rank, world_size=ranks)
+    warnings.simplefilter("error")
+    # torch's own, of FSDP1
+    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|Multiple backends)")
+    for name, function in CHECKS[ranks].items():
+        said = ""
+        torch.manual_seed(0)
+        try:
+            function(folder)
+        except BaseException:  # noqa: BLE001 (also what pytest.fail raises)
+            said = traceback.format_exc()
+        (folder / f"{name}.{rank}").write_text(said)
+        dist.barrier()
+    dist.destroy_process_group()
+
+
+def outcomes(factory: pytest.TempPathFactory, ranks: int) -> Path:
+    def build(folder: Path) -> None:
+        mp.spawn(run_checks, (ranks, folder), nprocs=ranks)
+
+    return built_once(factory, f"distributed{ranks}", build)
+
+
+@pytest.mark.parametrize("name", CHECKS[2])
+def test_on_2_ranks(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    assert_passed(outcomes(tmp_path_factory, 2), name, 2)
+
+
+@pytest.mark.stacks
+@pytest.mark.parametrize("name", CHECKS[4])
+def test_on_4_ranks(tmp_path_factory: pytest.TempPathFactory, name: str) -> None:
+    os.environ["FUSED_OPTIM_FOLDER_OF_2"] = str(outcomes(tmp_path_factory, 2))
+    assert_passed(outcomes(tmp_path_factory, 4), name, 4)
+
+
+def assert_passed(folder: Path, name: str, ranks: int) -> None:
+    said = [(folder / f"{name}.{rank}").read_text() for rank in range(ranks)]
+    assert not any(said), "\n".join(f"rank {rank}: {text}" for rank, text in enumerate(said) if text)
+
+
+# What the checks share
+
+
+def options_of(format: str, **more: Any) -> tuple[Any, torch.dtype, dict[str, Any]]:
+    """An optimizer's class, the dtype of its parameters and its options; formats take rules in turns."""
+    dtype, options = FORMATS[format]
+    rule = list(RULES.values())[list(FORMATS).index(format) % len(RULES)]
+    return rule.optimizer, dtype, {"lr": 0.01, "weight_decay": 0.1, **rule.options, **options, **more}
+
+
+def small_model(dtype: torch.dtype = F32) -> nn.Sequential:
+    """With shards that are uneven, empty on the last rank, or begin in the middle of eight elements."""
+    torch.manual_seed(1)
+    return nn.Sequential(nn.Linear(9, 37), nn.ReLU(), nn.Linear(37, 5), nn.ReLU(), nn.Linear(5, 1)).to(dtype)
+
+
+def sharded(dtype: torch.dtype = F32, **options: Any) -> nn.Sequential:
+    model = small_model(dtype)
+    for layer in model[::2]:
+        fully_shard(layer, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def backward(model: nn.Module, step: int) -> None:
+    torch.manual_seed(step + dist.get_rank() if dist.is_initialized() else step)
+    dtype = next(model.parameters()).dtype
+    model(torch.randn(4, 9, dtype=dtype)).square().sum().backward()
+
+
+def fill(model: nn.Module, seed: int) -> None:
+    """Gradients that depend on nothing but the seed, placed like their parameters."""
+    for i, p in enumerate(model.parameters()):
+        g = gradient(torch.empty(p.shape, dtype=p.dtype), 1000 * seed + i)
+        p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+
+
+def steps(model: nn.Module, optimizer: Any, count: int, first: int = 0) -> None:
+    for seed in range(first, first + count):
+        fill(model, seed)
+        optimizer.step()
+    optimizer.zero_grad()
+
+
+def whole(t: Any) -> Any:
+    return t.full_tensor() if isinstance(t, DTensor) else t
+
+
+def values_of(model: nn.Module) -> dict[str, Tensor]:
+    names = (name.removeprefix("module.") for name, _ in model.named_parameters())
+    return {name: whole(p.detach()).clone() for name, p in zip(names, model.parameters())}
+
+
+def state_of(optimizer: Any) -> list[dict[str, Tensor]]:
+    """As saved, of whole parameters."""
+    return [{k: whole(v) for k, v in s.items()} for s in optimizer.state_dict()["state"].values()]
+
+
+# FSDP2 and DTensors
+
+
+@check
+def fsdp2_steps_like_one_process(folder: Path) -> None:
+    """In every format that does not have blocks, with clipping, and resharded between steps."""
+    for format in EXACT:
+        make, dtype, options = options_of(format)
+        model, twin = sharded(dtype), small_model(dtype)
+        optimizer, single = (make(m.named_parameters(), **options) for m in (model, twin))
+        for step in range(4):
+            optimizer.zero_grad()
+            backward(model, step)
+            nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+            for p, q in zip(model.parameters(), twin.parameters()):
+                q.grad = whole(p.grad)
+            optimizer.step()
+            single.step()
+            if step == 1:
+                model.unshard()
+                model.reshard()
+            assert_same_bits(values_of(model), values_of(twin), f"{format}, step {step}")
+            assert_same_bits(state_of(optimizer), state_of(single), format)
+        for p in model.parameters():
+            like_p = [v for k, v in optimizer.state[p].items() if k != "step"]
+            assert all((v.device_mesh, v.placements) == (p.device_mesh, p.placements) for v in like_p)
+
+
+@check
+def each_backend_steps_shards(folder: Path) -> None:
+    """As eager does, 8 bits too, whose blocks are a shard's own; eager's are those of its local values."""
+    for format in FORMATS:
+        make, dtype, options = options_of(format)
+        models = [sharded(dtype) for _ in range(2)]
+        optimizers = [make(m.parameters(), backend=b, **options) for m, b in zip(models, ("cpu", "eager"))]
+        for model, optimizer in zip(models, optimizers):
+            steps(model, optimizer, 3)
+        assert_same_bits(*(values_of(m) for m in models), format)
+        assert_same_bits(*(state_of(o) for o in optimizers), format)
+
+
+@check
+def mixed_precision(folder: Path) -> None:
+    """float32 parameters computed with in bfloat16."""
+    policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
+    model, twin = sharded(mp_policy=policy), small_model()
+    make, _, options = options_of("bf16")
+    optimizer, single = make(model.parameters(), **options), make(twin.parameters(), **options)
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        for p, q in zip(model.parameters(), twin.parameters()):
+            q.grad = whole(p.grad)
+        optimizer.step()
+        single.step()
+    assert_same_bits(values_of(model), values_of(twin))
+
+
+def check_placements(mesh: Any, placements: list[Any], formats: list[str], gradients: Any = None) -> None:
+    """A step of DTensors placed so is the single process's."""
+    for format in formats:
+        make, dtype, options = options_of(format)
+        twins = parameters([(6, 10), (3, 7), (1, 5), (8,)], dtype)
+        params = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in twins]
+        optimizer, single = make(params, **options), make(twins, **options)
+        for seed in range(3):
+            for i, (p, q) in enumerate(zip(params, twins)):
+                q.grad = gradient(q, 1000 * seed + i)
+                p.grad = distribute_tensor(q.grad, mesh, gradients or placements)
+            optimizer.step()
+            single.step()
+        for p, q in zip(params, twins):
+            assert_same_bits(whole(p.detach()), q.detach(), f"{format} {placements}")
+
+
+@check
+def other_placements(folder: Path) -> None:
+    """Tensor parallelism, and gradients that are placed in another way than their parameters."""
+    mesh = init_device_mesh("cpu", (2,))
+    for placement in (Replicate(), Shard(0)):
+        check_placements(mesh, [placement], EXACT)
+    check_placements(mesh, [Shard(0)], EXACT, gradients=[Replicate()])
+    make, _, options = options_of("fp32")
+    for p_placed in ([Shard(1)], [Replicate()]):
+        (q,) = parameters([(6, 10)])
+        p = nn.Parameter(distribute_tensor(q.detach().clone(), mesh, p_placed))
+        optimizer, single = make([p], **options), make([q], **options)
+        for seed in range(3):
+            q.grad = gradient(q, seed)
+            half = q.grad / 2  # summed over both ranks, exactly
+            p.grad = DTensor.from_local(half, mesh, [Partial()])
+            optimizer.step()
+            single.step()
+        assert_same_bits(whole(p.detach()), q.detach())
+
+
+@check
+def what_shards_cannot_have_is_refused(folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (2,))
+    columns = nn.Parameter(distribute_tensor(torch.ones(6, 10), mesh, [Shard(1)]))
+    for format in ("bf16", "8bit"):
+        make, _, options = options_of(format)
+        with raises_with(ValueError, "'weight'", "Shard(dim=1)", "Shard(0)", "state_format"):
+            make([("weight", columns)], **options)
+    with raises_with(ValueError, "'weight'", "DTensor", "flatten=False"):
+        make([("weight", columns)], flatten=True)
+    optimizer = RULES["adamw"].optimizer([("weight", columns)])
+    optimizer.init_state()
+    columns.grad = torch.zeros_like(columns)
+    moment = optimizer.state[columns]["exp_avg"]
+    optimizer.state[columns]["exp_avg"] = moment.redistribute(placements=[Replicate()])
+    with raises_with(RuntimeError, "'exp_avg'", "'weight'", "placements"):
+        optimizer.step()
+
+
+# Checkpoints
+
+
+def resumed(format: str, model: nn.Module, **more: Any) -> tuple[nn.Module, Any]:
+    """A new model that is sharded too, and an optimizer of other numbers."""
+    make, dtype, options = options_of(format, **more)
+    again = sharded(dtype) if isinstance(next(model.parameters()), DTensor) else small_model(dtype)
+    with torch.no_grad():
+        for p in again.parameters():
+            p.mul_(0.5)
+    return again, make(again.parameters(), **{**options, "lr": 0.7, "weight_decay": 0.3})
+
+
+OPTIONS = {
+    "sharded": StateDictOptions(),
+    "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
+    "full": StateDictOptions(full_state_dict=True),
+    "full, on the CPU": StateDictOptions(full_state_dict=True, cpu_offload=True),
+    "from rank 0": StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+}
+
+
+@check
+def state_dicts_of_checkpoint_helpers(folder: Path) -> None:
+    """torch.distributed.checkpoint.state_dict, in every format: the next steps are the same, and count and
+    seed."""
+    for format in FORMATS:
+        make, dtype, options = options_of(format)
+        model = sharded(dtype)
+        optimizer = make(model.parameters(), **options)
+        optimizer.seed = 7
+        steps(model, optimizer, 2)
+        kept = []
+        ways = list(OPTIONS) if format in ("bf16", "split8+8bit") else ["flattened", "from rank 0"]
+        for how, given in ((how, OPTIONS[how]) for how in ways):
+            gather = given if "0" not in how else replace(given, broadcast_from_rank0=False)
+            saved = get_optimizer_state_dict(model, optimizer, options=gather)
+            weights = get_model_state_dict(model, options=StateDictOptions())
+            if how == "full, on the CPU" and dist.get_rank() > 0:
+                assert saved == {}
+                continue
+            if "from rank 0" in how and dist.get_rank() > 0:
+                saved = {}
+            again, other = resumed(format, model)
+            set_model_state_dict(again, weights)
+            if how != "full, on the CPU":
+                set_optimizer_state_dict(again, other, saved, options=given)
+                kept.append((how, again, other))
+        steps(model, optimizer, 2, first=2)
+        for how, again, other in kept:
+            assert (other.param_groups[0]["count"], other.seed) == (2, 7), (format, how)
+            steps(again, other, 2, first=2)
+            assert_same_bits(values_of(again), values_of(model), f"{format} {how}")
+            assert_same_bits(state_of(other), state_of(optimizer), f"{format} {how}")
+
+
+def seeing(count: int) -> float:
+    """A schedule, of which each call counts."""
+    SEEN.append(count)
+    return 0.01 / 2**count
+
+
+SEEN: list[int] = []
+
+
+@check
+def asking_for_a_state_dict_changes_nothing(folder: Path) -> None:
+    """Before the first step torch's helpers make one with lr 0 and gradients 0."""
+    for lr, formats in ((0.01, FORMATS), (torch.tensor(0.01), ["fp32"]), (seeing, ["split16+bf16"])):
+        for format in formats:
+            make, dtype, options = options_of(format, lr=lr)
+            model, twin = sharded(dtype), sharded(dtype)
+            with torch.no_grad():
+                for p in (*model.parameters(), *twin.parameters()):
+                    p.to_local()[:1] = -0.0
+            optimizer, other = make(model.parameters(), **options), make(twin.parameters(), **options)
+            before = values_of(model)
+            SEEN.clear()
+            get_optimizer_state_dict(model, optimizer)
+            assert_same_bits(values_of(model), before)
+            assert SEEN == []
+            assert optimizer.param_groups[0]["count"] == 0
+            assert all(int(s["step"]) == 0 for s in optimizer.state.values())
+            other.init_state()
+            assert_same_bits(state_of(optimizer), state_of(other))
+            steps(model, optimizer, 2)
+            assert SEEN == ([0, 1] if lr is seeing else [])
+            fresh = make((again := sharded(dtype)).parameters(), **options)
+            with torch.no_grad():
+                for p in again.parameters():
+                    p.to_local()[:1] = -0.0
+            steps(again, fresh, 2)
+            assert_same_bits(values_of(model), values_of(again), format)
+
+
+def checkpoint_of(model: nn.Module, optimizer: Any, flatten: bool) -> dict[str, Any]:
+    options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+    return {
+        "model": get_model_state_dict(model),
+        "optimizer": get_optimizer_state_dict(model, optimizer, options=options),
+    }
+
+
+def read_checkpoint(folder: Path, format: str, model: nn.Module, optimizer: Any) -> None:
+    """Both forms, one after another."""
+    for flatten in (True, False):
+        state = checkpoint_of(model, optimizer, flatten)
+        dcp.load(state, checkpoint_id=folder / f"{format}{flatten}")
+        set_model_state_dict(model, state["model"])
+        options = StateDictOptions(flatten_optimizer_state_dict=flatten)
+        set_optimizer_state_dict(model, optimizer, state["optimizer"], options=options)
+
+
+def read_and_step(folder: Path, shard: bool) -> None:
+    """The next steps after a checkpoint of two ranks are as they would have been."""
+    for format in FORMATS:
+        make, dtype, options = options_of(format, lr=seeing)
+        model = sharded(dtype) if shard else small_model(dtype)
+        optimizer = make(model.parameters(), **options)
+        read_checkpoint(folder, format, model, optimizer)
+        assert (optimizer.param_groups[0]["count"], optimizer.seed) == (2, 7)
+        saved = torch.load(folder / f"{format}.pt", weights_only=True)
+        assert_same_bits(values_of(model), saved["values"], format)
+        if format in EXACT or (dist.is_initialized() and dist.get_world_size() == 2):
+            assert_same_bits(state_of(optimizer), saved["state"], format)
+        steps(model, optimizer, 2, first=2)
+        for name, value in values_of(model).items():
+            want = saved["next values"][name]
+            if format in EXACT or (dist.is_initialized() and dist.get_world_size() == 2):
+                assert_same_bits(value, want, f"{format} {name}")
+            else:  # blocks have other bounds: within two steps of lr 0.01
+                assert float((value - want).abs().max()) < 0.02
+
+
+@check
+def checkpoints_are_written_and_read(folder: Path) -> None:
+    """By dcp.save and dcp.load; other numbers of ranks read these too."""
+    for format in FORMATS:
+        make, dtype, options = options_of(format, lr=seeing)
+        model = sharded(dtype)
+        optimizer = make(model.parameters(), **options)
+        optimizer.seed = 7
+        steps(model, optimizer, 2)
+        for flatten in (False, True):
+            state = checkpoint_of(model, optimizer, flatten)
+            dcp.save(state, checkpoint_id=folder / f"{format}{flatten}")
+        want = {"values": values_of(model), "state": state_of(optimizer)}
+        steps(model, optimizer, 2, first=2)
+        want["next values"] = values_of(model)
+        if dist.get_rank() == 0:
+            torch.save(want, folder / f"{format}.pt")
+    dist.barrier()
+    read_and_step(folder, shard=True)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_one_process_reads_what_two_wrote(tmp_path_factory: pytest.TempPathFactory) -> None:
+    read_and_step(outcomes(tmp_path_factory, 2), shard=False)
+
+
+@check_of_4
+def four_ranks_read_what_two_wrote(folder: Path) -> None:
+    read_and_step(Path(os.environ["FUSED_OPTIM_FOLDER_OF_2"]), shard=True)
+
+
+@check_of_4
+def meshes_of_two_dimensions(folder: Path) -> None:
+    """HSDP; FSDP with tensor parallelism."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
+    check_placements(mesh, [Replicate(), Shard(0)], EXACT)
+    check_placements(mesh, [Shard(0), Shard(0)], EXACT)
+    model, twin = sharded(mesh=mesh), small_model()
+    make, _, options = options_of("bf16")
+    optimizer, single = make(model.parameters(), **options), make(twin.parameters(), **options)
+    steps(model, optimizer, 3)
+    steps(twin, single, 3)
+    assert_same_bits(values_of(model), values_of(twin))
+
+
+@pytest.mark.stacks
+def test_the_example(tmp_path: Path) -> None:
+    """examples/train_fsdp.py on two processes, resumed by one."""
+    example = Path(__file__).parent.parent / "examples" / "train_fsdp.py"
+    for ranks, first, steps in ((2, 0, 4), (1, 4, 20)):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        given = [str(example), f"--steps={steps}", f"--checkpoint={tmp_path / 'checkpoint'}"]
+        run = subprocess.run([*launch, *given], capture_output=True, text=True, check=False)
+        assert run.returncode == 0, run.stderr
+        assert f"{ranks} processes on" in run.stdout and f"from step {first}\n" in run.stdout
+    assert "step   20  validation loss" in run.stdout
+
+
+# DDP, ZeRO, FSDP1
+
+
+@check
+def ddp(folder: Path) -> None:
+    """With gradients that are views of DDP's buckets, and not; list and flat."""
+    for views in (False, True):
+        for flatten in (False, True):
+            model, twin = DistributedDataParallel(small_model(), gradient_as_bucket_view=views), small_model()
+            make, _, options = options_of("fp32")
+            optimizer = make(model.parameters(), flatten=flatten, **options)
+            single = make(twin.parameters(), **options)
+            for step in range(3):
+                optimizer.zero_grad()
+                backward(model, step)
+                for p, q in zip(model.parameters(), twin.parameters()):
+                    q.grad = p.grad.clone()
+                optimizer.step()
+                single.step()
+            assert_same_bits(values_of(model), values_of(twin), f"views {views}, flatten {flatten}")
+
+
+@check
+def zero_redundancy_optimizer(folder: Path) -> None:
+    """Parameters that ZeRO moves into its buckets stay there, flat or not."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its import
+        from torch.distributed.optim import ZeroRedundancyOptimizer
+    make, _, options = options_of("fp32")
+    for views, flatten in ((False, False), (True, False), (False, True), (True, True)):
+        model, twin = small_model(), small_model()
+        given = {"parameters_as_bucket_view": views, "flatten": flatten, **options}
+        zero = ZeroRedundancyOptimizer(model.parameters(), make, **given)
+        single = make(twin.parameters(), **options)
+        steps(model, zero, 3)
+        steps(twin, single, 3)
+        assert_same_bits(values_of(model), values_of(twin), f"views {views}, flatten {flatten}")
+
+
+@check
+def fsdp1(folder: Path) -> None:
+    """Its own state dicts, full and back, in every format: the next steps are the same. (With
+    use_orig_params=True torch 2.13 loads other first moments than it saved, of torch.optim.AdamW too.)"""
+    for format in FORMATS:
+        make, dtype, options = options_of(format)
+        models = [FSDP1(small_model(dtype), device_id=torch.device("cpu")) for _ in range(2)]
+        optimizer, other = (make(m.parameters(), **options) for m in models)
+        for step in range(2):
+            optimizer.zero_grad()
+            backward(models[0], step)
+            optimizer.step()
+        saved = FSDP1.optim_state_dict(models[0], optimizer)
+        with torch.no_grad():
+            for p, q in zip(models[0].parameters(), models[1].parameters()):
+                q.copy_(p)
+        other.load_state_dict(FSDP1.optim_state_dict_to_load(models[1], other, saved))
+        for model, o in zip(models, (optimizer, other)):
+            o.zero_grad()
+            backward(model, 2)
+            o.step()
+        for p, q in zip(models[0].parameters(), models[1].parameters()):
+            assert_same_bits(q.detach(), p.detach(), format)
