@@ -51,10 +51,14 @@ class AdaBelief(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-16, eps_root: float = 1e-16,
         weight_decay: float | Schedule = 0.0, *, nesterov: bool = False,
         weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
+        max_grad_norm: float | None = None, skip_nonfinite: bool = False,
         state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
         flatten: bool = False, backend: str | None = None,
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         defaults |= {"nesterov": nesterov, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
-        super().__init__(params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend)
+        super().__init__(
+            params, defaults, formats, weight_decay_mask, decoupled_lr, flatten, backend, max_grad_norm,
+            skip_nonfinite,
+        )  # fmt: skip

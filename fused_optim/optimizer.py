@@ -43,18 +43,35 @@ class FusedOptimizer(torch.optim.Optimizer):
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
             tensors become views of them until :meth:`unflatten`.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
+        max_grad_norm: clip all gradients together to this Euclidean norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does, after ``grad_scale`` and inside the step: gradients stay as
+            they are. None does not clip; infinity works out :attr:`grad_norm` alone.
+        skip_nonfinite: where that norm is infinite or NaN, change no parameter, state and step number, and
+            count in :attr:`skipped`. Otherwise such a norm has the effect that it has in torch: gradients become
+            0 or NaN.
+
+    Attributes:
+        grad_norm: of the last step's gradients, before they were clipped: a float64 tensor of no dimensions on
+            the first parameter's device. None before the first step, or where neither option asks for it.
+        skipped: with ``skip_nonfinite`` the number of steps that were skipped since this optimizer was made, as
+            an int64 tensor of no dimensions on the same device; else None.
     """
 
     rule: str  # the subclass's name in RULES
     _step_supports_amp_scaling = True  # torch.amp.GradScaler lets the step unscale and skip, with no wait
+    grad_norm: Tensor | None = None
+    skipped: Tensor | None = None
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
         weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, flatten: bool,
-        backend: str | None,
+        backend: str | None, max_grad_norm: float | None, skip_nonfinite: bool,
     ) -> None:  # fmt: skip
         options.check_choices(*formats)
-        self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
+        self._settings = Settings(
+            RULES[self.rule], formats, options.flag("flatten", flatten), backend,
+            options.check_max_grad_norm(max_grad_norm), options.flag("skip_nonfinite", skip_nonfinite),
+        )  # fmt: skip
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
         self._mask = weight_decay_mask
         self._count = self._seed = 0
@@ -65,6 +82,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             select(backend, device)
         if flatten:
             self._flat.hold(p for p in self._params() if self._settings.can_be_flat(p))
+        if skip_nonfinite:
+            self.skipped = torch.zeros((), dtype=torch.int64, device=self._params()[0].device)
 
     def _reset(self) -> None:  # to what can be worked out again
         self._plan: Plan | None = None
@@ -127,12 +146,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "a step that a CUDA graph captures must be like the one before it: make one before with "
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
-            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat)
+            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
         self._plan = plan
         inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
+        for _, batch in plan.batches:
+            batch.load_copies()
+        if plan.clipping is not None:
+            self.skipped = plan.clipping.skipped
+            inputs, self.grad_norm = plan.clipping(inputs)
         try:
             for backend, batch in plan.batches:
-                batch.load_copies()
                 try:
                     backend.step(batch, inputs[batch.key.device])
                 finally:
@@ -213,8 +236,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             super().load_state_dict(state_dict)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+        own = ("_settings", "_decoupled_lr", "_mask", "_count", "_seed", "skipped")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

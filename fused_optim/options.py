@@ -66,6 +66,16 @@ def check_choices(state_format: Any, master_weights: Any, stochastic_rounding: A
         raise ValueError(f"give one of the two, not both: {given}")
 
 
+def check_max_grad_norm(value: Any) -> float | None:
+    """``max_grad_norm`` as a float or None; infinity asks for the norm alone."""
+    if value is None or (isinstance(value, float) and value == math.inf):
+        return value
+    checked = number("max_grad_norm", value)
+    if checked == 0:
+        raise ValueError("Invalid max_grad_norm value: 0.0; max_grad_norm must be positive, or None")
+    return checked
+
+
 def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
     return f" of group {index}" if index else ""
 
@@ -131,7 +141,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
     """Check a new group and give it all that belongs in one."""
-    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr"):
+    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr", "max_grad_norm", "skip_nonfinite"):
         if key in group:
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "
