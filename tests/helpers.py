@@ -295,7 +295,8 @@ class Judge:
             g = plain(p.grad.detach().permute(order)).to(formats.param.working).flatten()
             sums.append(reference.square_sums(g if scale is None else g / scale.to(g).reshape(())))
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
-        _, self.norm, factor = reference.clip(torch.cat(sums), torch.tensor(limit, dtype=F64))
+        limit_tensor = torch.tensor(limit, dtype=F64)
+        _, self.norm, factor, _ = reference.clip(torch.cat(sums), limit_tensor, self.skip_nonfinite)
         return 1.0 if self.max_grad_norm is None else float(factor)
 
     def _hyper(self, group: dict[str, Any], decay: bool) -> Hyperparameters:
