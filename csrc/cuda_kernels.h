@@ -553,7 +553,7 @@ __global__ void __launch_bounds__(kLanes) clip_kernel(const ClipTask task) {
   task.clip[0] = total;
   task.clip[1] = norm;
   task.clip[2] = coefficient > 1 ? 1 : coefficient;
-  task.clip[3] = skip;
+  task.clip[3] = skip ? 1.0 : 0.0;
   if (skip) ++*task.skipped;
 }
 

@@ -26,9 +26,7 @@ class Clipping:
     ) -> None:
         """``skipped``: counts the steps that a non-finite norm skips, None if it skips none."""
         items = sorted((o for _, batch in batches for o in batch.items), key=lambda o: o.number)
-        *firsts, self._n_sums = accumulate(
-            (-(-o.stored[0].numel() // NORM_CHUNK) for o in items), initial=0
-        )
+        *firsts, self._n_sums = accumulate((-(-o.stored[0].numel() // NORM_CHUNK) for o in items), initial=0)
         for _, batch in batches:
             row, chunk = batch.chunks(NORM_CHUNK).long().unbind(1)
             first = torch.tensor([firsts[o.number] for o in batch.items], device="cpu")

@@ -111,8 +111,9 @@ def tree_sum(x: Tensor) -> Tensor:
     """The sum over the last dimension in the order of every backend: lane ``k`` of 256 adds up elements ``k``,
     ``k + 256``, ``k + 512`` and so on; then neighbouring lanes are added until one is left. What is missing
     of the last 256 counts as 0."""
-    rows = torch.nn.functional.pad(x, (0, -x.shape[-1] % NORM_LANES)).unflatten(-1, (-1, NORM_LANES))
-    lanes = torch.zeros_like(rows.select(-2, 0)) if rows.numel() else x.new_zeros(NORM_LANES)
+    rows = torch.nn.functional.pad(x, (0, -x.shape[-1] % NORM_LANES))
+    rows = rows.view(*x.shape[:-1], -1, NORM_LANES)
+    lanes = x.new_zeros(*x.shape[:-1], NORM_LANES)
     for row in rows.unbind(-2):
         lanes = lanes + row
     while lanes.shape[-1] > 1:

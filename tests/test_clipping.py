@@ -7,13 +7,12 @@ import math
 import pickle
 from typing import Any
 
+import helpers
 import pytest
+import test_backends as b
 import torch
-from helpers import F32, F64, FORMATS, RULES, Make, assert_same_bits, parameters, raises_with, snapshot
-from helpers import set_gradients, train
-from test_backends import (
-    AMP, STORED, Model, backends, cpu, device_of, fused, program, tensors, threads, turn,
-)  # fmt: skip
+from helpers import F32, F64, FORMATS, RULES, Make, assert_same_bits, parameters, raises_with, train
+from test_backends import Model, backends, cpu, device_of, fused
 
 from fused_optim import AdamaxW, AdamW, reference
 
@@ -42,11 +41,11 @@ def test_the_order_of_a_sum(n: int) -> None:
 def test_every_format_and_layout(backend: str, format: str) -> None:
     """Of all sizes and layouts; two parameters start late."""
     i = list(FORMATS).index(format)
-    chosen = tensors(program(format))
+    chosen = b.tensors(b.program(format))
     if backend == "triton" and device_of(backend) == "cpu":
         chosen = chosen[i % 3 :: 3]
     shapes, layouts, of_gradients = zip(*chosen)
-    rule = turn(list(RULES), i)
+    rule = b.turn(list(RULES), i)
     model = Model(rule, backend, shapes, format, layouts, flatten=i % 4 < 2, max_grad_norm=0.5)
     model.set_gradients(skip=(2, 4))
     model.step()
@@ -71,7 +70,7 @@ def test_sizes_around_a_chunk_and_parameters_of_several_batches(backend: str) ->
         )
         for optimizer in (plain, clipped):
             train(optimizer, optimizer.param_groups[0]["params"], 2)
-        assert_same_bits(snapshot(clipped), snapshot(plain))
+        assert_same_bits(helpers.snapshot(clipped), helpers.snapshot(plain))
         norms.append(clipped.grad_norm)
     eager = AdamW(params, backend="eager", max_grad_norm=math.inf)
     train(eager, params, 2)
@@ -82,13 +81,13 @@ def test_sizes_around_a_chunk_and_parameters_of_several_batches(backend: str) ->
 @backends
 def test_groups_and_a_grad_scaler(backend: str, flatten: bool) -> None:
     """Clipped after the division by grad_scale and before maximize, over all groups; found_inf skips too."""
-    format = turn([*STORED, "complex64"], flatten)
+    format = b.turn([*b.STORED, "complex64"], flatten)
     model = Model(
         "adamw", backend, [(5,), (4100,), (3, 4), (300,)], format, ["every third", "", "", ""],
         lambda params: [{"params": params[:2], "maximize": True}, {"params": params[2:], "lr": 0.1}],
         flatten=flatten, max_grad_norm=2.5, skip_nonfinite=True,
     )  # fmt: skip
-    for i, (scale, found_inf) in enumerate([*AMP, (0.25, 1.0)]):
+    for i, (scale, found_inf) in enumerate([*b.AMP, (0.25, 1.0)]):
         model.set_gradients()
         if i == 2:
             model.params[1].grad[7] = torch.inf
@@ -111,12 +110,12 @@ def test_a_norm_that_is_not_finite(backend: str, bad: float, limit: float | None
         model.train(1)
         model.set_gradients()
         model.params[0].grad[4096] = bad
-        before = snapshot(model.optimizer)
+        before = helpers.snapshot(model.optimizer)
         gradients = [p.grad.clone() for p in model.params]
         model.step()
         assert_same_bits([p.grad for p in model.params], gradients)
         if skips:
-            after = snapshot(model.optimizer)
+            after = helpers.snapshot(model.optimizer)
             assert (after.pop("count"), before.pop("count")) == (2, 1)
             assert_same_bits(after, before)
         model.train(1)
@@ -130,7 +129,7 @@ def test_as_torch_clips(limit: float, bad: float | None) -> None:
     """Within 4 units of float32; with beta1 = 0 the first moment is the clipped gradient."""
     params = parameters([(4097,), (10, 10), ()])
     optimizer = AdamaxW(params, betas=(0.0, 0.9), max_grad_norm=limit)
-    set_gradients(params, 0)
+    helpers.set_gradients(params, 0)
     if bad is not None:
         params[1].grad[0, 0] = bad
     optimizer.step()
@@ -161,7 +160,7 @@ def test_zero_gradients_and_none(backend: str) -> None:
 @pytest.mark.parametrize("format", ["fp32", "fp64", "bf16", "fp16"])
 def test_cpu_with_any_number_of_threads(format: str) -> None:
     for n, flatten in itertools.product((1, 2, 8), (False, True)):
-        with threads(n):
+        with b.threads(n):
             shapes = [(50003,), *[(i,) for i in range(10)]]
             Model("adamw", "cpu", shapes, format, flatten=flatten, max_grad_norm=1e-2).train(1)
 
@@ -203,7 +202,7 @@ def test_what_is_told_before_and_after_steps(make: Make) -> None:
         other = copied()
         train(optimizer, params, 1)
         train(other, other.param_groups[0]["params"], 1)
-        assert_same_bits(snapshot(other), snapshot(optimizer))
+        assert_same_bits(helpers.snapshot(other), helpers.snapshot(optimizer))
         other.param_groups[0]["params"][0].grad.fill_(torch.inf)
         other.step()
         assert (int(other.skipped), int(optimizer.skipped)) == (2, 1)

@@ -77,7 +77,8 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        for name in ("step_on_host", "square_sums_on_host", "clip_on_host", "chunk_size", "coefficients_bytes", "e4m3_differences"):
+        steps = ("step_on_host", "square_sums_on_host", "clip_on_host")
+        for name in (*steps, "chunk_size", "coefficients_bytes", "e4m3_differences"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
         self.library.refuse_launches.argtypes = [ctypes.c_bool]

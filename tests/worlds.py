@@ -146,7 +146,7 @@ class World:
             g.copy_(self._values(len(g), special))
 
     def inputs(
-        self, grad_scale: float | None, found_inf: float | None, factor: float | None = None, skip: float = 0.0
+        self, grad_scale: float | None, found_inf: float | None, factor: float | None = None, skip: float = 0
     ) -> Inputs:
         clip = None if factor is None else torch.tensor([0, 0, factor, skip], dtype=torch.float64)
         given = (None if x is None else torch.tensor(x) for x in (grad_scale, found_inf))
