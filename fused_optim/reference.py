@@ -111,11 +111,10 @@ def tree_sum(x: Tensor) -> Tensor:
     """The sum over the last dimension in the order of every backend: lane ``k`` of 256 adds up elements ``k``,
     ``k + 256``, ``k + 512`` and so on; then neighbouring lanes are added until one is left. What is missing
     of the last 256 counts as 0."""
-    rows = torch.nn.functional.pad(x, (0, -x.shape[-1] % NORM_LANES))
-    rows = rows.view(*x.shape[:-1], -1, NORM_LANES)
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % NORM_LANES))
     lanes = x.new_zeros(*x.shape[:-1], NORM_LANES)
-    for row in rows.unbind(-2):
-        lanes = lanes + row
+    for start in range(0, x.shape[-1], NORM_LANES):
+        lanes = lanes + padded[..., start : start + NORM_LANES]
     while lanes.shape[-1] > 1:
         lanes = lanes[..., ::2] + lanes[..., 1::2]
     return lanes[..., 0]

@@ -73,6 +73,9 @@ def square_sums_kernel(rows, chunks, grad_scale, sums, GRAD: tl.constexpr, DTYPE
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["skipped"])
 def clip_kernel(sums, n, max_grad_norm, clip, skipped):
     """One program. ``skipped``: None where a norm that is not finite skips nothing."""
+    one = tl.arange(0, 1)
+    if skipped is not None:
+        count = tl.load(skipped + one)  # by every thread: before the sum's barriers, since one will write
     lanes = tl.zeros([LANES], tl.float64)
     start = tl.program_id(0)  # 0, in a tensor
     while start < n:
@@ -83,11 +86,10 @@ def clip_kernel(sums, n, max_grad_norm, clip, skipped):
     total = _tree_sum(lanes)
     norm = tl.sqrt(total)
     coefficient = tl.load(max_grad_norm) / (norm + 1e-6)
-    one = tl.arange(0, 1)
     skip = tl.zeros([1], tl.int64)
     if skipped is not None:
         skip = tl.where(norm - norm == 0, skip, 1)
-        tl.store(skipped + one, tl.load(skipped + one) + skip)
+        tl.store(skipped + one, count + skip)
     tl.store(clip + one, total)
     tl.store(clip + 1 + one, norm)
     tl.store(clip + 2 + one, tl.where(coefficient > 1, 1.0, coefficient))

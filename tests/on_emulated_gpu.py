@@ -38,7 +38,8 @@ CHECKS = [
     *((worlds.check_counters, "adamaxw", f, 5) for f in (FP32, FP64)),
     *((worlds.check_found_inf_changes_nothing, "adamaxw", f, torch.nan) for f in FEW),
     *((worlds.check_64_bit_offsets, f) for f in FEW),
-    *((worlds.check_clipping, f) for f in worlds.OF_GRADIENTS),
+    *((worlds.check_square_sums, f) for f in worlds.OF_GRADIENTS),
+    (worlds.check_clip,),
 ]
 
 

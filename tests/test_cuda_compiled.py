@@ -141,7 +141,8 @@ ON_HOST = [
     *((worlds.check_corrections_that_become_one, *of) for of in product(RULES, (FP32, FP64, *LOW_PRECISION))),
     *((worlds.check_64_bit_offsets, f) for f in worlds.COMBINATIONS),
     *((worlds.check_found_inf_changes_nothing, *of) for of in product(RULES, SKIPPED, SKIPPING)),
-    *((worlds.check_clipping, f) for f in worlds.OF_GRADIENTS),
+    *((worlds.check_square_sums, f) for f in worlds.OF_GRADIENTS),
+    (worlds.check_clip,),
 ]
 
 
@@ -608,7 +609,8 @@ OF_PTX = [
     *((worlds.check_counters, "adamaxw", f, 5) for f in FEW),
     *((worlds.check_found_inf_changes_nothing, "adamaxw", f, x) for f in FEW for x in (1.0, torch.nan)),
     *((worlds.check_64_bit_offsets, f) for f in FEW),
-    *((worlds.check_clipping, f) for f in worlds.OF_GRADIENTS),
+    *((worlds.check_square_sums, f) for f in worlds.OF_GRADIENTS),
+    (worlds.check_clip,),
 ]
 
 

@@ -362,9 +362,8 @@ def check_found_inf_changes_nothing(library: Any, rule: str, formats: Formats, f
         assert_same_bits(world.contents(), before)
 
 
-def check_clipping(library: Any, formats: Formats) -> None:
-    """Sums of squares of all sizes, alignments and special values; and what becomes of sums. The library has
-    ``square_sums`` and ``clip`` as a backend has."""
+def check_square_sums(library: Any, formats: Formats) -> None:
+    """Of all sizes, alignments and special values. The library has ``square_sums`` as a backend has."""
     sizes = (0, 1, 7, 255, 256, 257, 4095, 4096, 4097, 2 * 4096 + 300)
     rows = [Row(numel, (odd,) * 7) for numel in sizes for odd in (0, 1)]
     world = World("adamaxw", formats, rows)
@@ -378,6 +377,10 @@ def check_clipping(library: Any, formats: Formats) -> None:
         library.square_sums(world.batch, given, sums[1])
         assert bool((sums[0][:n] >= 0).any()) and bool((sums[0][n:] == -1).all())
         assert_same_bits(sums[1], sums[0])
+
+
+def check_clip(library: Any) -> None:
+    """What becomes of sums of squares. The library has ``clip`` as a backend has."""
     rng = torch.Generator().manual_seed(0)
     for count, end in ((0, []), (1, []), (255, []), (9001, []), (9001, [torch.inf]), (256, [torch.nan])):
         drawn = 10 ** (8 * torch.rand(count, generator=rng, dtype=torch.float64) - 6)
