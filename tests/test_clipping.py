@@ -124,12 +124,14 @@ def test_a_norm_that_is_not_finite(backend: str, bad: float, limit: float | None
 
 
 @pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
-@pytest.mark.parametrize("limit", [1e-3, 1.0, 1e3, 1e9])
-def test_as_torch_clips(limit: float, bad: float | None) -> None:
-    """Within 4 units of float32; with beta1 = 0 the first moment is the clipped gradient."""
+@pytest.mark.parametrize(("limit", "scale"), [(1e-3, 1), (1, 1), (1e3, 1), (1e9, 1), (1e-6, 1e-8), (1e-7, 0)])
+def test_as_torch_clips(limit: float, scale: float, bad: float | None) -> None:
+    """Within 4 units of float32, of small norms too; with beta1 = 0 the first moment is the clipped gradient."""
     params = parameters([(4097,), (10, 10), ()])
     optimizer = AdamaxW(params, betas=(0.0, 0.9), max_grad_norm=limit)
     helpers.set_gradients(params, 0)
+    for p in params:
+        p.grad *= scale
     if bad is not None:
         params[1].grad[0, 0] = bad
     optimizer.step()
