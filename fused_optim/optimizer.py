@@ -52,9 +52,9 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     Attributes:
         grad_norm: of the last step's gradients, before they were clipped: a float64 tensor of no dimensions on
-            the first parameter's device. None before the first step, or where neither option asks for it.
+            the device of the first that has one. None before the first step, or where neither option asks for it.
         skipped: with ``skip_nonfinite`` the number of steps that were skipped since this optimizer was made, as
-            an int64 tensor of no dimensions on the same device; else None.
+            an int64 tensor of no dimensions, after a step on the same device; else None.
     """
 
     rule: str  # the subclass's name in RULES
@@ -83,7 +83,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if flatten:
             self._flat.hold(p for p in self._params() if self._settings.can_be_flat(p))
         if skip_nonfinite:
-            self.skipped = torch.zeros((), dtype=torch.int64, device=self._params()[0].device)
+            self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def _reset(self) -> None:  # to what can be worked out again
         self._plan: Plan | None = None
