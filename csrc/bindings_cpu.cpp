@@ -53,7 +53,7 @@ struct Task : Table {
   StepElements step_elements;
   bool grad_is_own;
   int64_t chunk_size;
-  double grad_scale;
+  double grad_scale, grad_factor;
   int threads;
 };
 
@@ -91,7 +91,8 @@ void run(const Task& task) {
       __builtin_prefetch(reinterpret_cast<const void*>(task.counters[i + kAhead].step), 1);
     const int64_t count = next_count(*reinterpret_cast<const int64_t*>(counter.step));
     if (count != last_count || counter.hyper != last_hyper) {
-      sets.push_back(coefficients<T>(task.hyper[counter.hyper], count, static_cast<T>(task.grad_scale)));
+      sets.push_back(coefficients<T>(task.hyper[counter.hyper], count, static_cast<T>(task.grad_scale),
+                                     static_cast<T>(task.grad_factor)));
       last_count = count;
       last_hyper = counter.hyper;
     }
@@ -126,17 +127,35 @@ void run(const Task& task) {
 }
 
 void step_cpu(const std::string& isa, const NameStrings& strings, const std::array<int64_t, 6>& table,
-              int64_t chunk_size, double grad_scale, int threads) {
+              int64_t chunk_size, double grad_scale, double grad_factor, int threads) {
   const Names names = names_of(strings);
   const StepElements step_elements = isa_named(isa).find(names);
   if (step_elements == nullptr) throw std::invalid_argument("no CPU code for " + text_of(names));
   const bool grad_is_own = !same(names.grad, Fp32::name);
-  const Task task{bit_cast<Table>(table), step_elements, grad_is_own, chunk_size, grad_scale, threads};
+  const Task task{bit_cast<Table>(table), step_elements, grad_is_own, chunk_size,
+                  grad_scale,             grad_factor,   threads};
   py::gil_scoped_release release;
   if (same(names.mu, Fp64::name))
     run<double>(task);
   else
     run<float>(task);
+}
+
+void square_sums(const std::string& isa, const std::string& grad, const std::array<int64_t, 5>& fields, int threads) {
+  const SquareSum square_sum = isa_named(isa).find_square_sum(grad.c_str());
+  if (square_sum == nullptr) throw std::invalid_argument("no CPU code for gradients in " + grad);
+  const auto task = bit_cast<NormTask>(fields);
+  const double grad_scale = task.grad_scale == nullptr ? 1.0 : static_cast<double>(*task.grad_scale);
+  py::gil_scoped_release release;
+#if defined(_OPENMP)
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+#endif
+  for (int64_t k = 0; k < task.n_chunks; ++k) {
+    const NormChunk chunk = task.chunks[k];
+    const Row& row = task.rows[chunk.row];
+    const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * kNormChunk;
+    task.sums[chunk.place] = square_sum(row.grad, begin, minimum(begin + kNormChunk, row.numel), grad_scale);
+  }
 }
 
 void convert(const std::string& isa, const std::string& format, int operand, bool encode, int64_t values, int64_t n,
@@ -153,7 +172,10 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("isas", &supported_isas, "Instruction sets that this machine has, best first.");
   m.def("step", &step_cpu,
         "One step of every row of a table. Takes an instruction set, the names of rule and formats, the fields of "
-        "Table, the elements of a chunk, what gradients are divided by, and the number of threads.");
+        "Table, the elements of a chunk, what gradients are divided and multiplied by, and the number of threads.");
+  m.def("square_sums", &square_sums,
+        "The sums of squares of a batch's gradients. Takes an instruction set, the gradients' format, the fields of "
+        "NormTask, and the number of threads.");
   m.def("convert", &convert, "Values into a format that is not the working precision's own, or back.");
   py::class_<Addresses>(m, "Addresses", "Where an optimizer's tensors are: see fused_optim/addresses.py.")
       .def(py::init<py::list, py::list, int64_t>())

@@ -6,9 +6,19 @@ namespace {
 
 using namespace fused_optim;
 
-int step_of_integers(const NameStrings& names, const std::array<int64_t, 9>& task, int64_t stream, int device) {
+int step_of_integers(const NameStrings& names, const std::array<int64_t, 10>& task, int64_t stream, int device) {
   py::gil_scoped_release release;
   return step_cuda(names_of(names), bit_cast<CudaTask>(task), stream, device);
+}
+
+int square_sums(const std::string& grad, const std::array<int64_t, 5>& task, int64_t stream, int device) {
+  py::gil_scoped_release release;
+  return square_sums_cuda(grad.c_str(), bit_cast<NormTask>(task), stream, device);
+}
+
+int clip(const std::array<int64_t, 5>& task, int64_t stream, int device) {
+  py::gil_scoped_release release;
+  return clip_cuda(bit_cast<ClipTask>(task), stream, device);
 }
 
 }  // namespace
@@ -18,6 +28,10 @@ PYBIND11_MODULE(_cuda, m) {
   m.def("step", &step_of_integers,
         "Launches one step of every row of a table and returns the number of kernels. Takes the names of rule and "
         "formats, the fields of CudaTask, the stream and the device.");
+  m.def("square_sums", &square_sums,
+        "Launches the sums of squares of a batch's gradients and returns the number of kernels. Takes the gradients' "
+        "format, the fields of NormTask, the stream and the device.");
+  m.def("clip", &clip, "Launches what makes a norm of all sums. Takes the fields of ClipTask, the stream and the device.");
   m.attr("chunk_size") = kChunk;
   m.attr("coefficients_bytes") = kCoefficientsBytes;
   m.attr("archs") = cuda_archs();

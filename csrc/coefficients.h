@@ -52,6 +52,7 @@ struct Coefficients {
   Divisor<T> bias_correction1, bias_correction1_next, bias_correction2;
   T neg_lr, decay;
   Divisor<T> grad_divisor;  // negative to ascend: dividing by it negates the quotient, bit for bit
+  T grad_factor;            // what the quotient is multiplied by: the clip coefficient, 1 for none
   uint32_t decay_kind;      // see fused_optim.reference.Coefficients
   uint32_t nesterov;        // 1 or 0
   uint32_t count;           // the step number
@@ -77,9 +78,9 @@ FUSED_OPTIM_HD int64_t next_count(int64_t count) {
   return count < kMaxCount ? count + 1 : kMaxCount;
 }
 
-// The coefficients of step number `count`, 1 at the first step. `grad_scale` is 1 for none.
+// The coefficients of step number `count`, 1 at the first step. `grad_scale` and `grad_factor` are 1 for none.
 template <class T>
-FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t count, T grad_scale) {
+FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t count, T grad_scale, T grad_factor) {
   const bool decoupled = h.initial_lr != 0.0;
   Coefficients<T> c;
   c.beta1 = static_cast<T>(h.beta1);
@@ -95,6 +96,7 @@ FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t co
   c.decay = static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : h.weight_decay);
   c.decay_kind = h.weight_decay == 0.0 ? 0 : decoupled ? 2 : 1;
   c.grad_divisor = divisor(h.maximize != 0.0 ? -grad_scale : grad_scale);
+  c.grad_factor = grad_factor;
   c.nesterov = h.nesterov != 0.0;
   c.count = static_cast<uint32_t>(count);
   return c;

@@ -12,8 +12,12 @@ FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 // in the working precision.
 using StepElements = void (*)(const Row&, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients);
 
+// The sum of the squares of elements `begin` to `end` of a gradient, in the order of fused_optim.reference.tree_sum.
+using SquareSum = double (*)(int64_t grad, int64_t begin, int64_t end, double grad_scale);
+
 struct Isa {
   StepElements (*find)(const Names& names);  // null where what is named does not go together
+  SquareSum (*find_square_sum)(const char* grad);  // null where there is no such format of gradients
   // Encodes or decodes one operand alone, for the tests of codecs; false where there is no codec of that name.
   bool (*convert)(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
                   int64_t stored, int64_t aux);

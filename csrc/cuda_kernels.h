@@ -55,7 +55,8 @@ FUSED_OPTIM_DEVICE T read_only(const T* p) {
 }
 
 FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
-  return task.found_inf != nullptr && read_only(task.found_inf) != 0.0f;
+  const bool found_inf = task.found_inf != nullptr && read_only(task.found_inf) != 0.0f;
+  return found_inf || (task.clip != nullptr && read_only(task.clip + 3) != 0.0);
 }
 
 // Works out the coefficients of a counter for each thread. Step numbers stay as they are: when the step kernel is
@@ -67,8 +68,9 @@ __global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTa
   const Counter counter = task.counters[i];
   const int64_t count = next_count(*global<const int64_t>(counter.step));
   const T grad_scale = task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale));
+  const T grad_factor = task.clip == nullptr ? T(1) : static_cast<T>(read_only(task.clip + 2));
   static_cast<Coefficients<T>*>(task.coefficients)[i] =
-      coefficients<T>(task.hyper[counter.hyper], count, grad_scale);
+      coefficients<T>(task.hyper[counter.hyper], count, grad_scale, grad_factor);
 }
 
 // One thread's share of writing the new step numbers, which no other block reads.
@@ -340,6 +342,7 @@ struct Neighbours {
       mu.decode(k);
       nu.decode(k);
       if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
+      if (c.grad_factor != T(1)) g.value[k] *= c.grad_factor;
       step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
       special |= p.is_special(k) | mu.is_special(k) | nu.is_special(k);
       p.encode(k);
@@ -467,6 +470,91 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
     }
     step_spans<Rule>(operands, first, end, stride, lane);
   } while (full && (i += round) < kChunk);
+}
+
+// The gradients' norm: a warp takes a chunk, and a thread of it kNormEach neighbouring lanes of the sum.
+constexpr int kNormWarps = kThreads / kLanes, kNormEach = kNormLanes / kLanes;
+
+FUSED_OPTIM_DEVICE double tree_sum(double (&lanes)[kNormEach]) {
+#pragma unroll
+  for (int n = kNormEach / 2; n > 0; n /= 2) {
+#pragma unroll
+    for (int k = 0; k < n; ++k) lanes[k] = lanes[2 * k] + lanes[2 * k + 1];
+  }
+  double sum = lanes[0];
+#pragma unroll
+  for (int offset = 1; offset < kLanes; offset *= 2) sum += __shfl_xor_sync(kAllLanes, sum, offset);
+  return sum;
+}
+
+template <class T>
+FUSED_OPTIM_DEVICE void add_square(double& sum, T x, const Divisor<T>& scale) {
+  const double wide = static_cast<double>(scale.value == T(1) ? x : x / scale.value);
+  sum += wide * wide;
+}
+
+template <class Grad>
+__global__ void __launch_bounds__(kThreads) square_sums_kernel(const NormTask task) {
+  using T = typename Grad::Working;
+  const int thread = static_cast<int>(threadIdx.x), lane = thread % kLanes;
+  const int64_t number = static_cast<int64_t>(blockIdx.x) * kNormWarps + thread / kLanes;
+  if (number >= task.n_chunks) return;
+  const NormChunk chunk = read_only(task.chunks + number);
+  const Row row = read_only(task.rows + chunk.row);
+  const bool full = chunk.chunk >= 0;
+  const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kNormChunk;
+  const Array<Grad> g(row.grad, 0, begin);
+  const Divisor<T> scale = divisor(task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale)));
+  double lanes[kNormEach] = {};
+  if (full) {
+#pragma unroll 4
+    for (int i = lane * kNormEach; i < kNormChunk; i += kNormLanes) {
+      Elements<Grad, kParam, kNormEach> x;
+      x.read(g, i);
+#pragma unroll
+      for (int k = 0; k < kNormEach; ++k) {
+        x.decode(k);
+        add_square(lanes[k], x.value[k], scale);
+      }
+    }
+  } else {
+    const int length = static_cast<int>(row.numel - begin < kNormChunk ? row.numel - begin : kNormChunk);
+#pragma unroll 1
+    for (int i = lane * kNormEach; i < length; i += kNormLanes) {
+#pragma unroll
+      for (int k = 0; k < kNormEach; ++k) {
+        Elements<Grad, kParam, 1> x;
+        if (i + k >= length) continue;
+        x.read(g, i + k);
+        x.decode(0);
+        add_square(lanes[k], x.value[0], scale);
+      }
+    }
+  }
+  const double sum = tree_sum(lanes);
+  if (lane == 0) task.sums[chunk.place] = sum;
+}
+
+// One warp; T: of the sums.
+template <class T>
+__global__ void __launch_bounds__(kLanes) clip_kernel(const ClipTask task) {
+  const int lane = static_cast<int>(threadIdx.x);
+  T lanes[kNormEach] = {};
+#pragma unroll 4
+  for (int64_t i = lane * kNormEach; i < task.n; i += kNormLanes) {
+#pragma unroll
+    for (int k = 0; k < kNormEach; ++k)
+      if (i + k < task.n) lanes[k] += read_only(task.sums + i + k);
+  }
+  const T total = tree_sum(lanes), norm = square_root(total);
+  const T coefficient = read_only(task.max_grad_norm) / (norm + 1e-6);
+  if (lane != 0) return;
+  const bool skip = task.skipped != nullptr && norm - norm != 0;
+  task.clip[0] = total;
+  task.clip[1] = norm;
+  task.clip[2] = coefficient > 1 ? 1 : coefficient;
+  task.clip[3] = skip ? 1.0 : 0.0;
+  if (skip) ++*task.skipped;
 }
 
 using Kernel = void (*)(CudaTask);

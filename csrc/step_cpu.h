@@ -275,10 +275,10 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
       if constexpr (kBuffered<OwnGrad>) {
         if (grad_is_own)
           return OwnGrad::load(read_vector<OwnGrad::is_upper_half>(own_grad + begin + i, count), NoAux{}) /
-                 c.grad_divisor;
+                 c.grad_divisor * c.grad_factor;
       }
       prefetch_bytes(working_grad + begin + i + kFar, sizeof(Vector));
-      return read_vector(working_grad + begin + i, count) / c.grad_divisor;
+      return read_vector(working_grad + begin + i, count) / c.grad_divisor * c.grad_factor;
     };
     if constexpr (!kBuffered<Mu>) {
       for_vectors<kSize<T>>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
@@ -375,7 +375,36 @@ StepElements find(const Names& names) {
   return found;
 }
 
-const Isa isa = {find, convert};
+template <class Grad>
+double square_sum(int64_t grad, int64_t begin, int64_t end, double grad_scale) {
+  using T = typename Grad::Working;
+  const auto* const stored = reinterpret_cast<const typename Grad::Stored*>(grad);
+  const Divisor<T> scale = divisor(static_cast<T>(grad_scale));
+  alignas(Words) T values[kNormLanes];
+  alignas(Words) double lanes[kNormLanes] = {};
+  for (; begin < end; begin += kNormLanes) {
+    const int64_t n = minimum(kNormLanes, end - begin);
+    for_vectors<kSize<T>>(0, n, [&](int64_t i, auto count) FUSED_OPTIM_INLINE {
+      const auto from = read_vector<Grad::is_upper_half>(stored + begin + i, count);
+      write_vector(values + i, Grad::load(from, NoAux{}) / scale);
+    });
+    for (int64_t i = 0; i < n; ++i) lanes[i] += static_cast<double>(values[i]) * static_cast<double>(values[i]);
+  }
+  for (int64_t n = kNormLanes / 2; n > 0; n /= 2)
+    for (int64_t i = 0; i < n; ++i) lanes[i] = lanes[2 * i] + lanes[2 * i + 1];
+  return lanes[0];
+}
+
+SquareSum find_square_sum(const char* grad) {
+  SquareSum found = nullptr;
+  with_name(GradCodecs{}, grad, [&](auto codec) {
+    found = square_sum<decltype(codec)>;
+    return true;
+  });
+  return found;
+}
+
+const Isa isa = {find, find_square_sum, convert};
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim

@@ -13,6 +13,17 @@ namespace fused_optim {
 struct CudaTask : Table {
   void* coefficients;
   const float *grad_scale, *found_inf;
+  const double* clip;  // what clip_cuda gives, null for none
+};
+
+// From `n` sums of squares, in order, to what fused_optim.reference.clip gives. Where `skipped` is not null, a norm
+// that is not finite skips the step and is counted there.
+struct ClipTask {
+  const double* sums;
+  int64_t n;
+  const double* max_grad_norm;
+  double* clip;
+  int64_t* skipped;
 };
 
 // 4,096 elements fill a GPU from a million parameters on, and still set some 100 KiB of
@@ -24,6 +35,10 @@ constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many
 // Launches one step, waits for nothing, and returns the number of kernels launched. Throws std::invalid_argument for
 // what no kernel is built for, std::runtime_error for what CUDA refuses.
 int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int device);
+
+// Each launches one kernel, as step_cuda does.
+int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream, int device);
+int clip_cuda(const ClipTask& task, int64_t stream, int device);
 
 std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"
 std::string cuda_compiler();

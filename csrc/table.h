@@ -32,4 +32,20 @@ struct Table {
   const Hyperparameters* hyper;
 };
 
+// What the gradients' norm is made of, in the order that fused_optim.reference.tree_sum says.
+constexpr int64_t kNormChunk = 4096, kNormLanes = 256;
+
+struct NormChunk {
+  int32_t row, chunk;  // as in Chunk
+  int32_t place;       // of its sum of squares
+};
+
+struct NormTask {
+  const Row* rows;
+  const NormChunk* chunks;
+  int64_t n_chunks;
+  const float* grad_scale;  // null for none
+  double* sums;
+};
+
 }  // namespace fused_optim

@@ -49,6 +49,7 @@ class AdamaxW(FusedOptimizer):
         betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
         weight_decay: float | Schedule = 1e-4, *,
         weight_decay_mask: WeightDecayMask | None = None, decoupled_lr: bool = False, maximize: bool = False,
+        max_grad_norm: float | None = None, skip_nonfinite: bool = False,
         state_format: str = "fp32", master_weights: str | None = None, stochastic_rounding: bool = False,
         unscale_in_step: bool = False, flatten: bool = False, backend: str | None = None,
         foreach: bool | None = None, fused: bool | None = None, capturable: bool = False,
@@ -59,5 +60,6 @@ class AdamaxW(FusedOptimizer):
         torchs = {"foreach": foreach, "fused": fused, "capturable": capturable}
         torchs |= {"amsgrad": amsgrad, "differentiable": differentiable}
         super().__init__(
-            params, defaults, formats, weight_decay_mask, decoupled_lr, unscale_in_step, flatten, backend, torchs
+            params, defaults, formats, weight_decay_mask, decoupled_lr, max_grad_norm, skip_nonfinite,
+            unscale_in_step, flatten, backend, torchs,
         )  # fmt: skip

@@ -54,19 +54,36 @@ class FusedOptimizer(torch.optim.Optimizer):
         foreach, fused, capturable: taken, since factories pass them, and without effect: every step is fused,
             and one on a GPU can be captured.
         amsgrad, differentiable: must be False.
+        max_grad_norm: clip all gradients together to this Euclidean norm, as
+            ``torch.nn.utils.clip_grad_norm_`` does, after ``grad_scale`` and inside the step: gradients stay as
+            they are. None does not clip; infinity works out :attr:`grad_norm` alone.
+        skip_nonfinite: where that norm is infinite or NaN, change no parameter, state and step number, and
+            count in :attr:`skipped`. Otherwise such a norm has the effect that it has in torch: gradients become
+            0 or NaN.
+
+    Attributes:
+        grad_norm: of the last step's gradients, before they were clipped: a float64 tensor of no dimensions on
+            the device of the first that has one. None before the first step, or where neither option asks for it.
+        skipped: with ``skip_nonfinite`` the number of steps that were skipped since this optimizer was made, as
+            an int64 tensor of no dimensions, after a step on the same device; else None.
     """
 
     rule: str  # the subclass's name in RULES
     _step_supports_amp_scaling = False  # what torch.amp.GradScaler asks for
+    grad_norm: Tensor | None = None
+    skipped: Tensor | None = None
 
     def __init__(
         self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
-        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, unscale_in_step: bool,
-        flatten: bool, backend: str | None, torchs: dict[str, Any],
+        weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, max_grad_norm: float | None,
+        skip_nonfinite: bool, unscale_in_step: bool, flatten: bool, backend: str | None, torchs: dict[str, Any],
     ) -> None:  # fmt: skip
         options.check_choices(*formats)
         options.check_torchs(torchs)
-        self._settings = Settings(RULES[self.rule], formats, options.flag("flatten", flatten), backend)
+        self._settings = Settings(
+            RULES[self.rule], formats, options.flag("flatten", flatten), backend,
+            options.check_max_grad_norm(max_grad_norm), options.flag("skip_nonfinite", skip_nonfinite),
+        )  # fmt: skip
         self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
         self._step_supports_amp_scaling = options.flag("unscale_in_step", unscale_in_step)
         self._mask = weight_decay_mask
@@ -77,6 +94,8 @@ class FusedOptimizer(torch.optim.Optimizer):
             select(backend, device)
         if flatten:
             self._flat.hold(p for p in self._params() if self._settings.can_be_flat(p))
+        if skip_nonfinite:
+            self.skipped = torch.zeros((), dtype=torch.int64, device="cpu")
 
     def _reset(self) -> None:  # to what can be worked out again
         self._plan: Plan | None = None
@@ -152,12 +171,16 @@ class FusedOptimizer(torch.optim.Optimizer):
                     "a step that a CUDA graph captures must be like the one before it: make one before with "
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
-            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat)
+            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
         self._plan = plan
         inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
+        for _, batch in plan.batches:
+            batch.load_copies()
+        if plan.clipping is not None:
+            self.skipped = plan.clipping.skipped
+            inputs, self.grad_norm = plan.clipping(inputs)
         try:
             for backend, batch in plan.batches:
-                batch.load_copies()
                 try:
                     backend.step(batch, inputs[batch.key.device])
                 finally:
@@ -329,8 +352,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return twin
 
     def _pickled(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_step_supports_amp_scaling")
-        return {**super().__getstate__(), **{key: self.__dict__[key] for key in own}}
+        own = ("_settings", "_decoupled_lr", "_mask", "_step_supports_amp_scaling", "skipped")
+        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -79,6 +79,16 @@ def check_torchs(given: Mapping[str, Any]) -> None:
             raise ValueError(f"{key}=True is not supported: {_NOT_HERE[key]}")
 
 
+def check_max_grad_norm(value: Any) -> float | None:
+    """``max_grad_norm`` as a float or None; infinity asks for the norm alone."""
+    if value is None or (isinstance(value, float) and value == math.inf):
+        return value
+    checked = number("max_grad_norm", value)
+    if checked == 0:
+        raise ValueError("Invalid max_grad_norm value: 0.0; max_grad_norm must be positive, or None")
+    return checked
+
+
 def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
     return f" of group {index}" if index else ""
 

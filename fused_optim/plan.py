@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy as is_uninitialized
 
 from . import addresses
 from .backends import Backend, select
+from .clip import Clipping
 from .flat import FlatLayout
 from .layout import (
     check_address,
@@ -43,11 +44,18 @@ class Settings:
     formats: tuple[str, str | None, bool]  # the arguments of storage.formats_of after the dtype
     flatten: bool
     backend: str | None
+    max_grad_norm: float | None = None
+    skip_nonfinite: bool = False
+
+    @property
+    def clips(self) -> bool:
+        return self.max_grad_norm is not None or self.skip_nonfinite
 
     @property
     def by_name(self) -> dict[str, Any]:  # as the constructor's arguments
-        names = ("state_format", "master_weights", "stochastic_rounding", "flatten", "backend")
-        return dict(zip(names, (*self.formats, self.flatten, self.backend)))
+        formats = zip(("state_format", "master_weights", "stochastic_rounding"), self.formats)
+        names = ("flatten", "backend", "max_grad_norm", "skip_nonfinite")
+        return dict(formats) | {name: getattr(self, name) for name in names}
 
     def formats_of(self, p: Tensor) -> Formats:
         return formats_of(p.dtype, *self.formats)
@@ -93,15 +101,16 @@ class Plan:
     parameters, gradients and states are moved into ``flat``."""
 
     def __init__(
-        self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout
-    ) -> None:
+        self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout,
+        skipped: Tensor | None,
+    ) -> None:  # fmt: skip
         items = _operands(groups, state, settings, given[0])
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
         by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
         for o in items:
             by_key[o.key].append(o)
         for key in by_key:
-            backends[key.device].load(key, *given[1:])
+            backends[key.device].load(key, *given[1:], settings.clips)
         made = {o.source: o.state for o in items}
         others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in made}
         _share_steps(items, list(others.values()), backends)
@@ -115,7 +124,11 @@ class Plan:
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
         self.devices = set(backends)
-        self.batches = [(backends[key.device], Batch(key, batch)) for key, batch in by_key.items()]
+        clips = settings.clips
+        self.batches = [
+            (backends[key.device], Batch(key, batch, merged=not clips)) for key, batch in by_key.items()
+        ]
+        self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped) if clips else None
         self.addresses = addresses.Addresses([group["params"] for group in groups], state)
         self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 MAX_COUNT = 2**31 - 1  # the step number saturates here, as Optax's int32 count does
+NORM_CHUNK, NORM_LANES = 4096, 256  # the order in which squares are added: see tree_sum
 
 
 class Hyperparameters(NamedTuple):
@@ -51,6 +52,7 @@ class Coefficients(NamedTuple):
     decay_kind: Tensor  # 0: no decay; 1: in the update, which is times lr; 2 (decoupled_lr): in the parameter
     grad_divisor: Tensor  # grad_scale, 1 for none; negative to ascend: the quotient is negated, bit for bit
     nesterov: Tensor
+    grad_factor: Tensor  # what the quotient is multiplied by: the clip coefficient, 1 for none
 
 
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
@@ -65,8 +67,9 @@ def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def coefficients(
-    hyper: Tensor, count: Tensor, dtype: torch.dtype, grad_scale: Tensor | None = None
-) -> Coefficients:
+    hyper: Tensor, count: Tensor, dtype: torch.dtype,
+    grad_scale: Tensor | None = None, clip: Tensor | None = None,
+) -> Coefficients:  # fmt: skip
     """The coefficients of ``hyper``, float64 ``[n, len(Hyperparameters)]``, at the step numbers ``count``,
     int64 ``[n]`` and 1 at the first step, in the working precision ``dtype``."""
     h = Hyperparameters(*hyper.unbind(1))
@@ -89,6 +92,7 @@ def coefficients(
         decay_kind=torch.where(h.weight_decay != 0, torch.where(decoupled, 2.0, 1.0), 0.0),
         grad_divisor=torch.where(h.maximize != 0, -scale, scale),
         nesterov=h.nesterov,
+        grad_factor=torch.ones_like(h.lr) if clip is None else clip[2].expand_as(h.lr),
     )
     return Coefficients(*(value.to(dtype) for value in exact))
 
@@ -101,6 +105,36 @@ def sqrt(x: Tensor) -> Tensor:
     if x.device.type != "cpu":
         return x.sqrt()
     return torch.where(x > 0, x.to(torch.complex128).sqrt().real, x.sqrt())
+
+
+def tree_sum(x: Tensor) -> Tensor:
+    """The sum over the last dimension in the order of every backend: lane ``k`` of 256 adds up elements ``k``,
+    ``k + 256``, ``k + 512`` and so on; then neighbouring lanes are added until one is left. What is missing
+    of the last 256 counts as 0."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % NORM_LANES))
+    lanes = x.new_zeros(*x.shape[:-1], NORM_LANES)
+    for start in range(0, x.shape[-1], NORM_LANES):
+        lanes = lanes + padded[..., start : start + NORM_LANES]
+    while lanes.shape[-1] > 1:
+        lanes = lanes[..., ::2] + lanes[..., 1::2]
+    return lanes[..., 0]
+
+
+def square_sums(g: Tensor) -> Tensor:
+    """Of each 4,096 elements of a vector the sum of their squares, in float64: of float32 they are exact."""
+    wide = torch.nn.functional.pad(g.to(torch.float64), (0, -g.numel() % NORM_CHUNK)).view(-1, NORM_CHUNK)
+    return tree_sum(wide * wide)
+
+
+def clip(sums: Tensor, max_grad_norm: Tensor, skips: bool) -> Tensor:
+    """From sums of squares, in order, in float64: their total; its root, which is the norm; the coefficient
+    ``min(1, max_grad_norm / (norm + 1e-6))`` of ``torch.nn.utils.clip_grad_norm_``; and 1 for a step that
+    changes nothing, since the norm is not finite and such a norm ``skips`` it, else 0."""
+    total = tree_sum(sums)
+    norm = sqrt(total)
+    coefficient = max_grad_norm / (norm + 1e-6)
+    skip = ~norm.isfinite() & skips
+    return torch.stack([total, norm, torch.where(coefficient > 1, 1.0, coefficient), skip.to(torch.float64)])
 
 
 def first_moment(g: Tensor, m: Tensor, c: Coefficients) -> Tensor:

@@ -119,7 +119,8 @@ def _real(t: Tensor) -> Tensor:
 class Batch:
     """All operands of one launch, and their table."""
 
-    def __init__(self, key: BatchKey, items: list[Operands]) -> None:
+    def __init__(self, key: BatchKey, items: list[Operands], merged: bool = True) -> None:
+        """``merged``: neighbours in a flat buffer share a row, if no format goes by the logical index."""
         self.key = key
         self.items = items
         self._copied = [o for o in items if o.dense is not local(o.source)]
@@ -127,12 +128,12 @@ class Batch:
         rows: list[list[int]] = []
         firsts: list[Operands] = []
         counters: dict[int, tuple[int, int, int]] = {}
-        in_order = key.formats.index_dependent
+        merged = merged and not key.formats.index_dependent
         for i, o in enumerate(items):
             step = o.state["step"]
             counter = counters.setdefault(id(step), (len(counters), step.data_ptr(), o.hyper_row))[0]
             numel = o.stored[0].numel()
-            if i and not in_order and o.continues(items[i - 1]):
+            if i and merged and o.continues(items[i - 1]):
                 rows[-1][0] = o.slot[0] - firsts[-1].slot[0] + numel
             else:
                 firsts.append(o)
@@ -144,6 +145,7 @@ class Batch:
         self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
         self._chunks: dict[int, Tensor] = {}
+        self.norm_chunks = torch.empty(0, 3, dtype=torch.int32, device="cpu")  # see clip.py
         self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
 
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
@@ -168,7 +170,8 @@ class Batch:
         """The table, on the host and on the device, and the dense copies."""
         copies = [o.dense for o in self._copied]
         copies += [o.grad_copy for o in self._copied_grads if o.grad_copy is not None]
-        return [self.rows, self.counters, *self._chunks.values(), *self.on_device.values(), *copies]
+        tables = [self.rows, self.counters, self.norm_chunks, *self._chunks.values()]
+        return [*tables, *self.on_device.values(), *copies]
 
     def chunks(self, size: int) -> Tensor:
         """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk). A tail chunk, which is

@@ -31,7 +31,7 @@ GRAD_COLUMN, PARAM_COLUMN, MU_COLUMN, NU_COLUMN, KEY_COLUMN = (
     tl.constexpr(COLUMNS_OF_ROW.index(name)) for name in ("grad", "param", "mu", "nu", "key")
 )
 NUM_COEFFICIENTS = tl.constexpr(len(reference.Coefficients._fields))
-COEFFICIENT_COLUMNS = tl.constexpr(16)
+COEFFICIENT_COLUMNS = tl.constexpr(len(reference.Coefficients._fields) + 2)
 """The coefficients are followed by found_inf and the bits of the step number."""
 
 PROLOGUE_LANES = 128
@@ -98,7 +98,7 @@ def _next_count(counters, lane, live):
 # Not specialised on their alignment: these may lie anywhere in tensors of the user's.
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def prologue_kernel(
-    counters, n, hyper, grad_scale, found_inf, coefficients, DTYPE: tl.constexpr, LANES: tl.constexpr
+    counters, n, hyper, grad_scale, found_inf, clip, coefficients, DTYPE: tl.constexpr, LANES: tl.constexpr
 ):
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live = lane < n
@@ -119,6 +119,10 @@ def prologue_kernel(
     skip = tl.zeros([LANES], tl.float32)
     if found_inf is not None:
         skip += tl.load(found_inf)
+    factor = tl.full([LANES], 1, tl.float64)
+    if clip is not None:
+        factor *= tl.load(clip + 2)
+        skip += tl.load(clip + 3).to(tl.float32)
 
     c = coefficients + lane * COEFFICIENT_COLUMNS
     tl.store(c + 0, beta1.to(DTYPE), live)
@@ -136,6 +140,7 @@ def prologue_kernel(
     tl.store(c + 11, tl.where(weight_decay != 0, tl.where(decoupled, 2.0, 1.0), 0.0).to(DTYPE), live)
     tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -1.0 * divisor, divisor), live)
     tl.store(c + 13, tl.load(h + 8, live, other=0).to(DTYPE), live)
+    tl.store(c + 14, factor.to(DTYPE), live)
     tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
     if DTYPE == tl.float32:  # float64 has no format that rounds by the step number
         tl.store(c + NUM_COEFFICIENTS + 1, count.to(tl.int32).to(tl.float32, bitcast=True), live)
@@ -159,7 +164,7 @@ def _coefficients(k):
     return Coefficients(
         tl.load(k), tl.load(k + 1), tl.load(k + 2), tl.load(k + 3), tl.load(k + 4), tl.load(k + 5),
         tl.load(k + 6), tl.load(k + 7), tl.load(k + 8), tl.load(k + 9), tl.load(k + 10), tl.load(k + 11),
-        tl.load(k + 12), tl.load(k + 13),
+        tl.load(k + 12), tl.load(k + 13), tl.load(k + 14),
     )  # fmt: skip
 
 
@@ -217,6 +222,8 @@ def _step(
     c = _coefficients(k)
     if c.grad_divisor != 1:
         g = rules.divide(g, c.grad_divisor)
+    if c.grad_factor != 1:
+        g *= c.grad_factor
     mu, nu = MOMENTS(g, MU.decode(stored_mu, at), NU.decode(stored_nu, at), c)
     if FAST:
         special = None
@@ -284,7 +291,7 @@ def step_kernel(
 
 
 def load(
-    working: torch.dtype, scaled: bool, skippable: bool, constants: dict[str, Any],
+    working: torch.dtype, scaled: bool, skippable: bool, clips: bool, constants: dict[str, Any],
     prologue_options: dict[str, Any], step_options: dict[str, Any],
 ) -> tuple[Any, Any]:  # fmt: skip
     """Both kernels, compiled and loaded onto the current device: what fails in that fails before a launch.
@@ -293,21 +300,23 @@ def load(
     takes 18 to 31 us.
 
     Args:
-        scaled, skippable: whether launches have a ``grad_scale`` and a ``found_inf``.
+        scaled, skippable, clips: whether launches have a ``grad_scale``, a ``found_inf`` and a ``clip``.
     """
-    scalars = (torch.float32 if given else None for given in (scaled, skippable))
-    prologue = prologue_kernel.warmup(
-        torch.int64, 2, torch.float64, *scalars, working, *_prologue_constants(working), grid=(1,),
-        **prologue_options,
-    )  # fmt: skip
-    step = step_kernel.warmup(
-        torch.int64, torch.int32, torch.int64, 2, working, *constants.values(), grid=(1,), **step_options
-    )
-    if prologue is None or step is None:  # the interpreter compiles nothing
-        return prologue_kernel, step_kernel
-    for kernel in (prologue, step):
-        kernel[1, 1, 1]  # this loads it
-    return prologue, step
+    scalars = [torch.float32 if given else None for given in (scaled, skippable)]
+    scalars.append(torch.float64 if clips else None)
+    inputs = (torch.int64, 2, torch.float64, *scalars, working, *_prologue_constants(working))
+    tables = (torch.int64, torch.int32, torch.int64, 2, working, *constants.values())
+    prologue = loaded(prologue_kernel, *inputs, **prologue_options)
+    return prologue, loaded(step_kernel, *tables, **step_options)
+
+
+def loaded(kernel: Any, *arguments: Any, **options: Any) -> Any:
+    """A kernel for such arguments, compiled and loaded onto the current device."""
+    compiled = kernel.warmup(*arguments, grid=(1,), **options)
+    if compiled is None:  # the interpreter compiles nothing
+        return kernel
+    compiled[1, 1, 1]  # this loads it
+    return compiled
 
 
 def _prologue_constants(working: torch.dtype) -> tuple[Any, ...]:
@@ -316,13 +325,13 @@ def _prologue_constants(working: torch.dtype) -> tuple[Any, ...]:
 
 def launch_prologue(
     kernel: Any, counters: torch.Tensor, hyper: torch.Tensor, grad_scale: torch.Tensor | None,
-    found_inf: torch.Tensor | None, coefficients: torch.Tensor,
+    found_inf: torch.Tensor | None, clip: torch.Tensor | None, coefficients: torch.Tensor,
 ) -> None:  # fmt: skip
     """Work out the coefficients of every counter."""
     n = len(counters)
     constants = _prologue_constants(coefficients.dtype)
     grid = (triton.cdiv(n, PROLOGUE_LANES), 1, 1)
-    kernel[grid](counters, n, hyper, grad_scale, found_inf, coefficients, *constants)
+    kernel[grid](counters, n, hyper, grad_scale, found_inf, clip, coefficients, *constants)
 
 
 def launch_step(

@@ -57,7 +57,8 @@ cudaError_t cudaSetDevice(int device) {
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "the error's text"; }
 const char* cudaGetErrorName(cudaError_t) { return "the error's name"; }
-cudaError_t cudaLaunchKernel(const void*, dim3, dim3, void**, size_t, cudaStream_t);
+template <class Task>
+cudaError_t cudaLaunchKernel(void (*)(Task), dim3, dim3, void**, size_t, cudaStream_t);
 
 namespace {
 
@@ -131,6 +132,14 @@ uint32_t __shfl_xor_sync(unsigned lanes, uint32_t x, int difference) {
   return warp.values_of_all(lanes, x)[from];
 }
 
+double __shfl_xor_sync(unsigned lanes, double x, int difference) {
+  uint32_t words[2];
+  std::memcpy(words, &x, sizeof(x));
+  for (uint32_t& word : words) word = __shfl_xor_sync(lanes, word, difference);
+  std::memcpy(&x, words, sizeof(x));
+  return x;
+}
+
 int n_yes = 0;  // votes of warps
 
 int __any_sync(unsigned lanes, int x) {
@@ -153,16 +162,16 @@ uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 #include "step_cuda_kernels.cu"
 #include "step_cuda.cu"
 
-cudaError_t cudaLaunchKernel(const void* kernel, dim3 grid, dim3 block, void** arguments, size_t,
+template <class Task>
+cudaError_t cudaLaunchKernel(void (*kernel)(Task), dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t stream) {
   if (refuse) return cudaErrorLaunchFailure;
   if (n_launched == 2) return cudaErrorLaunchFailure;
   launched[n_launched++] = {grid.x, block.x, reinterpret_cast<int64_t>(stream), current_device};
-  const auto run = reinterpret_cast<void (*)(fused_optim::CudaTask)>(const_cast<void*>(kernel));
   for (blockIdx.x = grid.x; blockIdx.x-- > 0;)
     for (threadIdx.x = block.x; threadIdx.x > 0;) {
       threadIdx.x -= Warp::kSize;
-      warp.run([&] { run(*static_cast<fused_optim::CudaTask*>(arguments[0])); });
+      warp.run([&] { kernel(*static_cast<Task*>(arguments[0])); });
     }
   return cudaSuccess;
 }
@@ -190,10 +199,28 @@ int64_t step_on_host(const char* rule, const char* param, const char* grad, cons
   n_launched = 0;
   fused_optim::CudaTask task;
   std::memcpy(&task, numbers, sizeof(task));
-  const int64_t stream = numbers[9], device = numbers[10];
+  const int64_t stream = numbers[10], device = numbers[11];
   return guarded(error, size, [&] {
     return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, stream, static_cast<int>(device));
   });
+}
+
+// `numbers`: the fields of NormTask or ClipTask, the stream and the device.
+int64_t square_sums_on_host(const char* grad, const int64_t* numbers, char* error, int64_t size) {
+  n_launched = 0;
+  fused_optim::NormTask task;
+  std::memcpy(&task, numbers, sizeof(task));
+  return guarded(error, size, [&] {
+    return fused_optim::square_sums_cuda(grad, task, numbers[5], static_cast<int>(numbers[6]));
+  });
+}
+
+int64_t clip_on_host(const int64_t* numbers, char* error, int64_t size) {
+  n_launched = 0;
+  fused_optim::ClipTask task;
+  std::memcpy(&task, numbers, sizeof(task));
+  return guarded(error, size,
+                 [&] { return fused_optim::clip_cuda(task, numbers[5], static_cast<int>(numbers[6])); });
 }
 
 int64_t chunk_size() { return fused_optim::kChunk; }

@@ -16,7 +16,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from fused_optim import AdaBelief, AdamaxW, AdamW
+from fused_optim import AdaBelief, AdamaxW, AdamW, reference
+from fused_optim.layout import dense_like
 from fused_optim.reference import MAX_COUNT, Coefficients, Hyperparameters, coefficients
 from fused_optim.rounding import MU, NU, PARAM, Place, random_key
 from fused_optim.rules import RULES as REFERENCES
@@ -222,11 +223,12 @@ def raises_unchanged(
 
 @functools.cache
 def coefficients_of(
-    hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None
+    hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None, factor: float
 ) -> Coefficients:
     """The reference's coefficients of one parameter."""
     table, divisor = torch.tensor([hyper], dtype=F64), None if scale is None else torch.tensor(scale)
-    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, divisor)))
+    clip = torch.tensor([0, 0, factor], dtype=F64)
+    return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, divisor, clip)))
 
 
 class Judge:
@@ -236,15 +238,21 @@ class Judge:
 
     Args:
         rule: the optimizer's.
-        options: its formats and the lr that ``decoupled_lr`` refers to.
+        options: its formats, the lr that ``decoupled_lr`` refers to, and how it clips.
+
+    Attributes:
+        norm: of the gradients of the last step that was worked out.
     """
 
     def __init__(
         self, rule: Rule, state_format: str = "fp32", master_weights: str | None = None,
-        stochastic_rounding: bool = False, reference_lr: float = 0.0,
+        stochastic_rounding: bool = False, reference_lr: float = 0.0, max_grad_norm: float | None = None,
+        skip_nonfinite: bool = False,
     ) -> None:  # fmt: skip
         self.reference, self.reference_lr = REFERENCES[rule.reference], reference_lr
         self.formats = (state_format, master_weights, stochastic_rounding)
+        self.max_grad_norm, self.skip_nonfinite = max_grad_norm, skip_nonfinite
+        self.norm = torch.zeros((), dtype=F64)
 
     def step(self, optimizer: Any, what: str = "step", **numbers: float) -> None:
         """Make a step, which must be as expected."""
@@ -262,6 +270,8 @@ class Judge:
         """What :func:`snapshot` must be after the next step; ``numbers`` stand for all groups' own."""
         found_inf, scale = getattr(optimizer, "found_inf", None), getattr(optimizer, "grad_scale", None)
         skip = found_inf is not None and float(found_inf) != 0
+        factor = self._clip(optimizer, scale)
+        skip |= self.skip_nonfinite and not self.norm.isfinite()
         want: dict[str, Any] = {"params": [], "states": [], "count": optimizer.param_groups[0]["count"] + 1}
         for group in optimizer.param_groups:
             decays = group["weight_decay_mask"] or [True] * len(group["params"])
@@ -270,10 +280,24 @@ class Judge:
                 if p.grad is not None:
                     hyper = self._hyper({**group, **numbers}, decay)
                     key = random_key(getattr(optimizer, "seed", 0), len(want["params"]))
-                    values, state = self._step(p, state, hyper, scale, skip, key)
+                    values, state = self._step(p, state, hyper, (scale, factor), skip, key)
                 want["params"].append(values)
                 want["states"].append(state)
         return want
+
+    def _clip(self, optimizer: Any, scale: Tensor | None) -> float:
+        """The clip coefficient: of all gradients, each in the order in which its parameter lies in memory."""
+        sums = [torch.zeros(0, dtype=F64)]
+        for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
+            formats = formats_of(p.dtype, *self.formats)
+            strides = dense_like(p, formats.index_dependent).stride()
+            order = sorted(range(p.dim()), key=lambda d: -strides[d])
+            g = plain(p.grad.detach().permute(order)).to(formats.param.working).flatten()
+            sums.append(reference.square_sums(g if scale is None else g / scale.to(g).reshape(())))
+        limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
+        limit_tensor = torch.tensor(limit, dtype=F64)
+        _, self.norm, factor, _ = reference.clip(torch.cat(sums), limit_tensor, self.skip_nonfinite)
+        return 1.0 if self.max_grad_norm is None else float(factor)
 
     def _hyper(self, group: dict[str, Any], decay: bool) -> Hyperparameters:
         return Hyperparameters(
@@ -284,13 +308,14 @@ class Judge:
         )  # fmt: skip
 
     def _step(
-        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters, scale: Tensor | None,
-        skip: bool, key: int,
+        self, p: Tensor, state: dict[str, Any], hyper: Hyperparameters,
+        scaling: tuple[Tensor | None, float], skip: bool, key: int,
     ) -> tuple[Tensor, dict[str, Any]]:  # fmt: skip
         formats, count = formats_of(p.dtype, *self.formats), int(state.get("step", 0))
         new_count = torch.tensor(min(count + 1, MAX_COUNT))
+        scale, factor = scaling
         given = None if scale is None else float(scale)
-        c = coefficients_of(hyper, int(new_count), formats.param.working, given)
+        c = coefficients_of(hyper, int(new_count), formats.param.working, given, factor)
         names = ("", *self.reference.states)
         stored, aux = [], []
         for format, name, t in zip(formats, names, (p, *map(state.get, names[1:]))):
@@ -303,7 +328,7 @@ class Judge:
             aux.append(extra)
         if not skip:
             old = (f.decode(t, extra) for f, t, extra in zip(formats, stored, aux))
-            g = plain(p.grad).to(formats.param.working) / c.grad_divisor
+            g = plain(p.grad).to(formats.param.working) / c.grad_divisor * c.grad_factor
             values, mu, nu = old
             new = self.reference.reference(values, g, mu, nu, c)
             for i, operand in enumerate((PARAM, MU, NU)):

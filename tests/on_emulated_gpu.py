@@ -38,6 +38,8 @@ CHECKS = [
     *((worlds.check_counters, "adamaxw", f, 5) for f in (FP32, FP64)),
     *((worlds.check_found_inf_changes_nothing, "adamaxw", f, torch.nan) for f in FEW),
     *((worlds.check_64_bit_offsets, f) for f in FEW),
+    *((worlds.check_square_sums, f) for f in worlds.OF_GRADIENTS),
+    (worlds.check_clip,),
 ]
 
 
@@ -56,6 +58,16 @@ class Library:
         batch.on_device = table
         TRITON.step(batch, inputs)
         return len(GPU.launched) - before
+
+    def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
+        grads = [o.grad for o in batch.items]
+        constants = [batch.rows, batch.norm_chunks, *grads, *([] if grad_scale is None else [grad_scale])]
+        GPU.memory = lambda: ([sums], constants)
+        TRITON.square_sums(batch, grad_scale, sums)
+
+    def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
+        GPU.memory = lambda: ([] if skipped is None else [skipped], [sums, max_grad_norm])
+        return TRITON.clip(sums, max_grad_norm, skipped)
 
 
 LIBRARY = Library()

@@ -459,7 +459,9 @@ class Launch:
         elif name == "ret":
             self.next[active] = len(self.kernel.instructions)
         elif name == "bar":
-            if modifiers != ("sync",) or operands != (0,):
+            # Of a block of one warp a barrier of the warp is one of the block.
+            one_warp = (modifiers, operands) == (("warp", "sync"), (-1,)) and self.kernel.threads == WARP
+            if (modifiers, operands) != (("sync",), (0,)) and not one_warp:
                 raise Unknown
             self.waiting |= active
         elif name in ("ld", "st"):

@@ -71,7 +71,9 @@ class Model:
         self.outside, self.strides = [outside(p) for p in self.params], [p.stride() for p in self.params]
         for p in self.params:
             p.requires_grad_().grad_dtype = self.grad_dtype
-        self.judge = Judge(RULES[rule], **chosen, reference_lr=1e-2 if options.get("decoupled_lr") else 0.0)
+        given = {k: options[k] for k in ("max_grad_norm", "skip_nonfinite") if k in options}
+        reference_lr = 1e-2 if options.get("decoupled_lr") else 0.0
+        self.judge = Judge(RULES[rule], **chosen, **given, reference_lr=reference_lr)
         options = {"weight_decay": 0.1, "lr": 1e-2, **RULES[rule].options, **chosen, **options}
         self.optimizer = RULES[rule].optimizer(groups(self.params), backend=backend, **options)
 
@@ -83,6 +85,8 @@ class Model:
 
     def step(self) -> None:
         self.judge.step(self.optimizer)
+        if self.optimizer.grad_norm is not None:
+            assert_same_bits(self.optimizer.grad_norm.cpu(), self.judge.norm, "grad_norm")
         assert all(bool((memory[mask] == 77).all()) for memory, mask in self.outside), "written outside"
         assert [p.stride() for p in self.params] == self.strides
 
@@ -389,21 +393,25 @@ def test_cpu_codecs(dtype: torch.dtype) -> None:
         assert_same_bits(p.detach(), (start.float() - grad).to(dtype))
 
 
-def test_launches_of_triton(flatten: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two launches a step, whatever the number of tensors and groups; counted, not run."""
+@pytest.mark.parametrize("clips", [False, True])
+def test_launches_of_triton(flatten: bool, clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two launches a step, and two more with clipping, whatever the number of tensors and groups; counted, not
+    run."""
     kernels = pytest.importorskip("fused_optim.kernels.step")
+    norm = pytest.importorskip("fused_optim.kernels.norm")
     launches: list[str] = []
-    monkeypatch.setattr(kernels, "launch_prologue", lambda *a: launches.append("prologue"))
-    monkeypatch.setattr(kernels, "launch_step", lambda *a: launches.append("step"))
+    for module, name in ((norm, "square_sums"), (norm, "clip"), (kernels, "prologue"), (kernels, "step")):
+        monkeypatch.setattr(module, f"launch_{name}", lambda *a, name=name: launches.append(name))
     params = [torch.ones(i % 7, 9, device=device_of("triton")).requires_grad_() for i in range(1000)]
     for p in params:
         p.grad = torch.ones_like(p)
     groups = [{"params": params[:500]}, {"params": params[500:], "weight_decay": 0.0}]
-    optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="triton")
+    clipping = {"max_grad_norm": 1.0} if clips else {}
+    optimizer = AdaBelief(groups, weight_decay=0.1, flatten=flatten, backend="triton", **clipping)
     for _ in range(3):
         launches.clear()
         optimizer.step()
-        assert launches == ["prologue", "step"]
+        assert launches == ["square_sums", "clip"] * clips + ["prologue", "step"]
 
 
 @pytest.mark.parametrize("n", [8, 16])

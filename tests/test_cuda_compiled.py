@@ -31,6 +31,7 @@ from worlds import COVERING, FEW, FP32, FP64, GUARD, LOW_PRECISION, Formats, Row
 
 from fused_optim.rules import RULES
 from fused_optim.storage import FORMATS
+from fused_optim.table import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
 CSRC = ROOT / "csrc"
@@ -52,8 +53,23 @@ def task_of(work: Work, coefficients: Tensor) -> list[int]:
     """The fields of CudaTask."""
     inputs, chunks, counters = work.inputs, work.chunks, work.batch.counters
     tables = (work.rows.data_ptr(), chunks.data_ptr(), len(chunks), counters.data_ptr(), len(counters))
-    tensors = (inputs.hyper, coefficients, inputs.grad_scale, inputs.found_inf)
-    return [*tables, *(0 if t is None else t.data_ptr() for t in tensors)]
+    tensors = (inputs.hyper, coefficients, inputs.grad_scale, inputs.found_inf, inputs.clip)
+    return [*tables, *map(address, tensors)]
+
+
+def address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def norm_task(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> list[int]:
+    """The fields of NormTask."""
+    chunks = batch.norm_chunks
+    return [batch.rows.data_ptr(), chunks.data_ptr(), len(chunks), address(grad_scale), sums.data_ptr()]
+
+
+def clip_task(sums: Tensor, max_grad_norm: Tensor, clip: Tensor, skipped: Tensor | None) -> list[int]:
+    """The fields of ClipTask."""
+    return [sums.data_ptr(), len(sums), max_grad_norm.data_ptr(), clip.data_ptr(), address(skipped)]
 
 
 class Host:
@@ -61,7 +77,8 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        for name in ("step_on_host", "chunk_size", "coefficients_bytes", "e4m3_differences"):
+        steps = ("step_on_host", "square_sums_on_host", "clip_on_host")
+        for name in (*steps, "chunk_size", "coefficients_bytes", "e4m3_differences"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
         self.library.refuse_launches.argtypes = [ctypes.c_bool]
@@ -75,7 +92,7 @@ class Host:
         return result
 
     def step_of(self, *names_and_numbers: Any) -> int:
-        numbers = (ctypes.c_int64 * 11)(*names_and_numbers[5:])
+        numbers = (ctypes.c_int64 * 12)(*names_and_numbers[5:])
         return self.call("step_on_host", *names_and_numbers[:5], numbers)
 
     def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
@@ -86,6 +103,16 @@ class Host:
         launched = self.step_of(*names, *task_of(work, coefficients), stream, device)
         assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
         return launched
+
+    def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
+        numbers = (ctypes.c_int64 * 7)(*norm_task(batch, grad_scale, sums), 0, 0)
+        assert self.call("square_sums_on_host", batch.key.grad.name, numbers) == 1
+
+    def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
+        clip = torch.empty(4, dtype=torch.float64)
+        numbers = (ctypes.c_int64 * 7)(*clip_task(sums, max_grad_norm, clip, skipped), 0, 0)
+        assert self.call("clip_on_host", numbers) == 1
+        return clip
 
     def chunk_size(self, formats: Formats | None = None) -> int:
         return int(self.library.chunk_size())
@@ -114,6 +141,8 @@ ON_HOST = [
     *((worlds.check_corrections_that_become_one, *of) for of in product(RULES, (FP32, FP64, *LOW_PRECISION))),
     *((worlds.check_64_bit_offsets, f) for f in worlds.COMBINATIONS),
     *((worlds.check_found_inf_changes_nothing, *of) for of in product(RULES, SKIPPED, SKIPPING)),
+    *((worlds.check_square_sums, f) for f in worlds.OF_GRADIENTS),
+    (worlds.check_clip,),
 ]
 
 
@@ -160,7 +189,7 @@ def test_launches(host: Host) -> None:
     empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 2
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 11) == 0
+    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 12) == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
@@ -192,20 +221,20 @@ UNKNOWN = [
 @pytest.mark.parametrize("names", UNKNOWN)
 def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
     with pytest.raises(RuntimeError, match=".*".join(names)):
-        host.step_of(*names, *[0] * 11)
+        host.step_of(*names, *[0] * 12)
 
 
 def test_the_extension() -> None:
     cuda = pytest.importorskip("fused_optim._cuda", reason="fused_optim._cuda is not built")
     assert cuda.chunk_size % 2048 == 0
-    numbers, divisors, words = 12, 4, 3
-    assert cuda.coefficients_bytes == 8 * (numbers + divisors) + 4 * (words + 1)
+    numbers, divisors, words = 9, 4, 3
+    assert cuda.coefficients_bytes == 8 * (numbers + 3 * divisors) + 4 * (words + 1)
     assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ")
     for names in UNKNOWN:
         with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.step(names, [0] * 9, 0, 0)
+            cuda.step(names, [0] * 10, 0, 0)
     with pytest.raises(RuntimeError, match="cuda:1000 failed"):
-        cuda.step(("adamaxw", *["fp32"] * 4), [0, 0, 0, 0, 1, 0, 0, 0, 0], 0, 1000)
+        cuda.step(("adamaxw", *["fp32"] * 4), [0, 0, 0, 0, 1, 0, 0, 0, 0, 0], 0, 1000)
 
 
 # The machine code
@@ -349,11 +378,17 @@ COMPILED = step_kernels(PAIRS)
 COMPILED_TO_LOSE = step_kernels((rule, f) for f in FEW for rule in ("adabelief", "adamaxw"))
 
 
+CLIP = Kernel("clip_kernel", ("double",))
+SQUARE_SUMS = [Kernel("square_sums_kernel", (FORMAT_CLASS[f.grad.name],)) for f in worlds.OF_GRADIENTS]
+
+
 def write_source(folder: Path, kernels: Iterable[Kernel]) -> Path:
     """A .cu with these kernels and the prologues."""
     lines = ['#include "cuda_kernels.h"', "namespace fused_optim {"]
     lines += [f"template __global__ void {kernel}(CudaTask);" for kernel in kernels]
     lines += [f"template __global__ void prologue_kernel<{t}>(CudaTask);" for t in ("float", "double")]
+    lines += [f"template __global__ void {kernel}(NormTask);" for kernel in SQUARE_SUMS]
+    lines.append(f"template __global__ void {CLIP}(ClipTask);")
     path = folder / "kernels.cu"
     path.write_text("\n".join([*lines, "}  // namespace fused_optim", ""]))
     return path
@@ -496,7 +531,7 @@ def test_every_kernel_is_built_without_spills() -> None:
 @pytest.mark.parametrize("arch", ARCHS)
 def test_every_kernel_is_there(code: Code, arch: str) -> None:
     for kernels in (code.resources, code.sass, code.ptx):
-        assert set(kernels[arch]) == {*COMPILED, *PROLOGUES}
+        assert set(kernels[arch]) == {*COMPILED, *PROLOGUES, *SQUARE_SUMS, CLIP}
 
 
 @pytest.mark.parametrize("arch", ARCHS)
@@ -530,8 +565,8 @@ class Emulated:
         counters = work.batch.counters
         size = len(counters) * self.host.library.coefficients_bytes()
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
-        given = [t for t in (inputs.grad_scale, inputs.found_inf) if t is not None]
-        task = struct.pack("9q", *task_of(work, coefficients))
+        given = [t for t in inputs[1:] if t is not None]
+        task = struct.pack("10q", *task_of(work, coefficients))
         working = "double" if formats == FP64 else "float"
         prologue = self._kernel("prologue_kernel", working)
         constants = [counters, inputs.hyper, *given]
@@ -542,6 +577,20 @@ class Emulated:
         constants = [work.rows, work.chunks, counters, coefficients, *given, *work.grads]
         ptx.run(step, len(work.chunks) + 1, [task], [*work.stored, *work.steps], constants)
         return 2
+
+    def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
+        task = struct.pack("5q", *norm_task(batch, grad_scale, sums))
+        kernel = self._kernel("square_sums_kernel", FORMAT_CLASS[batch.key.grad.name])
+        constants = [batch.rows, batch.norm_chunks, *(o.grad for o in batch.items)]
+        constants += [] if grad_scale is None else [grad_scale]
+        ptx.run(kernel, -(-len(batch.norm_chunks) // (kernel.threads // ptx.WARP)), [task], [sums], constants)
+
+    def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
+        clip = torch.empty(4, dtype=torch.float64)
+        task = struct.pack("5q", *clip_task(sums, max_grad_norm, clip, skipped))
+        written = [clip] if skipped is None else [clip, skipped]
+        ptx.run(self._kernel(CLIP.name, *CLIP.arguments), 1, [task], written, [sums, max_grad_norm])
+        return clip
 
     def _kernel(self, name: str, *arguments: str) -> ptx.Kernel:
         return ptx.parse_entry(self.code[Kernel(name, arguments)])
@@ -560,6 +609,8 @@ OF_PTX = [
     *((worlds.check_counters, "adamaxw", f, 5) for f in FEW),
     *((worlds.check_found_inf_changes_nothing, "adamaxw", f, x) for f in FEW for x in (1.0, torch.nan)),
     *((worlds.check_64_bit_offsets, f) for f in FEW),
+    *((worlds.check_square_sums, f) for f in worlds.OF_GRADIENTS),
+    (worlds.check_clip,),
 ]
 
 

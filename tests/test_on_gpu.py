@@ -40,7 +40,7 @@ class Pair:
     """The same parameters on GPUs, stepped by a backend, and on the CPU, by eager."""
 
     def __init__(
-        self, backend: str, lr: Any = 1e-2, devices: tuple[str, ...] = ("cuda",), **options: Any
+        self, backend: str | None, lr: Any = 1e-2, devices: tuple[str, ...] = ("cuda",), **options: Any
     ) -> None:
         self.params = [p for device in devices for p in parameters(device)]
         self.copies = [p for _ in devices for p in parameters("cpu")]
@@ -185,3 +185,38 @@ def test_a_second_device(backend: str) -> None:
         pair.eager.step()
     assert torch.cuda.current_device() == 0
     pair.check()
+
+
+def test_clipping_waits_for_nothing(backend: str, flatten: bool, request: pytest.FixtureRequest) -> None:
+    """And is captured: replays read the gradients as they are then, and count what they skip."""
+    pair = Pair(backend, flatten=flatten, max_grad_norm=0.5, skip_nonfinite=True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        pair.ours.step()
+    torch.cuda.current_stream().wait_stream(side)
+    request.getfixturevalue("no_waiting")
+    pair.ours.step()
+    torch.cuda.set_sync_debug_mode("default")
+    pair.eager_steps(1e-2, 1e-2)
+    pair.check()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        pair.ours.step()
+    for factor in (2.0, torch.inf, 0.0):
+        for p in (*pair.params, *pair.copies):
+            p.grad.mul_(factor).nan_to_num_(nan=1.0, posinf=torch.inf, neginf=torch.inf)
+        graph.replay()
+        pair.eager_steps(1e-2)
+        pair.check()
+        assert_same_bits(pair.ours.grad_norm.cpu(), pair.eager.grad_norm)
+    assert int(pair.ours.skipped) == int(pair.eager.skipped) == 1
+
+
+def test_clipping_over_the_cpu_and_a_gpu() -> None:
+    """The norm is that of the same parameters on one device."""
+    pair = Pair(None, devices=("cpu", "cuda"), max_grad_norm=0.5, skip_nonfinite=True)
+    pair.ours.step()
+    pair.eager_steps(1e-2)
+    pair.check()
+    assert_same_bits(pair.ours.grad_norm, pair.eager.grad_norm)

@@ -13,6 +13,7 @@ from torch import Tensor
 from fused_optim import storage
 from fused_optim.backends.base import Inputs
 from fused_optim.backends.eager import EAGER
+from fused_optim.clip import Clipping
 from fused_optim.reference import MAX_COUNT, Hyperparameters
 from fused_optim.rounding import MU, NU, PARAM, Place
 from fused_optim.rules import RULES
@@ -59,6 +60,8 @@ WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
 OF_BF16 = named("bf16", "bf16", "bf16_dither", "bf16_dither")
 FEW = [FP32, FP64, OF_BF16, named("split8", "bf16", "e4m3", "e5m3")]
 """Where formats differ most."""
+OF_GRADIENTS = [FP32, FP64, OF_BF16, named("fp16", "fp16", "fp32", "fp32")]
+"""Each format of gradients."""
 
 
 class Row(NamedTuple):
@@ -117,7 +120,7 @@ class World:
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
             operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key, row.first)
-            items.append(Operands(str(key), *operands))
+            items.append(Operands(str(key), *operands, number=key))
             self.grads.append(g)
             self.steps.append(step)
             self.stored.append(stored)
@@ -143,8 +146,12 @@ class World:
         for g in self.grads:
             g.copy_(self._values(len(g), special))
 
-    def inputs(self, grad_scale: float | None, found_inf: float | None) -> Inputs:
-        return Inputs(self.hyper, *(None if x is None else torch.tensor(x) for x in (grad_scale, found_inf)))
+    def inputs(
+        self, grad_scale: float | None, found_inf: float | None, factor: float | None = None, skip: float = 0
+    ) -> Inputs:
+        clip = None if factor is None else torch.tensor([0, 0, factor, skip], dtype=torch.float64)
+        given = (None if x is None else torch.tensor(x) for x in (grad_scale, found_inf))
+        return Inputs(self.hyper, *given, clip)
 
     def contents(self) -> list[list[Tensor]]:
         """All memory, guards included, and the step numbers."""
@@ -187,11 +194,12 @@ class Work(NamedTuple):
 
 def step_both(
     library: Any, worlds: list[World], grad_scale: float | None = None, found_inf: float | None = None,
-    skipped: int = 0,
+    factor: float | None = None, skipped: int = 0,
 ) -> None:  # fmt: skip
     """One step of the first by eager and of the second by the library, which must agree."""
-    EAGER.step(worlds[0].batch, worlds[0].inputs(grad_scale, found_inf))
-    assert worlds[1].step(library, worlds[1].inputs(grad_scale, found_inf), skipped) == 2
+    inputs = worlds[0].inputs(grad_scale, found_inf, factor)
+    EAGER.step(worlds[0].batch, inputs)
+    assert worlds[1].step(library, inputs, skipped) == 2
     assert_same_bits(worlds[1].contents(), worlds[0].contents())
 
 
@@ -269,10 +277,12 @@ def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> Non
     worlds = [World(rule, formats, rows_of_sizes(chunk), special=True) for _ in range(2)]
     numbers = worlds[0].batch.chunks(chunk)[:, 1]
     assert 0 < int((numbers >= 0).sum()) < len(numbers)
-    for grad_scale, found_inf, special in ((None, None, False), (3.0, 0.0, True), (-0.5, None, False)):
+    for scale, found_inf, factor, special in (
+        (None, None, None, False), (3.0, 0.0, 0.3, True), (-0.5, None, None, False)
+    ):  # fmt: skip
         for world in worlds:
             world.new_gradients(special)
-        step_both(library, worlds, grad_scale, found_inf)
+        step_both(library, worlds, scale, found_inf, factor)
 
 
 def steps_until_one(beta: float, working: torch.dtype) -> int:
@@ -350,8 +360,42 @@ def check_found_inf_changes_nothing(library: Any, rule: str, formats: Formats, f
     world = World(rule, formats, rows_of_sizes(library.chunk_size(formats)))
     world.new_gradients(special=True)
     before = world.contents()
-    assert world.step(library, world.inputs(65536.0, found_inf)) == 2
-    assert_same_bits(world.contents(), before)
+    for inputs in (world.inputs(65536.0, found_inf), world.inputs(None, None, 0.5, skip=1.0)):
+        assert world.step(library, inputs) == 2
+        assert_same_bits(world.contents(), before)
+
+
+def check_square_sums(library: Any, formats: Formats) -> None:
+    """Of all sizes, alignments and special values. The library has ``square_sums`` as a backend has."""
+    sizes = (0, 1, 7, 255, 256, 257, 4095, 4096, 4097, 2 * 4096 + 300)
+    rows = [Row(numel, (odd,) * 7) for numel in sizes for odd in (0, 1)]
+    world = World("adamaxw", formats, rows)
+    Clipping([(EAGER, world.batch)], None, None)
+    n = len(world.batch.norm_chunks)
+    for scale, special in ((None, False), (3.0, False), (None, True)):
+        world.new_gradients(special)
+        given = None if scale is None else torch.tensor(scale)
+        sums = [torch.full((n + GUARD,), -1.0, dtype=torch.float64) for _ in range(2)]
+        EAGER.square_sums(world.batch, given, sums[0])
+        library.square_sums(world.batch, given, sums[1])
+        assert bool((sums[0][:n] >= 0).any()) and bool((sums[0][n:] == -1).all())
+        assert_same_bits(sums[1], sums[0])
+
+
+def check_clip(library: Any) -> None:
+    """What becomes of sums of squares. The library has ``clip`` as a backend has."""
+    rng = torch.Generator().manual_seed(0)
+    for count, end in ((0, []), (1, []), (255, []), (9001, []), (9001, [torch.inf]), (256, [torch.nan])):
+        drawn = 10 ** (8 * torch.rand(count, generator=rng, dtype=torch.float64) - 6)
+        of_chunks = torch.cat([drawn, torch.tensor(end, dtype=torch.float64)])
+        for limit, skips in ((0.3, True), (1e9, False), (torch.inf, True)):
+            results = []
+            for backend in (EAGER, library):
+                skipped = torch.tensor(5) if skips else None
+                clip = backend.clip(of_chunks, torch.tensor(limit, dtype=torch.float64), skipped)
+                results.append([clip, skipped])
+            assert_same_bits(results[1], results[0])
+            assert not skips or int(results[0][1]) == 5 + len(end)
 
 
 def check_counters(library: Any, rule: str, formats: Formats, steps: int) -> None:

@@ -16,6 +16,12 @@ class Inputs(NamedTuple):
     hyper: Tensor  # float64 [n, len(Hyperparameters)]
     grad_scale: Tensor | None  # 0-dim float32: gradients are divided by it
     found_inf: Tensor | None  # 0-dim float32: if it is not 0, nothing changes
+    clip: Tensor | None = None  # what reference.clip gives
+
+    @property
+    def skip(self) -> Tensor | None:
+        """If it is not 0, nothing changes, as of ``found_inf``."""
+        return None if self.clip is None else self.clip[3]
 
     @classmethod
     def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> "Inputs":
@@ -34,9 +40,13 @@ class Backend:
     name: str  # what the user calls it
     why_not: Callable[[torch.device], str | None]  # why it cannot step parameters there; None where it can
     step: Callable[[Batch, Inputs], None]  # one step of a batch in place, step numbers included
-    # Brings in all that such steps run, with or without grad_scale and found_inf. It is called for all
+    # Puts the sum of squares of each of the batch's norm_chunks in its place. Given: grad_scale, and the sums.
+    square_sums: Callable[[Batch, Tensor | None, Tensor], None]
+    # reference.clip. Given: sums, max_grad_norm, and what counts norms that skip the step, None if none does.
+    clip: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+    # Brings in all that such steps run, with or without grad_scale, found_inf and clip. It is called for all
     # batches before anything is written, so that a compiler's error changes nothing.
-    load: Callable[[BatchKey, bool, bool], Any] = lambda key, scaled, skippable: None
+    load: Callable[[BatchKey, bool, bool, bool], Any] = lambda key, scaled, skippable, clips: None
     steps_all_at_once: bool = True  # whether ``step`` makes all of a batch or nothing, whatever interrupts it
 
 
@@ -60,3 +70,10 @@ def table_on(batch: Batch, chunk_size: int) -> tuple[Tensor, Tensor, Tensor]:
     rows = uploaded(held, "rows", device, lambda: batch.rows)
     chunks = uploaded(held, "chunks", device, lambda: batch.chunks(chunk_size))
     return rows, chunks, uploaded(held, "counters", device, lambda: batch.counters)
+
+
+def norm_table_on(batch: Batch) -> tuple[Tensor, Tensor]:
+    """The batch's rows and its chunks for the norm in the memory of its device."""
+    held, device = batch.on_device, batch.key.device
+    rows = uploaded(held, "rows", device, lambda: batch.rows)
+    return rows, uploaded(held, "norm_chunks", device, lambda: batch.norm_chunks)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..table import Batch
-from .base import Backend, Inputs, table_on
+from .base import Backend, Inputs, norm_table_on, table_on
+from .eager import EAGER
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
 
@@ -43,7 +44,7 @@ def _cpu_why_not(device: torch.device) -> str | None:
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
     cpu = extension("_cpu")[0]
     assert cpu is not None
-    if inputs.found_inf is not None and inputs.found_inf.item() != 0:
+    if any(t is not None and t.item() != 0 for t in (inputs.found_inf, inputs.skip)):
         return
     cpu.step(
         cpu.isas()[0],
@@ -51,8 +52,29 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
         _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
         CPU_CHUNK,
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
-        min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK)),
+        1.0 if inputs.clip is None else inputs.clip[2].item(),
+        _threads(batch),
     )
+
+
+def _threads(batch: Batch) -> int:
+    return min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK))
+
+
+def _address(t: Tensor | None) -> int:
+    return 0 if t is None else t.data_ptr()
+
+
+def _norm_task(rows: Tensor, chunks: Tensor, grad_scale: Tensor | None, sums: Tensor) -> tuple[int, ...]:
+    """The fields of NormTask in ``csrc/table.h``."""
+    return rows.data_ptr(), chunks.data_ptr(), len(chunks), _address(grad_scale), sums.data_ptr()
+
+
+def _cpu_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
+    cpu = extension("_cpu")[0]
+    assert cpu is not None
+    task = _norm_task(batch.rows, batch.norm_chunks, grad_scale, sums)
+    cpu.square_sums(cpu.isas()[0], batch.key.grad.name, task, _threads(batch))
 
 
 def _cuda_why_not(device: torch.device) -> str | None:
@@ -69,10 +91,26 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     device = batch.key.device
     size = len(batch.counters) * cuda.coefficients_bytes
     coefficients = torch.empty(size, dtype=torch.uint8, device=device)
-    amp = (0 if t is None else t.data_ptr() for t in inputs[1:])
-    task = (*_table(*table_on(batch, cuda.chunk_size), inputs.hyper), coefficients.data_ptr(), *amp)
+    table = _table(*table_on(batch, cuda.chunk_size), inputs.hyper)
+    task = (*table, coefficients.data_ptr(), *map(_address, inputs[1:]))
     cuda.step(batch.key.names, task, torch.cuda.current_stream(device).cuda_stream, device.index)
 
 
-CPU = Backend("cpu", _cpu_why_not, _cpu_step)
-CUDA = Backend("cuda", _cuda_why_not, _cuda_step)
+def _cuda_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
+    cuda, device = extension("_cuda")[0], batch.key.device
+    assert cuda is not None
+    task = _norm_task(*norm_table_on(batch), grad_scale, sums)
+    cuda.square_sums(batch.key.grad.name, task, torch.cuda.current_stream(device).cuda_stream, device.index)
+
+
+def _cuda_clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
+    cuda, device = extension("_cuda")[0], sums.device
+    assert cuda is not None
+    clip = torch.empty(4, dtype=torch.float64, device=device)
+    task = (sums.data_ptr(), len(sums), *map(_address, (max_grad_norm, clip, skipped)))
+    cuda.clip(task, torch.cuda.current_stream(device).cuda_stream, device.index)
+    return clip
+
+
+CPU = Backend("cpu", _cpu_why_not, _cpu_step, _cpu_square_sums, EAGER.clip)
+CUDA = Backend("cuda", _cuda_why_not, _cuda_step, _cuda_square_sums, _cuda_clip)

@@ -2,18 +2,24 @@
 Triton's interpreter runs them on the CPU, which is how they are tested where there is no GPU."""
 
 import importlib
-from functools import cache, partial
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from ..table import Batch, BatchKey
-from .base import Backend, Inputs, table_on
+from .base import Backend, Inputs, norm_table_on, table_on
 
 
 @cache
 def _kernels() -> Any:
     return importlib.import_module("fused_optim.kernels.step")
+
+
+@cache
+def _norm() -> Any:
+    return importlib.import_module("fused_optim.kernels.norm")
 
 
 @cache
@@ -30,30 +36,38 @@ def _why_not(device: torch.device) -> str | None:
 
 
 @cache
-def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
-    """The step kernel's constants, and the compiler options of the prologue and of the step kernel."""
+def _options(device: torch.device, threads: int, registers: int) -> dict[str, Any]:
+    """The compiler options of a kernel; of 0 threads one warp."""
     kernels = _kernels()
-    constants = kernels.step_constants(*key.names)
     if kernels.triton.knobs.runtime.interpret:
-        return constants, {}, {}
+        return {}
     rocm = torch.version.hip is not None
-    warp_size = torch.cuda.get_device_properties(key.device).warp_size if rocm else 32
-    options = partial(kernels.launch_options, "hip" if rocm else "cuda", warp_size)
-    step_options = options(kernels.THREADS, kernels.registers(*key.names[1:4]))
-    return constants, options(kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS), step_options
+    warp_size = torch.cuda.get_device_properties(device).warp_size if rocm else 32
+    target = "hip" if rocm else "cuda"
+    options: dict[str, Any] = kernels.launch_options(target, warp_size, threads or warp_size, registers)
+    return options
 
 
 @cache
-def _load(key: BatchKey, scaled: bool, skippable: bool) -> Any:
+def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
+    """The step kernel's constants, and the compiler options of the prologue and of the step kernel."""
+    kernels = _kernels()
+    prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
+    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4]))
+    return kernels.step_constants(*key.names), prologue_options, step_options
+
+
+@cache
+def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> Any:
     """The prologue and the step kernel, loaded onto the device."""
     with torch.accelerator.device_index(key.device.index):  # None for the CPU, which changes nothing
-        return _kernels().load(key.param.working, scaled, skippable, *_arguments(key))
+        return _kernels().load(key.param.working, scaled, skippable, clips, *_arguments(key))
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
     kernels, key, device = _kernels(), batch.key, batch.key.device
     constants = _arguments(key)[0]
-    prologue, step = _load(key, inputs.grad_scale is not None, inputs.found_inf is not None)
+    prologue, step = _load(key, *(t is not None for t in inputs[1:]))
     rows, chunks, counters = table_on(batch, constants["CHUNK"])
     size = len(counters) * kernels.COEFFICIENT_COLUMNS.value
     coefficients = torch.empty(size, dtype=key.param.working, device=device)
@@ -62,4 +76,36 @@ def _step(batch: Batch, inputs: Inputs) -> None:
         kernels.launch_step(step, rows, chunks, counters, coefficients, constants)
 
 
-TRITON = Backend("triton", _why_not, _step, _load)
+# The norm's kernels are loaded when they are launched: before anything is written.
+
+
+@cache
+def _load_square_sums(key: BatchKey, scaled: bool) -> Any:
+    norm = _norm()
+    options = _options(key.device, 0, norm.REGISTERS)
+    return norm.load_square_sums(key.grad.name, key.param.working, scaled, options)
+
+
+def _square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
+    norm, key = _norm(), batch.key
+    table = norm_table_on(batch)
+    with torch.accelerator.device_index(key.device.index):
+        kernel = _load_square_sums(key, grad_scale is not None)
+        norm.launch_square_sums(kernel, *table, grad_scale, sums, key.grad.name, key.param.working)
+
+
+@cache
+def _load_clip(device: torch.device, skips: bool) -> Any:
+    norm = _norm()
+    return norm.load_clip(skips, _options(device, norm.CLIP_THREADS, norm.REGISTERS))
+
+
+def _clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
+    clip = torch.empty(4, dtype=torch.float64, device=sums.device)
+    with torch.accelerator.device_index(sums.device.index):
+        kernel = _load_clip(sums.device, skipped is not None)
+        _norm().launch_clip(kernel, sums, max_grad_norm, clip, skipped)
+    return clip
+
+
+TRITON = Backend("triton", _why_not, _step, _square_sums, _clip, _load)

@@ -1,0 +1,68 @@
+"""Clipping inside the step: the norm of all gradients, and the coefficient that it gives.
+
+Every 4,096 elements of a parameter, in the order in which they lie in its memory, have a sum of squares. These
+sums lie one after another in the order of parameters, whatever batch and device steps them, and are added up by
+:func:`~.reference.tree_sum`. So the norm has the same bits in every backend, list or flat.
+"""
+
+import math
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .backends import Backend, Inputs, uploaded
+from .reference import NORM_CHUNK
+from .table import Batch
+
+Devices = dict[torch.device, Inputs]
+
+
+class Clipping:
+    """What a plan needs to clip: where each chunk's sum of squares goes."""
+
+    def __init__(
+        self, batches: list[tuple[Backend, Batch]], max_grad_norm: float | None, skipped: Tensor | None
+    ) -> None:
+        """``skipped``: counts the steps that a non-finite norm skips, None if it skips none."""
+        items = sorted((o for _, batch in batches for o in batch.items), key=lambda o: o.number)
+        *firsts, self._n_sums = accumulate((-(-o.stored[0].numel() // NORM_CHUNK) for o in items), initial=0)
+        for _, batch in batches:
+            row, chunk = batch.chunks(NORM_CHUNK).long().unbind(1)
+            first = torch.tensor([firsts[o.number] for o in batch.items], device="cpu")
+            place = first[row] + torch.where(chunk < 0, ~chunk, chunk)
+            batch.norm_chunks = torch.stack([row, chunk, place], 1).int()
+        self._batches = batches
+        self._limit = math.inf if max_grad_norm is None else max_grad_norm
+        self._limits: dict[torch.device, Tensor] = {}
+        self.skipped = skipped
+        if items:
+            self._device = items[0].source.device
+            self._backend = next(backend for backend, batch in batches if batch.key.device == self._device)
+            self.skipped = None if skipped is None else skipped.to(self._device)
+
+    def __call__(self, inputs: Devices) -> tuple[Devices, Tensor]:
+        """``inputs`` with ``clip``, and the norm. Gradients are where kernels read them."""
+        if not self._batches:
+            return inputs, torch.zeros((), dtype=torch.float64, device="cpu")
+        # Of several devices each has zeros in the places of the others' sums.
+        make = torch.empty if len(inputs) == 1 else torch.zeros
+        sums = {d: make(self._n_sums, dtype=torch.float64, device=d) for d in inputs}
+        for backend, batch in self._batches:
+            backend.square_sums(batch, inputs[batch.key.device].grad_scale, sums[batch.key.device])
+        home = self._device
+        limit = uploaded(
+            self._limits, home, home, lambda: torch.tensor(self._limit, dtype=torch.float64, device="cpu")
+        )
+        clip = self._backend.clip(self._in_order(sums), limit, self.skipped)
+        # A copy to the CPU is waited for: there the host reads it.
+        on = {d: clip.to(d, non_blocking=d.type != "cpu") for d in inputs}
+        return {d: each._replace(clip=on[d]) for d, each in inputs.items()}, clip[1]
+
+    def _in_order(self, sums: dict[torch.device, Tensor]) -> Tensor:
+        """All sums of squares on one device, in the order in which they are added up. What several processes
+        have is put together here: each one's total (the first value of ``clip``), in the order of ranks."""
+        total = sums.pop(self._device)
+        for others in sums.values():
+            total += others.to(self._device)
+        return total
