@@ -35,9 +35,7 @@ def load(model: nn.Module, optimizer: Any, path: Path) -> int:
     weights, states = get_state_dict(model, optimizer)
     state = {"model": weights, "optimizer": states}
     dcp.load(state, checkpoint_id=path)
-    set_state_dict(
-        model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"]
-    )
+    set_state_dict(model, optimizer, model_state_dict=state["model"], optim_state_dict=state["optimizer"])
     return int(optimizer.param_groups[0]["count"])
 
 

@@ -2,16 +2,20 @@
 
 Every 4,096 elements of a parameter, in the order in which they lie in its memory, have a sum of squares. These
 sums lie one after another in the order of parameters, whatever batch and device steps them, and are added up by
-:func:`~.reference.tree_sum`. So the norm has the same bits in every backend, list or flat.
+:func:`~.reference.tree_sum`. So the norm has the same bits in every backend, list or flat. The processes that
+have shards of DTensors add up their totals likewise, in the order of their places in the mesh.
 """
 
 import math
 from itertools import accumulate
+from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from .backends import Backend, Inputs, uploaded
+from .layout import is_counted_here
 from .reference import NORM_CHUNK
 from .table import Batch
 
@@ -22,9 +26,14 @@ class Clipping:
     """What a plan needs to clip: where each chunk's sum of squares goes."""
 
     def __init__(
-        self, batches: list[tuple[Backend, Batch]], max_grad_norm: float | None, skipped: Tensor | None
+        self,
+        batches: list[tuple[Backend, Batch]],
+        max_grad_norm: float | None,
+        skipped: Tensor | None,
+        mesh: Any,
     ) -> None:
-        """``skipped``: counts the steps that a non-finite norm skips, None if it skips none."""
+        """``skipped``: counts the steps that a non-finite norm skips, None if it skips none. ``mesh``: of
+        DTensors, whose processes add up their totals."""
         items = sorted((o for _, batch in batches for o in batch.items), key=lambda o: o.number)
         *firsts, self._n_sums = accumulate((-(-o.stored[0].numel() // NORM_CHUNK) for o in items), initial=0)
         for _, batch in batches:
@@ -35,7 +44,10 @@ class Clipping:
         self._batches = batches
         self._limit = math.inf if max_grad_norm is None else max_grad_norm
         self._limits: dict[torch.device, Tensor] = {}
-        self.skipped = skipped
+        self.skipped, self._mesh = skipped, mesh
+        elsewhere = [o.number for o in items if mesh is not None and not is_counted_here(o.source, mesh)]
+        ends = [*firsts, self._n_sums]
+        self._elsewhere = [slice(ends[i], ends[i + 1]) for i in elsewhere]
         if items:
             self._device = items[0].source.device
             self._backend = next(backend for backend, batch in batches if batch.key.device == self._device)
@@ -54,15 +66,23 @@ class Clipping:
         limit = uploaded(
             self._limits, home, home, lambda: torch.tensor(self._limit, dtype=torch.float64, device="cpu")
         )
-        clip = self._backend.clip(self._in_order(sums), limit, self.skipped)
+        in_order = self._in_order(sums)
+        for dim in reversed(range(self._mesh.ndim)) if self._mesh is not None else ():
+            total = self._backend.clip(in_order, limit, None)[:1]
+            totals = [torch.empty_like(total) for _ in range(self._mesh.size(dim))]
+            torch.distributed.all_gather(totals, total, self._mesh.get_group(dim))
+            in_order = torch.cat(totals)
+        clip = self._backend.clip(in_order, limit, self.skipped)
         # A copy to the CPU is waited for: there the host reads it.
         on = {d: clip.to(d, non_blocking=d.type != "cpu") for d in inputs}
         return {d: each._replace(clip=on[d]) for d, each in inputs.items()}, clip[1]
 
     def _in_order(self, sums: dict[torch.device, Tensor]) -> Tensor:
-        """All sums of squares on one device, in the order in which they are added up. What several processes
-        have is put together here: each one's total (the first value of ``clip``), in the order of ranks."""
+        """All sums of squares on one device, in the order in which they are added up; 0 for what another
+        process has too, and counts."""
         total = sums.pop(self._device)
         for others in sums.values():
             total += others.to(self._device)
+        for part in self._elsewhere:
+            total[part] = 0
         return total

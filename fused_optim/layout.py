@@ -1,7 +1,7 @@
 """How a tensor's elements lie in memory, and which tensors a kernel can be given."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -36,6 +36,25 @@ def placed_like(p: Any, t: Tensor) -> Tensor:
 
     like = {"shape": p.shape, "stride": p.stride()}
     return DTensor.from_local(t, p.device_mesh, p.placements, run_check=False, **like)
+
+
+def common_mesh(params: Iterable[Any]) -> Any:
+    """The mesh of those that are DTensors, None if there are none. A ValueError if they have several."""
+    meshes = list({id(p.device_mesh): p.device_mesh for p in params if is_distributed(p)}.values())
+    for mesh in meshes[1:]:
+        if mesh != meshes[0]:
+            raise ValueError(
+                f"max_grad_norm and skip_nonfinite need all DTensors on one mesh, got {meshes[0]} and {mesh}; clip "
+                "before the step instead"
+            )
+    return meshes[0] if meshes else None
+
+
+def is_counted_here(p: Any, mesh: Any) -> bool:
+    """Whether this process is the first of those in the mesh that have the same part of a parameter."""
+    placements = p.placements if is_distributed(p) else ()
+    sharded = [not placement.is_replicate() for placement in placements] or [False] * mesh.ndim
+    return all(x or place == 0 for x, place in zip(sharded, mesh.get_coordinate()))
 
 
 def shard_of(p: Any, t: Any) -> Any:
@@ -188,7 +207,9 @@ def check_stepped(name: str, p: Any) -> None:
     elif g.is_complex() != p.is_complex() or not (g.is_floating_point() or g.is_complex()):
         problem = f"has dtype {g.dtype}, its parameter {p.dtype}; both must be floating-point, or complex"
     elif is_distributed(g) != is_distributed(p):
-        problem = f"is a {type(g).__name__}, its parameter a {type(p).__name__}; both must be DTensors or none"
+        problem = (
+            f"is a {type(g).__name__}, its parameter a {type(p).__name__}; both must be DTensors or none"
+        )
     elif is_distributed(g) and g.device_mesh != p.device_mesh:
         problem = f"is on the mesh {g.device_mesh}, its parameter on {p.device_mesh}; they must be equal"
     if problem is not None:

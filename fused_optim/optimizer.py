@@ -56,7 +56,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         amsgrad, differentiable: must be False.
         max_grad_norm: clip all gradients together to this Euclidean norm, as
             ``torch.nn.utils.clip_grad_norm_`` does, after ``grad_scale`` and inside the step: gradients stay as
-            they are. None does not clip; infinity works out :attr:`grad_norm` alone.
+            they are. None does not clip; infinity works out :attr:`grad_norm` alone. DTensors on one mesh have
+            one norm; what shards plain tensors (ZeroRedundancyOptimizer, DeepSpeed) must clip itself.
         skip_nonfinite: where that norm is infinite or NaN, change no parameter, state and step number, and
             count in :attr:`skipped`. Otherwise such a norm has the effect that it has in torch: gradients become
             0 or NaN.

@@ -18,6 +18,7 @@ from .layout import (
     check_kind,
     check_no_overlap,
     check_stepped,
+    common_mesh,
     dense_like,
     first_index,
     gradient_is_native,
@@ -105,6 +106,7 @@ class Plan:
         skipped: Tensor | None,
     ) -> None:  # fmt: skip
         items = _operands(groups, state, settings, given[0])
+        mesh = common_mesh(o.source for o in items) if settings.clips else None
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
         by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
         for o in items:
@@ -128,7 +130,7 @@ class Plan:
         self.batches = [
             (backends[key.device], Batch(key, batch, merged=not clips)) for key, batch in by_key.items()
         ]
-        self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped) if clips else None
+        self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped, mesh) if clips else None
         self.addresses = addresses.Addresses([group["params"] for group in groups], state)
         self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None

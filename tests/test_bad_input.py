@@ -91,8 +91,16 @@ def test_bad_options_are_refused(
 
 CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
     *(("flatten", value, TypeError, "True or False") for value in (1, "on")),
-    *((name, value, TypeError, "True or False") for name, value in (
-        ("decoupled_lr", None), ("unscale_in_step", 1), ("fused", 1), ("foreach", "on"), ("amsgrad", 0.0))),
+    *(
+        (name, value, TypeError, "True or False")
+        for name, value in (
+            ("decoupled_lr", None),
+            ("unscale_in_step", 1),
+            ("fused", 1),
+            ("foreach", "on"),
+            ("amsgrad", 0.0),
+        )
+    ),
     ("stochastic_rounding", 1, TypeError, "True or False"),
     ("backend", "gpu", ValueError, "'cpu', 'cuda', 'eager', 'triton'"),
     *(("weight_decay_mask", value, TypeError, "") for value in (3, "yes")),

@@ -191,6 +191,38 @@ def fsdp2_steps_like_one_process(folder: Path) -> None:
 
 
 @check
+def clipping_takes_the_norm_of_all_ranks(folder: Path) -> None:
+    """Sharded, replicated and plain parameters: each element counts once, and a step is the single process's
+    with the coefficient of that norm. A gradient that is not finite on one rank skips the step on all."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for backend in ("cpu", "eager"):
+        wholes = parameters(((13, 7), (5, 3), (4,)))
+        params = [
+            distribute_tensor(p.detach(), mesh, [place]) for p, place in zip(wholes, (Shard(0), Replicate()))
+        ]
+        params = [*(nn.Parameter(p) for p in params), nn.Parameter(wholes[2].detach().clone())]
+        make = RULES["adamw"].optimizer
+        ours = make(params, max_grad_norm=0.5, skip_nonfinite=True, backend=backend)
+        single = make(wholes, max_grad_norm=0.5, skip_nonfinite=True, backend="eager")
+        for step in range(3):
+            for i, (p, q) in enumerate(zip(params, wholes)):
+                q.grad = gradient(q, 10 * step + i)
+                if step == 2 and i == 0:
+                    q.grad[-1] = torch.inf
+                p.grad = (
+                    distribute_tensor(q.grad, mesh, p.placements)
+                    if isinstance(p, DTensor)
+                    else q.grad.clone()
+                )
+            ours.step()
+            single.step()
+            assert ours.grad_norm is not None and single.grad_norm is not None
+            torch.testing.assert_close(ours.grad_norm, single.grad_norm, rtol=1e-14, atol=0)
+            assert_same_bits([whole(p.detach()) for p in params], [q.detach() for q in wholes])
+        assert ours.skipped is not None and int(ours.skipped) == 1
+
+
+@check
 def each_backend_steps_shards(folder: Path) -> None:
     """As eager does, 8 bits too, whose blocks are a shard's own; eager's are those of its local values."""
     for format in FORMATS:
