@@ -41,7 +41,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
             to nearest, where small updates are lost; see :attr:`seed`.
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
-            tensors become views of them until :meth:`unflatten`.
+            tensors stay in them until :meth:`unflatten`, or until somebody replaces their data.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
     """
 
@@ -151,8 +151,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return loss
 
     def unflatten(self) -> None:
-        """Give every parameter, gradient and state memory of its own, for code that saves or shares single
-        parameters: ``safetensors.torch.save_model``, ``torch.save`` of a part, ``share_memory_()``."""
+        """Give every parameter, gradient and state memory of its own, for code that frees or shares single
+        parameters (``share_memory_()``), and so that a parameter that is kept keeps no more than itself."""
         for p in self._params():
             p.data, p.grad = own(p), own(p.grad)
             state = self.state.get(p, {})
