@@ -24,13 +24,15 @@ class Recorder:
         self.optimizer, self.options = optimizer, options
         self.start: tuple[Any, Any] | None = None
         self.steps: list[tuple[Any, Any]] = []
-        optimizer.register_step_pre_hook(self._record)
+        optimizer.register_step_pre_hook(self._before)
+        optimizer.register_step_post_hook(self._after)
 
-    def _record(self, optimizer: Any, *_: Any) -> None:
-        params = _params(optimizer)
+    def _before(self, optimizer: Any, *_: Any) -> None:
         if self.start is None:
-            self.start = copies([p.detach() for p in params]), optimizer.state_dict()
-        self.steps.append((copies([p.grad for p in params]), copies(_numbers(optimizer))))
+            self.start = copies([p.detach() for p in _params(optimizer)]), optimizer.state_dict()
+
+    def _after(self, optimizer: Any, *_: Any) -> None:  # what a closure made is there now
+        self.steps.append((copies([p.grad for p in _params(optimizer)]), copies(_numbers(optimizer))))
 
     def check(self, steps: int) -> None:
         """The optimizer made that many steps, and parameters and states are as eager makes them."""
