@@ -89,7 +89,11 @@ class FusedOptimizer(torch.optim.Optimizer):
         nothing is added then."""
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
-        group = {**self.defaults, **param_group}
+        group, settings = {**self.defaults, **param_group}, self._settings
+        whole = {"flatten": settings.flatten, "backend": settings.backend, "decoupled_lr": self._decoupled_lr}
+        whole |= zip(options.FORMATS, settings.formats)
+        # ZeroRedundancyOptimizer puts the constructor's arguments into groups as well.
+        group = {key: value for key, value in group.items() if key not in whole or value != whole[key]}
         options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr)
         earlier = len(self._params())
         self._settings.check_new(group, self.param_groups)

@@ -21,7 +21,7 @@ from .storage import MASTER_WEIGHTS, STATE_FORMATS
 Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls, as in Optax
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
-_FORMATS = ("state_format", "master_weights", "stochastic_rounding")
+FORMATS = ("state_format", "master_weights", "stochastic_rounding")
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
     "betas[0]": "Invalid beta parameter at index 0",
@@ -131,7 +131,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, index: int, count: int, decoupled_lr: bool) -> None:
     """Check a new group and give it all that belongs in one."""
-    for key in (*_FORMATS, "flatten", "backend", "decoupled_lr"):
+    for key in (*FORMATS, "flatten", "backend", "decoupled_lr"):
         if key in group:
             raise ValueError(
                 f"{key} is an option of the whole optimizer, and group {index} names it; give it to the "

@@ -110,7 +110,7 @@ def test_bad_arguments_are_refused(
 
 OF_THE_OPTIMIZER = {
     "state_format": "8bit", "master_weights": "split8", "stochastic_rounding": True, "flatten": True,
-    "backend": "eager", "decoupled_lr": True,
+    "backend": "cuda", "decoupled_lr": True,
 }  # fmt: skip
 
 
