@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from .storage import Part
 
@@ -45,7 +46,7 @@ class FlatBuffers:
                 self.buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
             # A storage of its own, and no view to autograd: to code that saves single tensors, and to in-place
             # operations, slots have nothing in common.
-            return torch.from_dlpack(self.buffers[part].as_strided(shape, stride, self._bounds(part, p)[0]))
+            return from_dlpack(self.buffers[part].as_strided(shape, stride, self._bounds(part, p)[0]))
 
     def contains(self, t: Tensor) -> bool:
         """Whether a tensor lies in one of the buffers."""

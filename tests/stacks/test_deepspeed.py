@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from helpers import RULES, bits
+from recipes import run
 from recorder import Recorder
 
 pytestmark = [pytest.mark.stacks, pytest.mark.filterwarnings("default")]
@@ -68,6 +69,9 @@ def worker(rank: int, folder: Path) -> None:
     for case in CASES:
         print(case, flush=True)  # of a failure pytest shows what was printed last
         train(rank, folder / str(case), case)
+    engine = run("DeepSpeed", model=network())["engine"]
+    engine.backward(engine(torch.ones(2, 8, dtype=torch.bfloat16)).sum())
+    engine.step()
     (folder / f"done {rank}").touch()
 
 
