@@ -64,6 +64,7 @@ CONTRACT ?= tests/test_optimizer.py tests/test_checkpoints.py tests/test_optax.p
 
 test-torch-%: .venv-torch-%/installed
 	OMP_NUM_THREADS=1 .venv-torch-$*/bin/python -m pytest -q -n auto $(CONTRACT)
+	OMP_NUM_THREADS=1 .venv-torch-$*/bin/python -m pytest -q -n auto tests/test_backends.py -k cpu
 
 .PRECIOUS: .venv-torch-%/installed
 test-versions: $(VERSIONS:%=test-torch-%)
