@@ -3,11 +3,12 @@
 
 PYTHON ?= python3
 VENV := .venv
+STACKS := .venv-stacks
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-exhaustive lint bench gpu-check studies check clean
+.PHONY: demo test test-kernels test-stacks test-versions test-exhaustive lint bench gpu-check studies check clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -35,6 +36,38 @@ test: $(VENV)/installed
 # All kernels as they are compiled, by each compiler: looked at, and run by an emulator.
 test-kernels: $(VENV)/installed $(TRITONS:%=$(VENV)/triton-%)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -m kernels
+
+# The trainers that people use, as constraints.txt pins them, in an environment of their own.
+$(STACKS)/installed: $(SOURCES) constraints.txt
+	$(PYTHON) -m venv $(STACKS)
+	grep -v '^triton==' constraints.txt > $(STACKS)/constraints.txt
+	$(STACKS)/bin/pip --disable-pip-version-check install --quiet -c $(STACKS)/constraints.txt torch setuptools wheel pybind11
+	$(STACKS)/bin/python -c "import triton" 2> /dev/null || cp constraints.txt $(STACKS)/constraints.txt
+	FUSED_OPTIM_BUILD=cpu $(STACKS)/bin/pip --disable-pip-version-check install --quiet \
+		-c $(STACKS)/constraints.txt --no-build-isolation -e ".[stacks]"
+	touch $@
+
+test-stacks: $(STACKS)/installed
+	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest -q -n auto -m stacks tests/stacks tests/test_distributed.py
+
+# The contract with other versions of torch and Python: each is <torch>-<Python>, and wants that python on the
+# PATH. A torch built for GPUs takes some 5 GB.
+VERSIONS ?= 2.11.0-3.10 2.15.0-3.13
+CONTRACT ?= tests/test_optimizer.py tests/test_checkpoints.py tests/test_optax.py tests/test_stacks.py
+.venv-torch-%/installed: $(SOURCES)
+	python$(word 2,$(subst -, ,$*)) -m venv .venv-torch-$*
+	.venv-torch-$*/bin/pip --disable-pip-version-check install --quiet torch==$(word 1,$(subst -, ,$*)) \
+		"setuptools>=77" wheel pybind11 pytest pytest-xdist hypothesis numpy jax optax
+	FUSED_OPTIM_BUILD=cpu .venv-torch-$*/bin/pip --disable-pip-version-check install --quiet --no-deps \
+		--no-build-isolation -e .
+	touch $@
+
+test-torch-%: .venv-torch-%/installed
+	OMP_NUM_THREADS=1 .venv-torch-$*/bin/python -m pytest -q -n auto $(CONTRACT)
+	OMP_NUM_THREADS=1 .venv-torch-$*/bin/python -m pytest -q -n auto tests/test_backends.py -k cpu
+
+.PRECIOUS: .venv-torch-%/installed
+test-versions: $(VERSIONS:%=test-torch-%)
 
 # All 2^32 bit patterns: some ten minutes on two cores.
 test-exhaustive: $(VENV)/installed
@@ -72,4 +105,4 @@ studies: $(VENV)/studies
 	$(BIN)/python -m studies training
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info fused_optim/*.so demo_output bench_output gpu_check_output
+	rm -rf $(VENV) $(STACKS) .venv-torch-* build dist *.egg-info fused_optim/*.so demo_output bench_output gpu_check_output

@@ -1,4 +1,4 @@
-"""The flat buffers behind ``flatten=True``, with tensors as views of them. A parameter in its flat slot is
+"""The flat buffers behind ``flatten=True``, with tensors in slots of them. A parameter in its flat slot is
 like any other to the rest of the package, except that neighbours share one row of the table."""
 
 from collections.abc import Callable, Iterable
@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import from_dlpack
 
 from .storage import Part
 
@@ -18,7 +19,7 @@ class FlatBuffers:
     first; shape, strides and values stay."""
 
     def __init__(self, params: list[Tensor]) -> None:
-        self.device, self.dtype = params[0].device, params[0].dtype
+        self.device, self.dtype = self.kind = params[0].device, params[0].dtype
         self.params = params
         self.param, self.grad = Part("param", self.dtype), Part("grad", self.dtype)
         self._index = {p: i for i, p in enumerate(params)}
@@ -43,10 +44,14 @@ class FlatBuffers:
             if part not in self.buffers:
                 end = self._bounds(part, self.params[-1])[1]
                 self.buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
-            # Not a view to autograd: in-place operations on one slot are nothing to the others.
-            storage = self.buffers[part].untyped_storage()
-            slot = torch.empty(0, dtype=part.dtype, device=self.device)
-            return slot.set_(storage, self._bounds(part, p)[0], shape, stride)
+            # A storage of its own, and no view to autograd: to code that saves single tensors, and to in-place
+            # operations, slots have nothing in common.
+            return from_dlpack(self.buffers[part].as_strided(shape, stride, self._bounds(part, p)[0]))
+
+    def contains(self, t: Tensor) -> bool:
+        """Whether a tensor lies in one of the buffers."""
+        starts = ((b.data_ptr(), b.nbytes) for b in self.buffers.values() if b.device == t.device)
+        return any(0 <= t.data_ptr() - start < n for start, n in starts)
 
     def in_slot(self, part: Part, p: Tensor, t: Tensor) -> bool:
         buffer, start = self.buffers.get(part), self._bounds(part, p)[0]
@@ -54,9 +59,6 @@ class FlatBuffers:
             return False
         at = t.numel() == 0 or t.data_ptr() == buffer.data_ptr() + start * buffer.element_size()
         return at and (part.block > 1 or t.stride() == p.stride())
-
-    def is_alike(self, p: Tensor) -> bool:  # in what a buffer has one of
-        return (p.device, p.dtype) == (self.device, self.dtype)
 
     def bounds(self, p: Tensor) -> tuple[int, int]:  # in real elements
         start, end = self._bounds(self.param, p)
@@ -69,19 +71,18 @@ class FlatLayout:
     def __init__(self) -> None:
         self.buffers: list[FlatBuffers] = []
         self.buffers_of: dict[Any, FlatBuffers] = {}
-        self._elsewhere: set[Any] = set()
+        self._left: set[Any] = set()
 
     def hold(self, params: Iterable[Tensor]) -> None:
-        """Have exactly these parameters in flat buffers; if they are not, gather them anew. Where somebody
-        has moved all out of a buffer since, they stay where they are."""
-        ours = {b.buffers[b.param].untyped_storage().data_ptr() for b in self.buffers}
-        for b in self.buffers:
-            # Who moves all of them has buffers too: ZeroRedundancyOptimizer(parameters_as_bucket_view=True).
-            if all(p.untyped_storage().data_ptr() not in ours and b.is_alike(p) for p in b.params):
-                self._elsewhere.update(b.params)
-        params = [p for p in params if p not in self._elsewhere]
-        in_slots = all(b.in_slot(b.param, p, p) for p, b in self.buffers_of.items())
-        if in_slots and self.buffers_of.keys() == set(params):
+        """Have exactly these parameters in flat buffers; if they are not, gather them anew. What somebody put
+        elsewhere on its device stays there from then on, for they may need it there, as
+        ZeroRedundancyOptimizer does its bucket views."""
+        params = list(params)
+        out = [p for p, b in self.buffers_of.items() if not b.in_slot(b.param, p, p)]
+        left = self._left.union(p for p in out if (p.device, p.dtype) == self.buffers_of[p].kind)
+        self._left = left.intersection(params)
+        params = [p for p in params if p not in self._left]
+        if not out and self.buffers_of.keys() == set(params):
             return
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
@@ -110,14 +111,13 @@ class FlatLayout:
 
     def _placed(self, moves: list[tuple[Any, Part | None, Any]]) -> list[Tensor]:
         """Tensors, given as (parameter, part, tensor), in their slots; out of slots where part is None."""
-        storages = {t.untyped_storage().data_ptr() for b in self.buffers for t in b.buffers.values()}
         placed, copies = [], []
         for p, part, t in moves:
             b = self.buffers_of.get(p)
             if part is not None and b is not None and b.in_slot(part, p, t):
                 placed.append(t)
                 continue
-            if t.untyped_storage().data_ptr() in storages:
+            if any(b.contains(t) for b in self.buffers):
                 t = t.clone(memory_format=torch.preserve_format)  # it may lie in another's slot
             if part is not None and b is not None:
                 copies.append((b.slot(part, p), t))

@@ -49,7 +49,7 @@ class FusedOptimizer(torch.optim.Optimizer):
             between the two by code that does not know this optimizer (Lightning, say, refuses to clip for one
             that unscales). ``grad_scale`` and ``found_inf``, set as attributes by the caller, count either way.
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
-            tensors become views of them until :meth:`unflatten`.
+            tensors stay in them until :meth:`unflatten`, or until somebody replaces their data.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
         foreach, fused, capturable: taken, since factories pass them, and without effect: every step is fused,
             and one on a GPU can be captured.
@@ -225,8 +225,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         init_states(self.param_groups, self.state, self._settings)
 
     def unflatten(self) -> None:
-        """Give every parameter, gradient and state memory of its own, for code that saves or shares single
-        parameters: ``safetensors.torch.save_model``, ``torch.save`` of a part, ``share_memory_()``."""
+        """Give every parameter, gradient and state memory of its own, for code that frees or shares single
+        parameters (``share_memory_()``), and so that a parameter that is kept keeps no more than itself."""
         for p in self._params():
             p.data, p.grad = own(p), own(p.grad)
             state = self.state.get(p, {})

@@ -4,6 +4,7 @@
 is imported. FUSED_OPTIM_EMULATED is the compute capability.
 """
 
+import ctypes
 import dataclasses
 import os
 from collections.abc import Callable, Iterable
@@ -81,10 +82,12 @@ def test_a_step(check: Callable[[Library], Any]) -> None:
 # The optimizers.
 
 
-def whole_memory(tensors: Iterable[Tensor | None]) -> list[Tensor]:
-    """What lies behind tensors, each storage once."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage() for t in tensors if t is not None}
-    return [torch.empty(0, dtype=torch.uint8).set_(s) for s in storages.values()]
+def whole_memory(tensors: Iterable[Tensor | None], flat: bool = False) -> list[Tensor]:
+    """What lies behind tensors, each storage once; of flat slots with the padding up to the next one."""
+    found = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None and t.numel()}
+    sizes = {at: t.untyped_storage().nbytes() for at, t in found.items()}
+    sizes |= {at: -(-n // (u := 16 * found[at].element_size())) * u for at, n in sizes.items() if flat}
+    return [torch.frombuffer((ctypes.c_uint8 * n).from_address(at), dtype=torch.uint8) for at, n in sizes.items()]
 
 
 @pytest.fixture
@@ -93,8 +96,10 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
     params: list[Tensor] = []
 
     def step(batch: Batch, inputs: Inputs) -> None:
-        stored = [t for o in batch.items for t in (*o.stored, *o.aux, o.state["step"])]
-        memory = whole_memory(stored), whole_memory([*(p.grad for p in params), *inputs])
+        flat = any(o.slot[1] for o in batch.items)
+        stored = whole_memory((t for o in batch.items for t in (*o.stored, *o.aux)), flat)
+        stored += whole_memory(o.state["step"] for o in batch.items)
+        memory = stored, whole_memory((p.grad for p in params), flat) + whole_memory(inputs)
         GPU.memory = lambda: memory
         TRITON.step(batch, inputs)
 

@@ -120,7 +120,8 @@ def test_bad_arguments_are_refused(
 
 OF_THE_OPTIMIZER = {
     "state_format": "8bit", "master_weights": "split8", "stochastic_rounding": True, "flatten": True,
-    "backend": "triton", "decoupled_lr": True, "unscale_in_step": True,
+    "backend": "cuda", "decoupled_lr": True, "unscale_in_step": True, "max_grad_norm": 1.0,
+    "skip_nonfinite": True,
 }  # fmt: skip
 
 

@@ -358,7 +358,10 @@ REFUSED: dict[str, tuple[str, Any, tuple[str, ...]]] = {
 
 
 def freed(t: Tensor) -> None:
-    t.untyped_storage().resize_(0)
+    try:
+        t.untyped_storage().resize_(0)
+    except RuntimeError:
+        pytest.skip("torch frees no flat slot: its storage is not resizable")
 
 
 @pytest.mark.parametrize("what", REFUSED)

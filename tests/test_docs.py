@@ -37,6 +37,14 @@ def test_readme_figures_are_those_measured() -> None:
     assert report.updated(text) == text
 
 
+def test_each_row_of_the_recipes_names_a_test() -> None:
+    commands = re.findall(r"`pytest (\S+)(?: -k (\w+))?`", (ROOT / "docs/recipes.md").read_text())
+    assert len(commands) >= 14
+    for path, word in commands:
+        tests = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.MULTILINE)
+        assert any(word in test for test in tests), (path, word)
+
+
 def test_the_bytes_of_formats_are_those_of_their_tensors() -> None:
     table = (ROOT / "docs/formats.md").read_text().split("<!-- bytes -->")[1].split("<!-- /bytes -->")[0]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in table.strip().splitlines()[2:]]

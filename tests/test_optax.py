@@ -372,7 +372,9 @@ def test_a_tree_with_one_leaf_differs_by_the_reciprocal_alone(rule: str) -> None
         multiplied = numpy_step(rule, multiplied, g, t, 0.01, reciprocal=True)
     assert_same_vector(p.detach().numpy(), np.asarray(beside["a"]), "two leaves")
     assert_same_vector(p.detach().numpy(), divided[0], "divided")
-    assert_same_vector(np.asarray(alone["a"]), multiplied[0], "one leaf, by reciprocals")
+    # JAX 0.6.2, the last one for Python 3.10, divides there as well.
+    one_leaf = divided if jax.__version_info__ <= (0, 6, 2) else multiplied
+    assert_same_vector(np.asarray(alone["a"]), one_leaf[0], "one leaf, by reciprocals")
     assert (divided[0] != multiplied[0]).mean() > 0.1
 
 

@@ -2,6 +2,7 @@
 buffers. What somebody changes between steps is in test_changes.py, checkpoints in test_checkpoints.py."""
 
 import copy
+import io
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 
 from helpers import (  # isort: skip
-    DTYPES, RULES, Judge, Make, Parameters, Rule, assert_same_bits, copies, parameters,
+    DTYPES, RULES, SHAPES, Judge, Make, Parameters, Rule, assert_same_bits, copies, parameters,
     raises_unchanged, raises_with, saved_and_loaded, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
@@ -333,27 +334,41 @@ def test_callables_of_groups_added_later(make: Make) -> None:
 # Flat buffers
 
 
-def storages(tensors: list[Any]) -> set[int]:
-    return {t.untyped_storage().data_ptr() for t in tensors}
+def in_one_buffer(tensors: list[Any]) -> bool:
+    """Whether each begins where the one before it ends, at the next multiple of 16 elements."""
+    places = [t.data_ptr() for t in tensors]
+    gaps = [-(-t.numel() // 16) * 16 * t.element_size() for t in tensors]
+    return all(b - a == gap for a, b, gap in zip(places, places[1:], gaps))
 
 
-def test_flat_parameters_share_one_storage(make: Make, rule: Rule) -> None:
+def alone(tensors: list[Any]) -> bool:
+    """Whether each has a storage of its own, of its size: what torch.save and safetensors go by."""
+    storages = {t.untyped_storage().data_ptr() for t in tensors}
+    return len(storages) == len(tensors) and all(t.untyped_storage().nbytes() == t.nbytes for t in tensors)
+
+
+def test_flat_parameters_are_neighbours(make: Make, rule: Rule) -> None:
     params = [*parameters(), *parameters([(2, 3), (7,)], torch.bfloat16)]
     values = copies([p.data for p in params])
     objects = list(params)
     optimizer = make(params, flatten=True)
     assert all(a is b for a, b in zip(optimizer.param_groups[0]["params"], objects))
     assert_same_bits([p.detach() for p in params], values)
-    assert len(storages(params[:3])) == len(storages(params[3:])) == 1
-    assert storages(params[:3]) != storages(params[3:])
     train(optimizer, params, 1)
-    assert len(storages([p.grad for p in params[:3]])) == 1
-    for key in ("exp_avg", rule.nu):
-        assert len(storages([optimizer.state[p][key] for p in params[:3]])) == 1
+
+    def kinds() -> list[list[Any]]:
+        states = [optimizer.state[p] for p in params]
+        return [params, [p.grad for p in params], *([s[key] for s in states] for key in ("exp_avg", rule.nu))]
+
+    for tensors in kinds():
+        assert in_one_buffer(tensors[:3]) and in_one_buffer(tensors[3:])
+    flat = [t.detach() for tensors in kinds() for t in tensors]
+    assert alone(flat)
+    file = io.BytesIO()
+    torch.save(params[4], file)
+    assert file.tell() < 4000
     optimizer.unflatten()
-    states = [optimizer.state[p] for p in params]
-    apart = [t for p, s in zip(params, states) for t in (p, p.grad, s["exp_avg"], s[rule.nu])]
-    assert len(storages(apart)) == len(apart)
+    assert alone([*flat, *(t for tensors in kinds() for t in tensors)])
     assert optimizer.memory()["moments"] > 0
 
 
@@ -383,18 +398,22 @@ def test_shared_memory_is_refused_when_flat(make: Make) -> None:
 
 
 def test_parameters_that_leave_the_flat_buffers(make: Make, judge: Judge) -> None:
-    """The step is right, and they are in the buffers again."""
-    params = parameters()
+    """The step is right. What was put elsewhere on its device stays there; what got another dtype, or was moved
+    to another device, is in the buffers again."""
+    params = parameters([*SHAPES, (3,)])
     optimizer = make(params, flatten=True)
     judge.train(optimizer, 2)
-    for data in (lambda p: torch.full(p.shape, 0.5), lambda p: p.to(torch.bfloat16)):
-        params[1].data = data(params[1].data)
-        params[1].grad = None
+    mine = torch.full((5,), 0.5)
+    for data, buffers in ((mine, [(0, 2, 3)]), (params[2].data.to(torch.bfloat16), [(0, 3)])):
+        moved = params[1 if data is mine else 2]
+        moved.data, moved.grad = data, None
         set_gradients(params, 2)
         judge.step(optimizer)
         judge.train(optimizer, 1, first=3)
-        for moved in (params, [p.grad for p in params]):
-            assert len(storages(moved)) == len({p.dtype for p in params})
+        for buffer in buffers:
+            assert in_one_buffer([params[i] for i in buffer])
+        assert params[1].data_ptr() == mine.data_ptr()
+        assert in_one_buffer([p.grad for i, p in enumerate(params) if i in buffers[0]])
 
 
 # What is in the way of a step

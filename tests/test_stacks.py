@@ -31,6 +31,7 @@ def trainer(model: torch.nn.Module, compiled: str, **options: Any) -> Callable[[
     return train_and_schedule
 
 
+@pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0
 @pytest.mark.parametrize("backend", [None, "eager"])
 @pytest.mark.parametrize("compiled", ["train", "optimizer.step"])
 def test_torch_compile(compiled: str, flatten: bool, backend: str | None) -> None:
