@@ -4,6 +4,8 @@
 #endif
 
 #include <atomic>
+#include <exception>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -113,10 +115,14 @@ void run(const Task& task) {
     }
   };
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(shares) if (shares > 1)
-  work(omp_get_thread_num());
+  if (shares > 1) {  // not a region of one: libgomp allocates for it, and ends the process where it cannot
+#pragma omp parallel num_threads(shares)
+    work(omp_get_thread_num());
+  } else {
+    work(0);
+  }
 #else
-  for (int share = 0; share < shares; ++share) work(share);
+  work(0);
 #endif
   // Last, so that what is thrown before leaves them true.
   for (int64_t i = 0; i < task.n_counters; ++i) {
@@ -132,11 +138,17 @@ void step_cpu(const std::string& isa, const NameStrings& strings, const std::arr
   if (step_elements == nullptr) throw std::invalid_argument("no CPU code for " + text_of(names));
   const bool grad_is_own = !same(names.grad, Fp32::name);
   const Task task{bit_cast<Table>(table), step_elements, grad_is_own, chunk_size, grad_scale, threads};
-  py::gil_scoped_release release;
-  if (same(names.mu, Fp64::name))
-    run<double>(task);
-  else
-    run<float>(task);
+  // Not py::gil_scoped_release: at the interpreter's end taking the lock ends a daemon thread, by unwinding, and no
+  // destructor lets that through.
+  std::exception_ptr thrown;
+  PyThreadState* const state = PyEval_SaveThread();
+  try {
+    same(names.mu, Fp64::name) ? run<double>(task) : run<float>(task);
+  } catch (...) {
+    thrown = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 void convert(const std::string& isa, const std::string& format, int operand, bool encode, int64_t values, int64_t n,
@@ -155,8 +167,11 @@ PYBIND11_MODULE(_cpu, m) {
         "One step of every row of a table. Takes an instruction set, the names of rule and formats, the fields of "
         "Table, the elements of a chunk, what gradients are divided by, and the number of threads.");
   m.def("convert", &convert, "Values into a format that is not the working precision's own, or back.");
+  // Made by a function: pybind11 ends the process where a constructor cannot allocate its object.
+  m.def("addresses", [](py::list params, py::list held, int64_t grads) {
+    return std::make_unique<Addresses>(std::move(params), std::move(held), grads);
+  });
   py::class_<Addresses>(m, "Addresses", "Where an optimizer's tensors are: see fused_optim/addresses.py.")
-      .def(py::init<py::list, py::list, int64_t>())
       .def("works", &Addresses::works)
       .def("ask", &Addresses::ask);
 #if defined(_OPENMP)

@@ -38,7 +38,7 @@ class Addresses:
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
         self._known = (self._params, held, *dicts, values)
-        native = cpu and cpu.Addresses(self._params, held, self.grads.data_ptr())
+        native = cpu and cpu.addresses(self._params, held, self.grads.data_ptr())
         self._native = native if native and native.works() else None
 
     def _look(self) -> list[Any]:

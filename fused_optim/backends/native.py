@@ -1,7 +1,10 @@
 """C++ on the CPU and CUDA C++ on the GPU: the same rule headers, compiled twice. The extensions know no
-torch: addresses, sizes and the stream go over as integers."""
+torch: addresses, sizes and the stream go over as integers.
+
+``FUSED_OPTIM_ISA``, read at import, names the instruction set that the CPU backend uses, in place of the best."""
 
 import importlib
+import os
 from functools import cache
 from types import ModuleType
 
@@ -12,6 +15,18 @@ from ..table import Batch
 from .base import Backend, Inputs, table_on
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
+_ISA = os.environ.get("FUSED_OPTIM_ISA")
+_most_threads = 2**31 - 1
+
+
+def _one_thread_from_now_on() -> None:
+    """In a forked child libgomp would wait for the threads of its pool, which only the parent has."""
+    global _most_threads
+    _most_threads = 1
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_one_thread_from_now_on)
 
 
 @cache
@@ -37,7 +52,18 @@ def _table(rows: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tup
 def _cpu_why_not(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "it steps parameters on the CPU only"
-    return extension("_cpu")[1]
+    cpu, reason = extension("_cpu")
+    if cpu is not None:
+        instruction_set(cpu)
+    return reason
+
+
+def instruction_set(cpu: ModuleType) -> str:
+    """The one that the CPU backend uses; a ValueError if ``FUSED_OPTIM_ISA`` names none of this machine."""
+    isas: list[str] = cpu.isas()
+    if _ISA is not None and _ISA not in isas:
+        raise ValueError(f"FUSED_OPTIM_ISA must be one of {isas}, which this machine has, got {_ISA!r}")
+    return _ISA or isas[0]
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
@@ -46,12 +72,12 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
     if inputs.found_inf is not None and inputs.found_inf.item() != 0:
         return
     cpu.step(
-        cpu.isas()[0],
+        instruction_set(cpu),
         batch.key.names,
         _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
         CPU_CHUNK,
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
-        min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK)),
+        min(torch.get_num_threads(), _most_threads, max(1, batch.numel // CPU_CHUNK)),
     )
 
 
