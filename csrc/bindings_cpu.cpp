@@ -167,13 +167,21 @@ PYBIND11_MODULE(_cpu, m) {
         "One step of every row of a table. Takes an instruction set, the names of rule and formats, the fields of "
         "Table, the elements of a chunk, what gradients are divided by, and the number of threads.");
   m.def("convert", &convert, "Values into a format that is not the working precision's own, or back.");
-  // Made by a function: pybind11 ends the process where a constructor cannot allocate its object.
-  m.def("addresses", [](py::list params, py::list held, int64_t grads) {
-    return std::make_unique<Addresses>(std::move(params), std::move(held), grads);
+  // Not a class of pybind11's, which ends the process where memory for an instance runs out.
+  m.def(
+      "addresses",
+      [](py::list params, py::list held, int64_t grads) -> py::object {
+        auto made = std::make_unique<Addresses>(std::move(params), std::move(held), grads);
+        if (!made->works()) return py::none();
+        py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
+        made.release();
+        return std::move(kept);
+      },
+      "Where an optimizer's tensors are, for ask(); None where it does not work. See fused_optim/addresses.py.");
+  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list keys, py::list states,
+                  py::list names, py::list values, py::list param_lists, py::dict state) {
+    return addresses.get_pointer<Addresses>()->ask(params, held, keys, states, names, values, param_lists, state);
   });
-  py::class_<Addresses>(m, "Addresses", "Where an optimizer's tensors are: see fused_optim/addresses.py.")
-      .def("works", &Addresses::works)
-      .def("ask", &Addresses::ask);
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else
