@@ -31,7 +31,7 @@ def in_a_process(code: str, **environment: str) -> str:
     path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
-        text=True, timeout=100, check=False,
+        text=True, timeout=300, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
@@ -70,7 +70,9 @@ def fail_every_allocation(options: int, backend: str, flatten: bool, warm: int) 
 @cpu
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and glibc")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="something else is preloaded")
-@pytest.mark.parametrize("case", [(0, "cpu", False, 0), (0, "cpu", False, 1), (6, "cpu", True, 1), (0, "eager", False, 1)])
+@pytest.mark.parametrize(
+    "case", [(0, "cpu", False, 0), (0, "cpu", False, 1), (6, "cpu", True, 1), (0, "eager", False, 1)]
+)
 def test_memory_runs_out(
     case: Any, tmp_path_factory: pytest.TempPathFactory, record_property: Callable[[str, object], None]
 ) -> None:

@@ -14,7 +14,19 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, RULES, Judge, assert_same_bits, generated, gradient, raises_with, snapshot
+from helpers import (
+    BF16,
+    F16,
+    F32,
+    F64,
+    RULES,
+    Judge,
+    assert_same_bits,
+    generated,
+    gradient,
+    raises_with,
+    snapshot,
+)
 from hypothesis import strategies as st
 from test_backends import LAYOUTS, outside, special_values, tensors, threads
 from test_changes import InterruptedWrite, World, bucket, hide_the_extension
@@ -284,7 +296,10 @@ def do(w: Model, name: str, which: int, n: int) -> None:
     like = [x for x in w.stepped if x is not p and (x.shape, x.dtype) == (p.shape, p.dtype)]
     group = next(g for g in o.param_groups if any(x is p for x in g["params"]))
     names = {"w": w, "o": o, "s": o.state, "groups": o.param_groups, "group": group, "n": n, "p": p}
-    exec(COMPILED[name], {**globals(), **names, "q": like[n % len(like)] if like else p})  # noqa: S102
+    used = {f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, special_values, threads)}
+    used |= {f.__name__: f for f in (ExponentialLR, OneCycleLR, InterruptedWrite, float64_by_default)}
+    constants = {"LAYOUTS": LAYOUTS, "MOVED": MOVED, "F16": F16, "F32": F32, "F64": F64, "BF16": BF16}
+    exec(COMPILED[name], {**used, **constants, **names, "q": like[n % len(like)] if like else p})  # noqa: S102
 
 
 NUMBER = st.integers(0, 1023)
