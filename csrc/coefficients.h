@@ -31,8 +31,8 @@ struct Divisor {
 
 template <class T>
 FUSED_OPTIM_HD Divisor<T> divisor(T value) {
-  const T magnitude = value < 0 ? -value : value;
-  const bool usual = magnitude >= T(0x1p-14) && magnitude <= T(0x1p24);
+  // Of a negative one the multiplications would lose the sign of a zero.
+  const bool usual = value >= T(0x1p-14) && value <= T(0x1p24);
   return {value, usual ? T(1) / value : T(0), value == T(1)};
 }
 
