@@ -8,7 +8,8 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-stacks test-versions test-exhaustive lint bench gpu-check studies check clean
+.PHONY: demo test test-kernels test-stacks test-versions test-long test-exhaustive sanitize lint bench gpu-check \
+	studies check clean
 
 $(VENV)/bin/python:
 	$(PYTHON) -m venv $(VENV)
@@ -72,6 +73,23 @@ test-versions: $(VERSIONS:%=test-torch-%)
 # All 2^32 bit patterns: some ten minutes on two cores.
 test-exhaustive: $(VENV)/installed
 	FUSED_OPTIM_EXHAUSTIVE=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto tests/test_codecs.py
+
+# 10,000 histories, 100,000 property cases, 200,000 steps and 20,000 optimizers.
+test-long: $(VENV)/installed
+	FUSED_OPTIM_SEQUENCES=10000 FUSED_OPTIM_CASES=100000 FUSED_OPTIM_STEPS=200000 OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q -n auto tests/test_histories.py tests/test_properties.py tests/test_long_runs.py
+
+# The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer: the first report ends it. CPython's own
+# leaks are not looked for. SANITIZED are pytest's arguments.
+SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
+SANITIZED ?= tests/test_backends.py tests/test_histories.py tests/test_codecs.py -k "cpu or histories"
+sanitize: $(VENV)/installed
+	CFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
+		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) \
+		$$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
+		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider \
+		-o pythonpath="build/sanitize/lib tests ." $(SANITIZED)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

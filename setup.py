@@ -140,6 +140,8 @@ def extension(name: str, sources: list[str]) -> Extension:
             "-Wno-psabi",
             *EXACT,
         ],
+        # Addresses of functions are read-only from the start on.
+        extra_link_args=["-Wl,-z,relro,-z,now"] if sys.platform == "linux" else [],
         optional=MODE == "auto",
     )
 

@@ -4,6 +4,8 @@
 #endif
 
 #include <atomic>
+#include <exception>
+#include <memory>
 #include <stdexcept>
 #include <vector>
 
@@ -114,16 +116,35 @@ void run(const Task& task) {
     }
   };
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(shares) if (shares > 1)
-  work(omp_get_thread_num());
+  if (shares > 1) {  // not a region of one: libgomp allocates for it, and ends the process where it cannot
+#pragma omp parallel num_threads(shares)
+    work(omp_get_thread_num());
+  } else {
+    work(0);
+  }
 #else
-  for (int share = 0; share < shares; ++share) work(share);
+  work(0);
 #endif
   // Last, so that what is thrown before leaves them true.
   for (int64_t i = 0; i < task.n_counters; ++i) {
     int64_t& count = *reinterpret_cast<int64_t*>(task.counters[i].step);
     count = next_count(count);
   }
+}
+
+// Not py::gil_scoped_release: at the interpreter's end taking the lock ends a daemon thread, by unwinding, and no
+// destructor lets that through.
+template <class Body>
+void without_interpreter(Body body) {
+  std::exception_ptr thrown;
+  PyThreadState* const state = PyEval_SaveThread();
+  try {
+    body();
+  } catch (...) {
+    thrown = std::current_exception();
+  }
+  PyEval_RestoreThread(state);
+  if (thrown) std::rethrow_exception(thrown);
 }
 
 void step_cpu(const std::string& isa, const NameStrings& strings, const std::array<int64_t, 6>& table,
@@ -134,11 +155,7 @@ void step_cpu(const std::string& isa, const NameStrings& strings, const std::arr
   const bool grad_is_own = !same(names.grad, Fp32::name);
   const Task task{bit_cast<Table>(table), step_elements, grad_is_own, chunk_size,
                   grad_scale,             grad_factor,   threads};
-  py::gil_scoped_release release;
-  if (same(names.mu, Fp64::name))
-    run<double>(task);
-  else
-    run<float>(task);
+  without_interpreter([&] { same(names.mu, Fp64::name) ? run<double>(task) : run<float>(task); });
 }
 
 void square_sums(const std::string& isa, const std::string& grad, const std::array<int64_t, 5>& fields, int threads) {
@@ -146,16 +163,22 @@ void square_sums(const std::string& isa, const std::string& grad, const std::arr
   if (square_sum == nullptr) throw std::invalid_argument("no CPU code for gradients in " + grad);
   const auto task = bit_cast<NormTask>(fields);
   const double grad_scale = task.grad_scale == nullptr ? 1.0 : static_cast<double>(*task.grad_scale);
-  py::gil_scoped_release release;
-#if defined(_OPENMP)
-#pragma omp parallel for num_threads(threads) if (threads > 1)
-#endif
-  for (int64_t k = 0; k < task.n_chunks; ++k) {
+  const auto sum_chunk = [&](int64_t k) {
     const NormChunk chunk = task.chunks[k];
     const Row& row = task.rows[chunk.row];
     const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * kNormChunk;
     task.sums[chunk.place] = square_sum(row.grad, begin, minimum(begin + kNormChunk, row.numel), grad_scale);
-  }
+  };
+  without_interpreter([&] {
+#if defined(_OPENMP)
+    if (threads > 1) {
+#pragma omp parallel for num_threads(threads)
+      for (int64_t k = 0; k < task.n_chunks; ++k) sum_chunk(k);
+      return;
+    }
+#endif
+    for (int64_t k = 0; k < task.n_chunks; ++k) sum_chunk(k);
+  });
 }
 
 void convert(const std::string& isa, const std::string& format, int operand, bool encode, int64_t values, int64_t n,
@@ -177,10 +200,21 @@ PYBIND11_MODULE(_cpu, m) {
         "The sums of squares of a batch's gradients. Takes an instruction set, the gradients' format, the fields of "
         "NormTask, and the number of threads.");
   m.def("convert", &convert, "Values into a format that is not the working precision's own, or back.");
-  py::class_<Addresses>(m, "Addresses", "Where an optimizer's tensors are: see fused_optim/addresses.py.")
-      .def(py::init<py::list, py::list, int64_t>())
-      .def("works", &Addresses::works)
-      .def("ask", &Addresses::ask);
+  // Not a class of pybind11's, which ends the process where memory for an instance runs out.
+  m.def(
+      "addresses",
+      [](py::list params, py::list held, int64_t grads) -> py::object {
+        auto made = std::make_unique<Addresses>(std::move(params), std::move(held), grads);
+        if (!made->works()) return py::none();
+        py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
+        made.release();
+        return std::move(kept);
+      },
+      "Where an optimizer's tensors are, for ask(); None where it does not work. See fused_optim/addresses.py.");
+  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list keys, py::list states,
+                  py::list names, py::list values, py::list param_lists, py::dict state) {
+    return addresses.get_pointer<Addresses>()->ask(params, held, keys, states, names, values, param_lists, state);
+  });
 #if defined(_OPENMP)
   m.attr("openmp") = true;
 #else

@@ -34,8 +34,8 @@ FUSED_OPTIM_HD Divisor<T> divisor(T value) {
 #if defined(__CUDA_ARCH__)
   return {value, T(0), value == T(1)};
 #else
-  const T magnitude = value < 0 ? -value : value;
-  const bool usual = magnitude >= T(0x1p-14) && magnitude <= T(0x1p24);
+  // Of a negative one the multiplications would lose the sign of a zero.
+  const bool usual = value >= T(0x1p-14) && value <= T(0x1p24);
   return {value, usual ? T(1) / value : T(0), value == T(1)};
 #endif
 }

@@ -2,6 +2,7 @@
 tensor is moved, replaced or freed. So each step asks all of them, through documented interfaces alone: in C++
 where it was built (``csrc/addresses.h``), else here."""
 
+from functools import partial
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -39,8 +40,10 @@ class Addresses:
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
         self._known = (self._params, held, *dicts, values)
-        native = cpu and not self._distributed and cpu.Addresses(self._params, held, self.grads.data_ptr())
-        self._native = native if native and native.works() else None
+        native = None
+        if cpu and not self._distributed:
+            native = cpu.addresses(self._params, held, self.grads.data_ptr())
+        self._ask_native = partial(cpu.ask, native, *self._known) if cpu and native else None
 
     def _look(self) -> list[Any]:
         """What parameters, states and gradients are like and where they are; last, where gradients are."""
@@ -60,8 +63,8 @@ class Addresses:
 
     def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
-        if self._native is not None:
-            return int(self._native.ask(*self._known, param_lists, state))
+        if self._ask_native is not None:
+            return int(self._ask_native(param_lists, state))
         for now, before in zip(_objects(param_lists, state), self._objects):
             if len(now) != len(before) or not all(map(is_, now, before)):
                 return CHANGED

@@ -56,6 +56,8 @@ def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled
     for i, (group, our) in enumerate(zip(groups, ours)):
         decays = group["weight_decay_mask"] or [True] * len(our["params"])
         for name, key, p, decay in zip(names_of(ours, i), group["params"], our["params"], decays):
+            if not isinstance(saved["state"], dict) or not isinstance(saved["state"].get(key, {}), dict):
+                raise TypeError(f"the saved 'state' must be a dict, with a dict for parameter {name}")
             # torch's flattened dicts are read by the keys of this optimizer's states, with {} for none.
             state = {k: v for k, v in saved["state"].get(key, {}).items() if not isinstance(v, dict)}
             if not state:

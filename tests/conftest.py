@@ -66,3 +66,13 @@ def make(rule_and_backend: tuple[str, str], rule: Rule) -> Make:
 @pytest.fixture(params=[False, True], ids=["list", "flat"])
 def flatten(request: pytest.FixtureRequest) -> bool:
     return request.param
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """How many examples were checked: what tests gave to ``record_property`` as a number."""
+    totals: dict[str, int] = {}
+    for report in terminalreporter.stats.get("passed", []):
+        for name, n in report.user_properties:
+            totals[name] = totals.get(name, 0) + n
+    for name, n in totals.items():
+        terminalreporter.write_line(f"{n:,} {name}")

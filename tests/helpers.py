@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import hypothesis
 import pytest
 import torch
 from torch import Tensor
@@ -355,3 +356,22 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             build(folder)
             done.touch()
     return folder
+
+
+def generated(check: Callable[..., None], count: int, seed: int, *strategies: Any) -> int:
+    """Call ``check`` with ``count`` examples of Hypothesis's ``strategies``, the same in every run of one
+    ``seed``, and shrink what fails. How many were checked."""
+    checked = 0
+
+    def counted(drawn: tuple[Any, ...]) -> None:
+        nonlocal checked
+        check(*drawn)
+        checked += 1
+
+    phases = (hypothesis.Phase.generate, hypothesis.Phase.shrink)
+    quiet = list(hypothesis.HealthCheck)
+    limits = hypothesis.settings(
+        max_examples=count, deadline=None, database=None, phases=phases, suppress_health_check=quiet
+    )
+    hypothesis.seed(seed)(limits(hypothesis.given(hypothesis.strategies.tuples(*strategies))(counted)))()
+    return checked

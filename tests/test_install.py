@@ -21,6 +21,8 @@ from typing import NamedTuple
 import pytest
 from helpers import built_once
 
+from fused_optim.backends import extension
+
 pytest.importorskip("pip", reason="needs pip")
 
 ROOT = Path(__file__).parents[1]
@@ -321,3 +323,21 @@ def test_no_nvcc_for_cuda(builder: Builder, tree: Path) -> None:
     assert "error: fused_optim._cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME" in output
     # The minute of the CPU backend is not spent first.
     assert "step_cpu" not in output
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="needs readelf")
+@pytest.mark.parametrize("name", ["_cpu", "_cuda"])
+def test_symbols_of_an_extension(name: str) -> None:
+    """It needs the compiler's libraries and CPython's C API, and nothing of torch: one build serves every torch."""
+    module, reason = extension(name)
+    if module is None:
+        pytest.skip(str(reason))
+    command = ["readelf", "--wide", "--dynamic", "--dyn-syms", str(module.__file__)]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    needed = set(re.findall(r"NEEDED.*\[(\w+[^.]*)\.so", said))
+    usual = {"libstdc++", "libgomp", "libomp", "libgcc_s", "libc", "libm", "libpthread", "libdl", "librt"}
+    sanitizers = {"libasan", "libubsan", "libtsan"}
+    assert needed <= usual | sanitizers | {"ld-linux-x86-64", "ld-linux-aarch64"}, needed
+    symbols = re.findall(r" UND (\S+)", said)
+    assert "PyDict_Next" in symbols or name == "_cuda"
+    assert not [s for s in symbols if re.search(r"c10|torch|caffe|2at[0-9N]|THP|aoti", s)]

@@ -1,7 +1,10 @@
 """C++ on the CPU and CUDA C++ on the GPU: the same rule headers, compiled twice. The extensions know no
-torch: addresses, sizes and the stream go over as integers."""
+torch: addresses, sizes and the stream go over as integers.
+
+``FUSED_OPTIM_ISA``, read at import, names the instruction set that the CPU backend uses, in place of the best."""
 
 import importlib
+import os
 from functools import cache
 from types import ModuleType
 
@@ -13,6 +16,19 @@ from .base import Backend, Inputs, norm_table_on, table_on
 from .eager import EAGER
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
+_ISA = os.environ.get("FUSED_OPTIM_ISA")
+_forked = False
+
+
+def _stay_alone() -> None:
+    """In a forked child libgomp would wait for the threads of its pool, which only the parent has: ours and
+    torch's are one pool, and nothing says whether it was there."""
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_stay_alone)
 
 
 @cache
@@ -38,7 +54,18 @@ def _table(rows: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tup
 def _cpu_why_not(device: torch.device) -> str | None:
     if device.type != "cpu":
         return "it steps parameters on the CPU only"
-    return extension("_cpu")[1]
+    cpu, reason = extension("_cpu")
+    if cpu is not None:
+        instruction_set(cpu)
+    return reason
+
+
+def instruction_set(cpu: ModuleType) -> str:
+    """The one that the CPU backend uses; a ValueError if ``FUSED_OPTIM_ISA`` names none of this machine."""
+    isas: list[str] = cpu.isas()
+    if _ISA is not None and _ISA not in isas:
+        raise ValueError(f"FUSED_OPTIM_ISA must be one of {isas}, which this machine has, got {_ISA!r}")
+    return _ISA or isas[0]
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
@@ -47,7 +74,7 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
     if any(t is not None and t.item() != 0 for t in (inputs.found_inf, inputs.skip)):
         return
     cpu.step(
-        cpu.isas()[0],
+        instruction_set(cpu),
         batch.key.names,
         _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
         CPU_CHUNK,
@@ -58,7 +85,7 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
 
 
 def _threads(batch: Batch) -> int:
-    return min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK))
+    return 1 if _forked else min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK))
 
 
 def _address(t: Tensor | None) -> int:
@@ -74,7 +101,7 @@ def _cpu_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> N
     cpu = extension("_cpu")[0]
     assert cpu is not None
     task = _norm_task(batch.rows, batch.norm_chunks, grad_scale, sums)
-    cpu.square_sums(cpu.isas()[0], batch.key.grad.name, task, _threads(batch))
+    cpu.square_sums(instruction_set(cpu), batch.key.grad.name, task, _threads(batch))
 
 
 def _cuda_why_not(device: torch.device) -> str | None:

@@ -1,0 +1,253 @@
+"""Memory that runs out, signals, forks, threads and broken checkpoints: the error is raised, every parameter
+is whole, and the next step is right."""
+
+import ctypes
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from helpers import RULES, Make, assert_same_bits, built_once, like, parameters, snapshot, train
+from test_backends import cpu, threads
+from test_histories import Model
+
+from examples.train_gpt import History, save_checkpoint
+
+ROOT = Path(__file__).parent.parent
+MODEL = [(0, 8, 0, False), (4, 17, 0, False), (2, 9, 1, False), (0, 12, 1, True)]
+"""Parameters as :class:`Model` takes them: dtype, shape with layout, group, and whether in shared memory."""
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What a new Python prints; it must end by itself, and well."""
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+# Memory
+
+
+def fail_every_allocation(options: int, backend: str, flatten: bool, warm: int) -> None:
+    """In a step of MODEL, one after another; run where failing_allocations.cpp is preloaded."""
+    library = ctypes.CDLL(None)
+
+    @contextmanager
+    def failing(n: int) -> Iterator[None]:
+        library.fail_after(n)
+        try:
+            yield
+        finally:
+            failing.left = library.allocations_left()
+            library.fail_after(-1)
+
+    failed = 0
+    while True:
+        w = Model(MODEL, options, "adabelief", backend, flatten)
+        w.train(warm)
+        w.new_gradients()
+        w.interrupt(failing(failed))
+        if failing.left >= 0:
+            print(failed)
+            return
+        failed += 1
+        w.step()
+        w.train(1)
+
+
+@cpu
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and glibc")
+@pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="something else is preloaded")
+@pytest.mark.parametrize(
+    "case", [(0, "cpu", False, 0), (0, "cpu", False, 1), (6, "cpu", True, 1), (0, "eager", False, 1)]
+)
+def test_memory_runs_out(
+    case: Any, tmp_path_factory: pytest.TempPathFactory, record_property: Callable[[str, object], None]
+) -> None:
+    """At each allocation of a tensor in a step, and at each that the extension makes."""
+    source = str(Path(__file__).with_name("failing_allocations.cpp"))
+
+    def build(folder: Path) -> None:
+        command = ["g++", "-shared", "-fPIC", "-O1", source, "-o", str(folder / "failing.so")]
+        subprocess.run(command, check=True)
+
+    library = built_once(tmp_path_factory, "failing_allocations", build) / "failing.so"
+    code = f"import test_faults; test_faults.fail_every_allocation(*{case!r})"
+    failed = int(in_a_process(code, LD_PRELOAD=str(library)))
+    assert failed > 10
+    record_property("allocations failed", failed)
+
+
+# Signals
+
+
+@contextmanager
+def alarm(seconds: float) -> Iterator[None]:
+    """KeyboardInterrupt after a while."""
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, seconds)
+        yield
+    finally:
+        signal.signal(signal.SIGALRM, signal.SIG_IGN)
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
+@pytest.mark.parametrize("options", [0, 6])
+def test_interrupted_at_any_time(
+    options: int, backend: str, flatten: bool, record_property: Callable[[str, object], None]
+) -> None:
+    interrupted = 0
+    w = Model(MODEL, options, "adabelief", backend, flatten)
+    for i in range(50):
+        w.new_gradients()
+        interrupted += w.interrupt(alarm((1 + i % 25) * (4e-5 if backend == "cpu" else 1.5e-4)))
+        w.step()
+    record_property("steps interrupted", interrupted)
+
+
+# Processes and threads
+
+STEPPED = """
+import os, sys, threading, time
+import torch
+from fused_optim import AdaBelief
+torch.set_num_threads(4)
+p = torch.ones(200000, requires_grad=True)
+p.grad = torch.full_like(p, 0.5)
+optimizer = AdaBelief([p], backend="cpu")
+optimizer.step()
+"""
+
+
+@cpu
+def test_a_forked_child_steps(tmp_path: Path) -> None:
+    """After a step with several threads, of which the child has none; the parent goes on with all of them."""
+    code = f"""
+child = os.fork()
+optimizer.step()
+if child == 0:
+    torch.save(p, {str(tmp_path / "child")!r})
+    os._exit(0)
+assert os.waitpid(child, 0)[1] == 0
+assert torch.equal(p, torch.load({str(tmp_path / "child")!r}))
+optimizer.step()
+"""
+    in_a_process(STEPPED + code)
+
+
+@cpu
+def test_the_interpreter_ends_while_a_daemon_thread_steps() -> None:
+    """In the one step that it makes, which takes longer than the main thread takes to end."""
+    code = "threading.Thread(target=optimizer.step, daemon=True).start(); time.sleep(0.02)"
+    in_a_process(STEPPED.replace("200000", "2**24").replace("num_threads(4)", "num_threads(2)") + code)
+
+
+@cpu
+def test_workers_of_a_data_loader() -> None:
+    """They are forked after a step with threads, step models of their own, and the main process steps on."""
+    code = """
+class Steps(torch.utils.data.Dataset):
+    def __len__(self):
+        return 8
+    def __getitem__(self, i):
+        q = torch.ones(100000, requires_grad=True)
+        q.grad = torch.full_like(q, 0.5)
+        AdaBelief([q], backend="cpu").step()
+        return q[:3].detach()
+for batch in torch.utils.data.DataLoader(Steps(), num_workers=2, multiprocessing_context="fork"):
+    optimizer.step()
+    assert (batch == batch[0, 0]).all() and batch[0, 0] != 1
+"""
+    in_a_process(STEPPED + code)
+
+
+def test_two_threads_and_a_backward_pass_beside_them(make: Make, flatten: bool) -> None:
+    """Each optimizer steps as it does alone."""
+    shapes = [(300,), (7, 40), (), (40000,)]
+    models = [parameters(shapes, seed=i) for i in range(3)]
+    alone = [like(params) for params in models]
+    beside = torch.ones(100, 100, requires_grad=True)
+
+    def run(params: Any) -> None:
+        train(make(params, flatten=flatten), params, 12)
+
+    def backward() -> None:
+        while any(t.is_alive() for t in running):
+            (beside @ beside).sum().backward()
+
+    with threads(2):
+        running = [threading.Thread(target=run, args=(params,)) for params in models]
+        other = threading.Thread(target=backward)
+        for t in [*running, other]:
+            t.start()
+        for t in [*running, other]:
+            t.join()
+    for params, expected in zip(models, alone):
+        run(expected)
+        assert_same_bits([p.detach() for p in params], [p.detach() for p in expected])
+
+
+# Checkpoints
+
+
+def test_an_example_that_is_killed_while_it_saves(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It keeps the checkpoint of before."""
+    path = tmp_path / "checkpoint"
+    save_checkpoint(path, {}, 1, History())
+    before = path.read_bytes()
+
+    def killed(value: Any, file: Any) -> None:
+        Path(file).write_bytes(before[:100])
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        save_checkpoint(path, {}, 2, History())
+    assert path.read_bytes() == before
+
+
+BROKEN = [
+    "x[k] = x[k].double()", "x[k] = x[k].to(torch.int32)", "x[k] = x[k].to(torch.complex64)", "del x[k]",
+    "x[k] = x[k].reshape(-1)[:-1]", "x[k] = x[k].repeat(2)", "x[k] = None", "x[k] = 'broken'", "x[k] = {}",
+    "x[k] = torch.full_like(x[k], 255 if x[k].dtype == torch.uint8 else -1)",
+    "x['step'] = torch.tensor(float('nan'))", "x['step'] = torch.tensor([1, 2])", "x['step'] = 2**40",
+    "x['step'] = float('inf')", "x.clear()", "saved['state'] = {}", "saved['state'].pop(0)",
+    "saved['param_groups'].pop()", "saved['param_groups'][0]['params'].pop()", "saved['param_groups'][0].pop('lr')",
+    "saved['param_groups'][0]['betas'] = (0.9,)", "saved['param_groups'][0]['lr'] = float('nan')",
+    "saved['count'] = -1", "saved['count'] = 'many'", "del saved['state']", "del saved['param_groups']",
+    "saved['state'][0] = 3", "saved['state'] = []", "saved['param_groups'][0]['eps'] = '1e-8'",
+]  # fmt: skip
+"""What is done to a state dict, or to an entry k of the state x of its first parameter."""
+
+
+@pytest.mark.parametrize("broken", BROKEN)
+@pytest.mark.filterwarnings("ignore:saved group:UserWarning")
+def test_broken_state_dicts(broken: str, flatten: bool) -> None:
+    """They are refused, with nothing changed, or loaded; the next step is right either way."""
+    for options in (0, 2, 6):
+        for number in range(5):
+            w = Model(MODEL[:1], options, list(RULES)[number % 4], "cpu" if number % 2 else "eager", flatten)
+            w.train(2)
+            saved, before = w.optimizer.state_dict(), snapshot(w.optimizer)
+            x = saved["state"][0]
+            exec(broken, {"torch": torch, "saved": saved, "x": x, "k": sorted(x)[number % len(x)]})  # noqa: S102
+            try:
+                w.optimizer.load_state_dict(saved)
+            except (ValueError, TypeError, KeyError) as error:
+                assert str(error)
+                assert_same_bits(snapshot(w.optimizer), before)
+            w.train(2)
