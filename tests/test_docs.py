@@ -39,9 +39,9 @@ def test_readme_figures_are_those_measured() -> None:
 
 def test_each_row_of_the_recipes_names_a_test() -> None:
     commands = re.findall(r"`pytest (\S+)(?: -k (\w+))?`", (ROOT / "docs/recipes.md").read_text())
-    assert len(commands) >= 14
+    assert len(commands) >= 40
     for path, word in commands:
-        tests = re.findall(r"^def (test_\w+)", (ROOT / path).read_text(), re.MULTILINE)
+        tests = re.findall(r"^def (\w+)", (ROOT / path).read_text(), re.MULTILINE)
         assert any(word in test for test in tests), (path, word)
 
 
