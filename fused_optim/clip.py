@@ -30,7 +30,7 @@ class Clipping:
         batches: list[tuple[Backend, Batch]],
         max_grad_norm: float | None,
         skipped: Tensor | None,
-        mesh: Any,
+        mesh: Any = None,
     ) -> None:
         """``skipped``: counts the steps that a non-finite norm skips, None if it skips none. ``mesh``: of
         DTensors, whose processes add up their totals."""

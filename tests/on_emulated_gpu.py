@@ -87,7 +87,9 @@ def whole_memory(tensors: Iterable[Tensor | None], flat: bool = False) -> list[T
     found = {t.untyped_storage().data_ptr(): t for t in tensors if t is not None and t.numel()}
     sizes = {at: t.untyped_storage().nbytes() for at, t in found.items()}
     sizes |= {at: -(-n // (u := 16 * found[at].element_size())) * u for at, n in sizes.items() if flat}
-    return [torch.frombuffer((ctypes.c_uint8 * n).from_address(at), dtype=torch.uint8) for at, n in sizes.items()]
+    return [
+        torch.frombuffer((ctypes.c_uint8 * n).from_address(at), dtype=torch.uint8) for at, n in sizes.items()
+    ]
 
 
 @pytest.fixture

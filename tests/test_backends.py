@@ -357,7 +357,9 @@ def test_cpu_with_every_instruction_set(rule: str, isa: str, monkeypatch: pytest
 
 @cpu
 @pytest.mark.parametrize("isa", extension("_cpu")[0].isas() if extension("_cpu")[0] else ["none"])
-@pytest.mark.parametrize("divisor", [0.6321206, 1.9999999, 0.50000006, 0.99999994, 1e-4, 3e-5, 49152.0, 3e7, -1.0, -0.75])
+@pytest.mark.parametrize(
+    "divisor", [0.6321206, 1.9999999, 0.50000006, 0.99999994, 1e-4, 3e-5, 49152.0, 3e7, -1.0, -0.75]
+)
 def test_cpu_division(divisor: float, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Every significand divided, and what is too small or large for the way without a division instruction.
     With beta1 = 0 and a first moment of -0 the new one is the quotient, signs of zeros included."""

@@ -70,9 +70,7 @@ def fail_every_allocation(options: int, backend: str, flatten: bool, warm: int) 
 @cpu
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("g++"), reason="needs g++ and glibc")
 @pytest.mark.skipif("LD_PRELOAD" in os.environ, reason="something else is preloaded")
-@pytest.mark.parametrize(
-    "case", [(0, "cpu", False, 0), (0, "cpu", False, 1), (6, "cpu", True, 1), (0, "eager", False, 1)]
-)
+@pytest.mark.parametrize("case", [(0, "cpu", False, 0), (0, "cpu", False, 1), (6, "cpu", True, 1)])
 def test_memory_runs_out(
     case: Any, tmp_path_factory: pytest.TempPathFactory, record_property: Callable[[str, object], None]
 ) -> None:
@@ -104,8 +102,12 @@ def alarm(seconds: float) -> Iterator[None]:
         signal.signal(signal.SIGALRM, signal.SIG_IGN)
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, before)
+        torch.set_grad_enabled(True)  # torch.no_grad leaves it off where a signal meets its end
 
 
+# Of other tests in the same process JAX and hypothesis have callbacks of the garbage collector's, which a signal
+# may meet.
+@pytest.mark.filterwarnings("ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("options", [0, 6])
 def test_interrupted_at_any_time(
     options: int, backend: str, flatten: bool, record_property: Callable[[str, object], None]

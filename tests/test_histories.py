@@ -160,7 +160,7 @@ class Model(World):
     def free(self, p: Any) -> None:
         """The memory of a parameter is freed, which a step refuses, and comes back, perhaps elsewhere."""
         storage, before = p.untyped_storage(), snapshot(self.optimizer)
-        if p.grad is None or p.numel() == 0:
+        if p.grad is None or p.numel() == 0 or not storage.resizable():  # flat slots are not
             return
         contents, size = torch.empty(0, dtype=torch.uint8).set_(storage).clone(), storage.nbytes()
         storage.resize_(0)
@@ -183,7 +183,9 @@ class Model(World):
                 made = {k: torch.zeros_like(t) for k, t in state.items() if k not in old}
                 old = {**old, **made, **({"step": torch.tensor(int(old["step"]))} if "step" in old else {})}
                 whole = [(before["params"][i], old), (want["params"][i], want["states"][i])]
-                assert same_bits(p, state, *whole[0]) or same_bits(p, state, *whole[1]), f"{i} is half stepped"
+                assert same_bits(p, state, *whole[0]) or same_bits(p, state, *whole[1]), (
+                    f"{i} is half stepped"
+                )
             return True
         assert_same_bits(snapshot(self.optimizer), want)
         return False
@@ -296,7 +298,9 @@ def do(w: Model, name: str, which: int, n: int) -> None:
     like = [x for x in w.stepped if x is not p and (x.shape, x.dtype) == (p.shape, p.dtype)]
     group = next(g for g in o.param_groups if any(x is p for x in g["params"]))
     names = {"w": w, "o": o, "s": o.state, "groups": o.param_groups, "group": group, "n": n, "p": p}
-    used = {f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, special_values, threads)}
+    used = {
+        f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, special_values, threads)
+    }
     used |= {f.__name__: f for f in (ExponentialLR, OneCycleLR, InterruptedWrite, float64_by_default)}
     constants = {"LAYOUTS": LAYOUTS, "MOVED": MOVED, "F16": F16, "F32": F32, "F64": F64, "BF16": BF16}
     exec(COMPILED[name], {**used, **constants, **names, "q": like[n % len(like)] if like else p})  # noqa: S102

@@ -22,7 +22,9 @@ BATCHES = 4
 Array = Any
 
 NUMBERS = st.sampled_from([0.0, 1e-45, 1e-30, 1e-16, 1e-8, 1e-3, 1.0, 1e4, 1e38, 1e300]) | st.floats(0, 1e10)
-BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.999, 1 - 2**-24, 1 - 2**-53, 5e-324]) | st.floats(0, 1, exclude_max=True)
+BETAS = st.sampled_from([0.0, 0.5, 0.9, 0.999, 1 - 2**-24, 1 - 2**-53, 5e-324]) | st.floats(
+    0, 1, exclude_max=True
+)
 OPTIONS = st.fixed_dictionaries(
     {
         "lr": NUMBERS, "betas": st.tuples(BETAS, BETAS), "eps": NUMBERS, "weight_decay": NUMBERS,
@@ -40,7 +42,9 @@ def values(rng: Any, n: int, dtype: torch.dtype) -> torch.Tensor:
     bits = rng.integers(0, 256, (n, dtype.itemsize), dtype=np.uint8)
     any_bits = torch.from_numpy(bits).view(dtype).reshape(n)
     ordinary = torch.from_numpy(rng.standard_normal(n) * 10 ** rng.uniform(-8, 8, n)).to(dtype)
-    special = torch.tensor([0.0, -0.0, 1e-45, -1e-39, 3.4e38, torch.inf, -torch.inf, torch.nan], dtype=F64).to(dtype)
+    special = torch.tensor(
+        [0.0, -0.0, 1e-45, -1e-39, 3.4e38, torch.inf, -torch.inf, torch.nan], dtype=F64
+    ).to(dtype)
     some = special[torch.from_numpy(rng.integers(0, 8, n))]
     choice = torch.from_numpy(rng.random(n) < 0.1)
     return (any_bits, ordinary, torch.where(choice, some, ordinary))[kind]
@@ -97,19 +101,29 @@ def restated(
 
 def made(rule: str, params: Any, options: dict[str, Any], root: float, **others: Any) -> Any:
     """An optimizer with legal options: decoupled_lr needs an lr other than 0, and AdamaxW has no eps_root."""
-    options = {**RULES[rule].options, **options, "decoupled_lr": options["decoupled_lr"] and options["lr"] > 0}
+    options = {
+        **RULES[rule].options,
+        **options,
+        "decoupled_lr": options["decoupled_lr"] and options["lr"] > 0,
+    }
     if RULES[rule].reference != "adamaxw":
         options["eps_root"] = root
     return RULES[rule].optimizer(params, **options, **others), options
 
 
-def restatement(rule: str, options: Any, root: float, count: int, steps: int, lr_later: float, seed: int) -> None:
+def restatement(
+    rule: str, options: Any, root: float, count: int, steps: int, lr_later: float, seed: int
+) -> None:
     rng = np.random.default_rng(seed)
     dtype = (F32, F64)[seed % 2]
     p = torch.nn.Parameter(values(rng, 33, dtype))
     optimizer, given = made(rule, [p], options, root, backend="eager")
     reference_lr, name = given["lr"], RULES[rule].reference
-    state = [p.detach().numpy().copy(), np.zeros(33, p.detach().numpy().dtype), np.zeros(33, p.detach().numpy().dtype)]
+    state = [
+        p.detach().numpy().copy(),
+        np.zeros(33, p.detach().numpy().dtype),
+        np.zeros(33, p.detach().numpy().dtype),
+    ]
     for k in range(steps):
         if k == 1:  # a number that a checkpoint may bring
             optimizer.state[p]["step"] = torch.tensor(count)
@@ -130,7 +144,9 @@ FORMATS = [
 ]  # fmt: skip
 
 
-def partitions(rule: str, options: Any, root: float, count: int, steps: int, lr_later: float, seed: int) -> None:
+def partitions(
+    rule: str, options: Any, root: float, count: int, steps: int, lr_later: float, seed: int
+) -> None:
     """The CPU's step against eager's. Plain formats: in other pieces too, at other addresses."""
     rng = np.random.default_rng(seed)
     dtype, chosen = FORMATS[seed % len(FORMATS)]

@@ -126,7 +126,9 @@ def zero(rank: int, folder: Path) -> None:
         )
         fit(nn.parallel.DistributedDataParallel(model), optimizer, range(4))
         fit(twin, AdamW(twin.parameters(), lr=0.02, backend="eager"), range(4))
-        assert_same_bits(list(model.parameters()), list(twin.parameters()), f"bucket views {views}, flat {flatten}")
+        assert_same_bits(
+            list(model.parameters()), list(twin.parameters()), f"bucket views {views}, flat {flatten}"
+        )
     (folder / f"done {rank}").touch()
     dist.destroy_process_group()
 

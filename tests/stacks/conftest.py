@@ -17,7 +17,9 @@ if not collect_ignore_glob:
             # The index has one that is compiled for another build of torch. Its Python part, which timm and
             # others import, wants no more of the compiled part than these operators' names.
             for name in ("nms", "qnms"):
-                torch.library.define(f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor")
+                torch.library.define(
+                    f"torchvision::{name}", "(Tensor dets, Tensor scores, float iou) -> Tensor"
+                )
             import torchvision
         import accelerate
         import deepspeed

@@ -87,7 +87,9 @@ def test_trainer_with_lora(tmp_path: Path) -> None:
         if "lora" not in name:
             assert torch.equal(p, before[name.replace("base_layer.", "")]), name
     merged = model.merge_and_unload()
-    assert not torch.equal(merged.transformer.h[0].attn.c_attn.weight, before["transformer.h.0.attn.c_attn.weight"])
+    assert not torch.equal(
+        merged.transformer.h[0].attn.c_attn.weight, before["transformer.h.0.attn.c_attn.weight"]
+    )
 
 
 def accelerated(accelerator: Any, flatten: bool) -> tuple[Any, ...]:

@@ -55,7 +55,9 @@ def fit(folder: Path, module: Any, steps: int, checkpoint: Any = None, **options
 
 
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed", "16-mixed"])
-@pytest.mark.parametrize("clipping", [{}, {"gradient_clip_val": 0.01}, {"accumulate_grad_batches": 2}], ids=str)
+@pytest.mark.parametrize(
+    "clipping", [{}, {"gradient_clip_val": 0.01}, {"accumulate_grad_batches": 2}], ids=str
+)
 def test_lightning(precision: str, clipping: dict[str, Any], flatten: bool, tmp_path: Path) -> None:
     """Closures, clipping and accumulation; in one go, and on from a checkpoint: the same, and eager's."""
 
