@@ -33,6 +33,9 @@ COMPILED = [
 ]
 """Everything by one compiler for one target, and by the others what is at its limit of registers."""
 SPILLS = {
+    ("3.6.0", "cuda:100", "adabelief", "fp32", "8bit"): 8,
+    ("3.7.1", "cuda:100", "adabelief", "fp32", "8bit"): 8,
+    ("3.8.0", "cuda:80", "adabelief", "fp32", "8bit"): 8,
     ("3.8.0", "cuda:80", "adamw", "fp32", "8bit"): 16,
     ("3.8.0", "cuda:100", "adamw", "split8", "8bit"): 8,
     ("3.9.0", "cuda:100", "adabelief", "fp32", "8bit"): 8,
