@@ -62,8 +62,7 @@ class AdaBelief(FusedOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
         defaults |= {"nesterov": nesterov, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
-        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable}
-        torchs |= {"amsgrad": amsgrad, "differentiable": differentiable}
+        torchs = (foreach, fused, capturable, amsgrad, differentiable)
         super().__init__(
             params, defaults, formats, weight_decay_mask, decoupled_lr, max_grad_norm, skip_nonfinite,
             unscale_in_step, flatten, backend, torchs,

@@ -57,8 +57,7 @@ class AdamaxW(FusedOptimizer):
     ) -> None:  # fmt: skip
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
         formats = (state_format, master_weights, stochastic_rounding)
-        torchs = {"foreach": foreach, "fused": fused, "capturable": capturable}
-        torchs |= {"amsgrad": amsgrad, "differentiable": differentiable}
+        torchs = (foreach, fused, capturable, amsgrad, differentiable)
         super().__init__(
             params, defaults, formats, weight_decay_mask, decoupled_lr, max_grad_norm, skip_nonfinite,
             unscale_in_step, flatten, backend, torchs,

@@ -77,10 +77,10 @@ class FusedOptimizer(torch.optim.Optimizer):
     def __init__(
         self, params: Any, defaults: dict[str, Any], formats: tuple[str, str | None, bool],
         weight_decay_mask: options.WeightDecayMask | None, decoupled_lr: bool, max_grad_norm: float | None,
-        skip_nonfinite: bool, unscale_in_step: bool, flatten: bool, backend: str | None, torchs: dict[str, Any],
+        skip_nonfinite: bool, unscale_in_step: bool, flatten: bool, backend: str | None, torchs: tuple[Any, ...],
     ) -> None:  # fmt: skip
         options.check_choices(*formats)
-        options.check_torchs(torchs)
+        options.check_torchs(dict(zip(options.TORCHS, torchs)))
         self._settings = Settings(
             RULES[self.rule], formats, options.flag("flatten", flatten), backend,
             options.check_max_grad_norm(max_grad_norm), options.flag("skip_nonfinite", skip_nonfinite),

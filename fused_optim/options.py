@@ -27,6 +27,7 @@ _NOT_HERE = {
     "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
+TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
 VERSION = 2  # of state dicts; those of 0.1 have none
 _TORCHS_WORDS = {
     "lr": "Invalid learning rate",
@@ -74,7 +75,7 @@ def check_choices(state_format: Any, master_weights: Any, stochastic_rounding: A
 
 def check_torchs(given: Mapping[str, Any]) -> None:
     """Raise what is wrong with the options of torch's optimizers that factories pass to every optimizer."""
-    for key in ("foreach", "fused", "capturable", *_NOT_HERE):
+    for key in TORCHS:
         if given.get(key) is not None and flag(key, given[key]) and key in _NOT_HERE:
             raise ValueError(f"{key}=True is not supported: {_NOT_HERE[key]}")
 

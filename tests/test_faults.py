@@ -107,7 +107,9 @@ def alarm(seconds: float) -> Iterator[None]:
 
 # Of other tests in the same process JAX and hypothesis have callbacks of the garbage collector's, which a signal
 # may meet.
-@pytest.mark.filterwarnings("ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:Exception ignored in.*gc_callback:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("options", [0, 6])
 def test_interrupted_at_any_time(
     options: int, backend: str, flatten: bool, record_property: Callable[[str, object], None]
