@@ -224,14 +224,15 @@ class FusedOptimizer(torch.optim.Optimizer):
     def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
         """The state of a parameter as values, whatever its format: the moments and, with
         ``master_weights``, the float32 ``master``, in the parameter's shape and working precision (float32, or
-        float64 for float64), and ``step``. All are copies. Of a parameter that was never stepped they are
-        what its first step starts from. A parameter that no group holds is a ValueError, a state that does
-        not fit the parameter's shape a RuntimeError."""
+        float64 for float64), and ``step``. All are copies, placed like the parameter if that is a DTensor. Of a
+        parameter that was never stepped they are what its first step starts from. A parameter that no group
+        holds is a ValueError, a state that does not fit the parameter's shape a RuntimeError."""
         name = options.name_of(param, self.param_groups)
         return checkpoint.decoded(name, param, self.state.get(param, {}), self._settings)
 
     def set_decoded_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has.
+        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has. That of a
+        DTensor may be of DTensors or of whole tensors.
 
         Values are rounded to the nearest in this optimizer's formats; those that :meth:`decoded_state` gave come
         out of it again as they were. The parameter is left as it is, and its master becomes the
