@@ -151,7 +151,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and checkpoint.asks_for_states(self.param_groups):
+        if self._count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
             self.init_state()
             return loss
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
