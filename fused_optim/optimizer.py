@@ -1,5 +1,7 @@
 """The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints. A subclass names its rule,
-and a backend makes the step. A step goes: closure, hyperparameters, plan, launch."""
+and a backend makes the step. A step goes: closure, hyperparameters, plan, launch. A gradient's address goes
+through ``Plan.refresh``, ``Addresses.ask``, its C++, ``Batch.follow`` where it has moved, the backend's ``step``
+and the launch."""
 
 import copy
 from collections.abc import Callable
@@ -136,10 +138,10 @@ class FusedOptimizer(StateAccess):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and checkpoint.asks_for_states(self.param_groups):
+        count = options.of_all(self.param_groups, "count")
+        if count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
             self.init_state()
             return loss
-        count = options.of_all(self.param_groups, "count")
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
         if capturing:
             options.check_capture(self.param_groups)
