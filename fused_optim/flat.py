@@ -69,6 +69,7 @@ class FlatLayout:
     """All flat buffers of an optimizer, one set for each device and dtype."""
 
     def __init__(self) -> None:
+        self.buffers: list[FlatBuffers] = []
         self.buffers_of: dict[Any, FlatBuffers] = {}
         self._left: set[Any] = set()
 
@@ -86,7 +87,8 @@ class FlatLayout:
         by_kind: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
             by_kind.setdefault((p.device, p.dtype), []).append(p)
-        self.buffers_of = {p: b for b in map(FlatBuffers, by_kind.values()) for p in b.params}
+        self.buffers = [FlatBuffers(members) for members in by_kind.values()]
+        self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
     def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], list[Part]]) -> None:
         """Move states into their slots, and out of those of others; ``parts_of`` says what a state has."""
@@ -109,13 +111,13 @@ class FlatLayout:
 
     def _placed(self, moves: list[tuple[Any, Part | None, Any]]) -> list[Tensor]:
         """Tensors, given as (parameter, part, tensor), in their slots; out of slots where part is None."""
-        placed, copies, buffers = [], [], set(self.buffers_of.values())
+        placed, copies = [], []
         for p, part, t in moves:
             b = self.buffers_of.get(p)
             if part is not None and b is not None and b.in_slot(part, p, t):
                 placed.append(t)
                 continue
-            if any(b.contains(t) for b in buffers):
+            if any(b.contains(t) for b in self.buffers):
                 t = t.clone(memory_format=torch.preserve_format)  # it may lie in another's slot
             if part is not None and b is not None:
                 copies.append((b.slot(part, p), t))

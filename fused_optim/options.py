@@ -265,7 +265,7 @@ class HyperparameterTable:
 
     def __init__(self) -> None:
         self._read: list[Any] = []
-        self._rows: list[Hyperparameters] = []
+        self._rows = torch.empty(0, device="cpu")
         self.on_device: dict[torch.device, Tensor] = {}
         self._device_lrs: list[tuple[int, Tensor]] = []
 
@@ -279,20 +279,18 @@ class HyperparameterTable:
         if read != self._read:
             for i, group in enumerate(groups):
                 check_group(group, where_of(i))
-            self._rows = [
+            rows = [
                 Hyperparameters(*(number or 0.0 for number in (lr, decay, *betas, *others)))
                 for lr, betas, weight_decay, *others, _ in read
                 for decay in (weight_decay, 0.0)
             ]
+            self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self._read, self.on_device = read, {}
         self._device_lrs = [(2 * i, groups[i]["lr"]) for i, (lr, *_) in enumerate(read) if lr is None]
 
     def on(self, device: torch.device) -> Tensor:
         """The table in the memory of ``device``, uploaded where it changed."""
-        rows = self._rows
-        table = uploaded(
-            self.on_device, device, device, lambda: torch.tensor(rows, dtype=torch.float64, device="cpu")
-        )
+        table = uploaded(self.on_device, device, device, lambda: self._rows)
         for row, lr in self._device_lrs:
             table[row : row + 2, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
         return table
