@@ -60,7 +60,8 @@ def test_every_layout_has_the_same_norm(backend: str, flatten: bool) -> None:
     for of_gradients in (layouts, layouts[::-1]):
         norms = []
         for of_param, of_gradient in zip(layouts, of_gradients):
-            model = Model("adamw", backend, [(9, 16, 6, 5)], "fp32", [of_param], flatten=flatten, max_grad_norm=0.5)
+            options = {"flatten": flatten, "max_grad_norm": 0.5}
+            model = Model("adamw", backend, [(9, 16, 6, 5)], "fp32", [of_param], **options)
             model.set_gradients(layouts=[of_gradient])
             model.step()
             norms.append(model.optimizer.grad_norm)
