@@ -61,7 +61,7 @@ CONTRACT ?= tests/test_optimizer.py tests/test_checkpoints.py tests/test_optax.p
 .venv-torch-%/installed: $(SOURCES)
 	python$(word 2,$(subst -, ,$*)) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/pip --disable-pip-version-check install --quiet torch==$(word 1,$(subst -, ,$*)) \
-		"setuptools>=77" wheel pybind11 pytest pytest-xdist hypothesis numpy jax optax
+		"setuptools>=77" wheel pybind11 pytest pytest-xdist hypothesis numpy jax optax safetensors
 	FUSED_OPTIM_BUILD=cpu .venv-torch-$*/bin/pip --disable-pip-version-check install --quiet --no-deps \
 		--no-build-isolation -e .
 	touch $@
