@@ -18,7 +18,6 @@ import torch
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW, AdamW, reference
-from fused_optim.layout import dense_like
 from fused_optim.reference import MAX_COUNT, Coefficients, Hyperparameters, coefficients
 from fused_optim.rounding import MU, NU, PARAM, Place, random_key
 from fused_optim.rules import RULES as REFERENCES
@@ -287,13 +286,10 @@ class Judge:
         return want
 
     def _clip(self, optimizer: Any, scale: Tensor | None) -> float:
-        """The clip coefficient: of all gradients, each in the order in which its parameter lies in memory."""
+        """The clip coefficient."""
         sums = [torch.zeros(0, dtype=F64)]
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            formats = formats_of(p.dtype, *self.formats)
-            strides = dense_like(p, formats.index_dependent).stride()
-            order = sorted(range(p.dim()), key=lambda d: -strides[d])
-            g = plain(p.grad.detach().permute(order)).to(formats.param.working).flatten()
+            g = plain(p.grad).to(formats_of(p.dtype, *self.formats).param.working).flatten()
             sums.append(reference.square_sums(g if scale is None else g / scale.to(g).reshape(())))
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         limit_tensor = torch.tensor(limit, dtype=F64)

@@ -1,12 +1,10 @@
 """What people build around an optimizer with torch alone: averages of weights, containers of several
-optimizers, spawned processes, ZeRO. Trainers by others are in tests/stacks."""
+optimizers, spawned processes. ZeRO is in test_distributed.py, trainers by others are in tests/stacks."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from helpers import RULES, Rule, assert_same_bits, saved_and_loaded, snapshot
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
@@ -109,31 +107,3 @@ def test_spawned_processes_step_shared_memory() -> None:
     for _ in range(2):
         fit(twin, AdamW(twin.parameters(), lr=0.02, backend="eager"), range(3))
     assert_same_bits(list(model.parameters()), list(twin.parameters()))
-
-
-ZERO = [(views, flat) for views in (False, True) for flat in (False, True)]
-
-
-def zero(rank: int, folder: Path) -> None:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns when it is imported
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
-    for views, flatten in ZERO:
-        model, twin = network(), network()
-        optimizer = ZeroRedundancyOptimizer(
-            model.parameters(), AdamW, parameters_as_bucket_view=views, lr=0.02, flatten=flatten
-        )
-        fit(nn.parallel.DistributedDataParallel(model), optimizer, range(4))
-        fit(twin, AdamW(twin.parameters(), lr=0.02, backend="eager"), range(4))
-        assert_same_bits(
-            list(model.parameters()), list(twin.parameters()), f"bucket views {views}, flat {flatten}"
-        )
-    (folder / f"done {rank}").touch()
-    dist.destroy_process_group()
-
-
-def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
-    """Bucket views and flat buffers are both there: parameters are stepped where ZeRO broadcasts them from."""
-    torch.multiprocessing.spawn(zero, (tmp_path,), nprocs=2)
-    assert len(list(tmp_path.glob("done *"))) == 2
