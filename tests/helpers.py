@@ -8,6 +8,8 @@ import functools
 import io
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,6 +79,7 @@ FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
 """Dtypes of a parameter and its gradient, and what the optimizer is asked for; a new format is a line."""
 SHAPES: list[tuple[int, ...]] = [(), (5,), (4, 5)]
 
+ROOT = Path(__file__).parent.parent
 Make = Callable[..., Any]
 Parameters = list[torch.nn.Parameter]
 
@@ -273,15 +276,20 @@ class Judge:
         skip = found_inf is not None and float(found_inf) != 0
         factor = self._clip(optimizer, scale)
         skip |= self.skip_nonfinite and not self.norm.isfinite()
-        want: dict[str, Any] = {"params": [], "states": [], "count": optimizer.param_groups[0]["count"] + 1}
+        # How torch.distributed.checkpoint asks for states to read into: it is no step.
+        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
+        asked = not optimizer.state and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
+        asked &= all(p.grad is not None and not p.grad.any() for p in trained)
+        count = optimizer.param_groups[0]["count"] + (not asked)
+        want: dict[str, Any] = {"params": [], "states": [], "count": count}
         for group in optimizer.param_groups:
             decays = group["weight_decay_mask"] or [True] * len(group["params"])
             for p, decay in zip(group["params"], decays):
                 values, state = p.detach().clone(), copies(dict(optimizer.state.get(p, {})))
-                if p.grad is not None:
+                if p.requires_grad if asked else p.grad is not None:
                     hyper = self._hyper({**group, **numbers}, decay)
                     key = random_key(getattr(optimizer, "seed", 0), len(want["params"]))
-                    values, state = self._step(p, state, hyper, (scale, factor), skip, key)
+                    values, state = self._step(p, state, hyper, (scale, factor), skip or asked, key)
                 want["params"].append(values)
                 want["states"].append(state)
         return want
@@ -356,6 +364,17 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             build(folder)
             done.touch()
     return folder
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What a new Python prints; it must end by itself, and well."""
+    path = {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT), str(ROOT / "tests")])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def generated(check: Callable[..., None], count: int, seed: int, *strategies: Any) -> int:
