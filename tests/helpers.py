@@ -276,20 +276,15 @@ class Judge:
         skip = found_inf is not None and float(found_inf) != 0
         factor = self._clip(optimizer, scale)
         skip |= self.skip_nonfinite and not self.norm.isfinite()
-        # How torch.distributed.checkpoint asks for states to read into: it is no step.
-        trained = [p for group in optimizer.param_groups for p in group["params"] if p.requires_grad]
-        asked = not optimizer.state and all(float(group["lr"]) == 0 for group in optimizer.param_groups)
-        asked &= all(p.grad is not None and not p.grad.any() for p in trained)
-        count = optimizer.param_groups[0]["count"] + (not asked)
-        want: dict[str, Any] = {"params": [], "states": [], "count": count}
+        want: dict[str, Any] = {"params": [], "states": [], "count": optimizer.param_groups[0]["count"] + 1}
         for group in optimizer.param_groups:
             decays = group["weight_decay_mask"] or [True] * len(group["params"])
             for p, decay in zip(group["params"], decays):
                 values, state = p.detach().clone(), copies(dict(optimizer.state.get(p, {})))
-                if p.requires_grad if asked else p.grad is not None:
+                if p.grad is not None:
                     hyper = self._hyper({**group, **numbers}, decay)
                     key = random_key(getattr(optimizer, "seed", 0), len(want["params"]))
-                    values, state = self._step(p, state, hyper, (scale, factor), skip or asked, key)
+                    values, state = self._step(p, state, hyper, (scale, factor), skip, key)
                 want["params"].append(values)
                 want["states"].append(state)
         return want
