@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Settings:
     backend: str | None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    decoupled_lr: bool = False
+    unscale_in_step: bool = False
 
     @property
     def clips(self) -> bool:
@@ -55,7 +57,7 @@ class Settings:
     @property
     def by_name(self) -> dict[str, Any]:  # as the constructor's arguments
         formats = zip(("state_format", "master_weights", "stochastic_rounding"), self.formats)
-        names = ("flatten", "backend", "max_grad_norm", "skip_nonfinite")
+        names = (f.name for f in fields(self) if f.name not in ("rule", "formats"))
         return dict(formats) | {name: getattr(self, name) for name in names}
 
     def formats_of(self, p: Tensor) -> Formats:

@@ -309,6 +309,36 @@ def what_shards_cannot_have_is_refused(folder: Path) -> None:
         optimizer.step()
 
 
+@check
+def states_of_shards_as_values(folder: Path) -> None:
+    """Taken out they are placed like their parameter. Put back, or whole into another optimizer, they are the
+    same values; and the next steps are the same."""
+    for format in ("fp32", "split16+bf16", "split8+8bit"):
+        make, dtype, options = options_of(format)
+        models = [sharded(dtype) for _ in range(3)]
+        ours, put_back, other = (make(m.parameters(), **options) for m in models)
+        for model, optimizer in zip(models[:2], (ours, put_back)):
+            steps(model, optimizer, 2)
+        for p, q, r in zip(*(m.parameters() for m in models)):
+            state = ours.decoded_state(p)
+            assert ("master" in state) == ("split" in format)
+            for t in (t for key, t in state.items() if key != "step"):
+                placed = (t.shape, t.device_mesh, t.placements)
+                assert placed == (p.shape, p.device_mesh, p.placements), format
+            put_back.set_decoded_state(q, state)
+            with torch.no_grad():
+                r.copy_(p)
+            other.set_decoded_state(r, {key: whole(t) for key, t in state.items()})
+            for copied in (put_back.decoded_state(q), other.decoded_state(r)):
+                assert_same_bits(*({k: whole(t) for k, t in s.items()} for s in (copied, state)), format)
+            with raises_with(ValueError, "'exp_avg'", "of parameter", "shape"):
+                put_back.set_decoded_state(q, {**state, "exp_avg": torch.zeros(99)})
+        for model, optimizer in zip(models, (ours, put_back, other)):
+            steps(model, optimizer, 2, first=2)
+            assert_same_bits(values_of(model), values_of(models[0]), format)
+            assert_same_bits(state_of(optimizer), state_of(ours), format)
+
+
 # Checkpoints
 
 
