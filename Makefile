@@ -8,7 +8,8 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-stacks test-versions test-long test-exhaustive sanitize lint bench gpu-check \
+.PHONY: demo test test-kernels test-stacks test-versions test-long test-exhaustive sanitize sanitize-memory \
+	sanitize-threads lint bench gpu-check \
 	studies check clean
 
 $(VENV)/bin/python:
@@ -86,13 +87,30 @@ test-long: $(VENV)/installed
 # leaks are not looked for. SANITIZED are pytest's arguments.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 SANITIZED ?= tests/test_backends.py tests/test_histories.py tests/test_codecs.py -k "cpu or histories"
-sanitize: $(VENV)/installed
+SANITIZER = $(realpath $(shell gcc -print-file-name=lib$(1).so))
+sanitize: sanitize-memory sanitize-threads
+sanitize-memory: $(VENV)/installed
 	CFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) \
-		$$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider \
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(call SANITIZER,$(name)))" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --capture=sys -p no:cacheprovider \
 		-o pythonpath="build/sanitize/lib tests ." $(SANITIZED)
+
+# Under ThreadSanitizer, with clang's OpenMP: of what gcc's threads wait for it sees nothing. clang's Archer tells it
+# of parallel regions. clang's runtime cannot be preloaded, and gcc's is the same.
+LLVM := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+THREADED ?= tests/test_backends.py tests/test_clipping.py tests/test_faults.py -k "number_of_threads or two_threads"
+ifeq ($(and $(shell command -v clang++),$(LLVM),$(call SANITIZER,tsan)),)
+sanitize-threads:
+	@echo "ThreadSanitizer was left out: it needs g++, clang++ and clang's OpenMP (apt-get install g++ clang libomp-dev)"
+else
+sanitize-threads: $(VENV)/installed
+	CC=clang CXX=clang++ LDSHARED="clang -shared" LDCXXSHARED="clang++ -shared" CFLAGS=-fsanitize=thread \
+		FUSED_OPTIM_BUILD=cpu $(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
+	LD_PRELOAD="$(call SANITIZER,tsan) $(dir $(LLVM))libomp.so" OMP_TOOL_LIBRARIES=$(LLVM) \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -o pythonpath="build/threads/lib tests ." $(THREADED)
+endif
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

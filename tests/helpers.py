@@ -8,6 +8,8 @@ import functools
 import io
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -76,6 +78,7 @@ FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
 """Dtypes of a parameter and its gradient, and what the optimizer is asked for; a new format is a line."""
 SHAPES: list[tuple[int, ...]] = [(), (5,), (4, 5)]
 
+ROOT = Path(__file__).parent.parent
 Make = Callable[..., Any]
 Parameters = list[torch.nn.Parameter]
 
@@ -352,6 +355,17 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             build(folder)
             done.touch()
     return folder
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What a new Python prints; it must end by itself, and well."""
+    path = {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT), str(ROOT / "tests")])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def generated(check: Callable[..., None], count: int, seed: int, *strategies: Any) -> int:
