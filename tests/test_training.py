@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RULES, Rule, assert_same_bits, saved_and_loaded, snapshot
+from helpers import Make, assert_same_bits, saved_and_loaded, snapshot
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
@@ -29,14 +29,13 @@ def fit(model: Any, optimizer: Any, numbers: range, after: Any = lambda: None) -
         after()
 
 
-@pytest.mark.parametrize("rule", list(RULES.values()), ids=list(RULES))
 @pytest.mark.parametrize("average", [None, "ema", "foreach ema"])
-def test_averaged_model(rule: Rule, average: str | None, flatten: bool) -> None:
+def test_averaged_model(make: Make, average: str | None, flatten: bool) -> None:
     """SWA and EMA read the weights that the step wrote, and training goes on from the average."""
 
     def run(**options: Any) -> Any:
         model = network()
-        optimizer = rule.optimizer(model.parameters(), lr=0.02, **rule.options, **options)
+        optimizer = make(model.parameters(), lr=0.02, **options)
         multi = get_ema_multi_avg_fn(0.9) if average == "foreach ema" else None
         single = (lambda a, p, n: 0.9 * a + 0.1 * p) if average == "ema" else None
         averaged = AveragedModel(model, avg_fn=single, multi_avg_fn=multi, use_buffers=average is None)
@@ -72,16 +71,14 @@ class Container:
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("rule", list(RULES.values()), ids=list(RULES))
-def test_containers(rule: Rule, flatten: bool) -> None:
+def test_containers(make: Make, flatten: bool) -> None:
     """Several optimizers, one LambdaLR for each, saved in the middle."""
 
     def run(parts: tuple[range, ...], **options: Any) -> Any:
         model, saved = network(), None
         for numbers in parts:
             container = Container(
-                [model[:2], model[2:]],
-                lambda groups: rule.optimizer(groups, lr=0.02, weight_decay=0.1, **rule.options, **options),
+                [model[:2], model[2:]], lambda groups: make(groups, lr=0.02, weight_decay=0.1, **options)
             )
             schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t) for o in container.optimizers]
             if saved is not None:
