@@ -4,14 +4,13 @@ Each provider is checked against a reference before it is timed, in a process of
 the others, on random data. Results go to a folder as JSON and Markdown.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,18 +27,16 @@ def measure(name: str, given: argparse.Namespace, comparisons: Sequence[plan.Com
     effort = Effort()
     end, path = time.monotonic() + given.seconds, given.out / f"{name}.json"
     records: list[Record] = []
-    for c in comparisons:
+    runs = [c.run for c in comparisons]
+    if getattr(given, "busy", 0):
+        runs.append(partial(plan.beside, given.busy))
+    for i, run in enumerate(runs):
         if time.monotonic() > end:
-            print(f"no time was left for {c.measure} {c.workload} {c.dtype}")
-            continue
-        records += (found := c.run(given.device, effort))
+            print(f"no time was left for {len(runs) - i} of {len(runs)} comparisons")
+            break
+        records += (found := run(given.device, effort))
         report.write(path, about, records)
         print(report.tables(found), flush=True)
-    if getattr(given, "busy", 0):
-        records += (found := plan.beside(given.busy, given.device, effort))
-        report.write(path, about, records)
-        print(report.tables(found))
-    report.draw(records, about, path.with_suffix(".png"))
     print(f"wrote {path}")
     wrong = [r for r in records if r["status"] in ("failed check", "error") and r["rule"]]
     for r in wrong:

@@ -59,24 +59,21 @@ inline void prefetch_bytes(const void* first, int64_t bytes) {
 // Philox gives eight neighbours their bits at once, two of them in each word. Returns where those of element `begin`
 // are, which may not be the first of the eight.
 FUSED_OPTIM_APART inline const uint16_t* random_tile(const Place& place, int64_t begin, uint16_t* random) {
-  uint32_t words[4][kTile / 8 + 1];
-  const auto evaluate = [&](int64_t i) FUSED_OPTIM_INLINE {
+  constexpr int64_t most = kTile / 8 + 1;
+  const int64_t groups = most - (begin % 8 == 0);
+  uint32_t words[4][most];
+#pragma omp simd
+  for (int64_t i = 0; i < groups; ++i) {
     const PhiloxWords four = philox(static_cast<uint64_t>(begin / 8 + i), place);
     words[0][i] = four.word[0];
     words[1][i] = four.word[1];
     words[2][i] = four.word[2];
     words[3][i] = four.word[3];
-  };
-#pragma omp simd
-  for (int64_t i = 0; i < kTile / 8; ++i) evaluate(i);
-  const bool one_more = begin % 8 != 0;
-  if (one_more) evaluate(kTile / 8);
-  for (int64_t i = 0; i < kTile / 8 + one_more; ++i) {
+  }
+  for (int64_t i = 0; i < groups; ++i) {
     for (int k = 0; k < 4; ++k) {
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-      words[k][i] = words[k][i] << 16 | words[k][i] >> 16;
-#endif
-      memcpy(random + 8 * i + 2 * k, &words[k][i], sizeof(uint32_t));
+      random[8 * i + 2 * k] = static_cast<uint16_t>(words[k][i]);
+      random[8 * i + 2 * k + 1] = static_cast<uint16_t>(words[k][i] >> 16);
     }
   }
   return random + begin % 8;
@@ -136,13 +133,10 @@ struct Tile {
   FUSED_OPTIM_HD void look_at_codes(int64_t n) {
     if constexpr (kBlocked<Codec>) {
       uint8_t largest_code = 0;
-      const auto look = [&](int64_t n) FUSED_OPTIM_INLINE {
-        for (int64_t i = 0; i < n; ++i) {
-          const auto code = static_cast<uint8_t>(stored[i] & Codec::code_bits);
-          largest_code = code > largest_code ? code : largest_code;
-        }
-      };
-      n == kTile ? look(kTile) : look(n);  // a number that is known is a loop without a remainder
+      for (int64_t i = 0; i < n; ++i) {
+        const auto code = static_cast<uint8_t>(stored[i] & Codec::code_bits);
+        largest_code = code > largest_code ? code : largest_code;
+      }
       finite_codes = largest_code < Codec::infinity;
     }
   }
