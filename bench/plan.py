@@ -76,14 +76,6 @@ def everything(device: str) -> list[Comparison]:
     ]
 
 
-REHEARSAL = (
-    Comparison("2^10", peers=(TORCH,)),
-    Comparison("5x64", "bfloat16", ("bf16",), LAYOUTS, (TORCH,)),
-    Comparison("3x1", peers=(TORCH,), measure="host"),
-)
-"""Every kind of comparison on next to nothing."""
-
-
 def beside(processes: int, device: str, effort: Effort) -> list[Record]:
     """Steps of 291 small tensors with quiet cores, and with ``processes`` spinning ones beside it, in turns."""
     backend = "cpu" if device == "cpu" else "triton"
