@@ -15,7 +15,7 @@ from .host import HOST_VARIANTS
 from .providers import OURS, PEERS, Groups, Make, Provider, make_ours, state_bytes
 from .references import Problem, problem, relative_error, tolerance
 from .roofline import ROOFLINES
-from .workloads import Workload, fitted
+from .workloads import CONDITIONS, Workload, fitted
 
 PROVIDERS = {p.name: p for p in (*ROOFLINES.values(), *OURS, *HOST_VARIANTS, *PEERS)}
 LATE = 1000
@@ -54,6 +54,7 @@ def make_groups(case: Case) -> Groups:
         p, g = (torch.randn(shape, device=case.device, dtype=getattr(torch, case.dtype)) for _ in range(2))
         params.append(p.mul_(0.1).requires_grad_())
         p.grad = g
+        CONDITIONS[case.workload.condition](p)
     size = -(-len(params) // case.workload.groups)
     return [params[i : i + size] for i in range(0, len(params), size)]
 

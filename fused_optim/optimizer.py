@@ -2,9 +2,7 @@
 and a backend makes the step. A step goes: closure, hyperparameters, plan, launch."""
 
 import copy
-import warnings
 from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import replace
 from typing import Any
 
@@ -13,12 +11,11 @@ from torch import Tensor
 
 from . import checkpoint, options
 from .backends import Inputs, select
-from .flat import FlatLayout
-from .layout import has_nonzero_gradient
+from .flat import FlatLayout, unflatten
 from .plan import Plan, Settings, init_states
 from .reference import MAX_COUNT
 from .rules import RULES
-from .state import bytes_in_use, check_saved, check_state, checked_step, decoded, in_formats, own
+from .state import bytes_in_use
 from .table import finish
 
 
@@ -70,7 +67,6 @@ class FusedOptimizer(torch.optim.Optimizer):
     """
 
     rule: str  # the subclass's name in RULES
-    _step_supports_amp_scaling = False  # what torch.amp.GradScaler asks for
     grad_norm: Tensor | None = None
     skipped: Tensor | None = None
 
@@ -84,9 +80,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         self._settings = Settings(
             RULES[self.rule], formats, options.flag("flatten", flatten), backend,
             options.check_max_grad_norm(max_grad_norm), options.flag("skip_nonfinite", skip_nonfinite),
+            options.flag("decoupled_lr", decoupled_lr), options.flag("unscale_in_step", unscale_in_step),
         )  # fmt: skip
-        self._decoupled_lr = options.flag("decoupled_lr", decoupled_lr)
-        self._step_supports_amp_scaling = options.flag("unscale_in_step", unscale_in_step)
         self._mask = weight_decay_mask
         self._reset()
         super().__init__(params, {**defaults, "differentiable": False})
@@ -106,6 +101,10 @@ class FusedOptimizer(torch.optim.Optimizer):
 
     def _params(self) -> list[Tensor]:
         return [p for group in self.param_groups for p in group["params"]]
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:  # what torch.amp.GradScaler asks for
+        return self._settings.unscale_in_step
 
     # In the groups, the same in all of them, since all that saves optimizers saves groups.
     @property
@@ -129,9 +128,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if not isinstance(param_group, dict):
             raise TypeError(f"param_group must be a dict, got {type(param_group).__name__}")
         group = {**self.defaults, **param_group}
-        settings = {**self._settings.by_name, "decoupled_lr": self._decoupled_lr}
-        settings["unscale_in_step"] = self._step_supports_amp_scaling
-        options.complete_group(group, len(self.param_groups), self._count, self._decoupled_lr, settings)
+        options.complete_group(group, len(self.param_groups), self._count, self._settings.by_name)
         group["seed"] = self.seed
         earlier = len(self._params())
         self._settings.check_new(group, self.param_groups)
@@ -154,7 +151,7 @@ class FusedOptimizer(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if not self.state and self._is_asked_for_states():
+        if self._count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
             self.init_state()
             return loss
         capturing = torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
@@ -201,14 +198,6 @@ class FusedOptimizer(torch.optim.Optimizer):
             group["count"] = count
         return loss
 
-    def _is_asked_for_states(self) -> bool:
-        """Whether this is no step but how ``torch.distributed.checkpoint`` asks for states that a checkpoint
-        can be read into: no state yet, learning rates of 0, and all gradients there and zero."""
-        if not all(options.lr_value(group["lr"]) == 0 for group in self.param_groups):
-            return False
-        params = [p for p in self._params() if p.requires_grad]
-        return all(p.grad is not None for p in params) and not any(map(has_nonzero_gradient, params))
-
     @torch.no_grad()
     def init_state(self) -> None:
         """Make the states of all parameters that have none and require a gradient, as the first step would:
@@ -227,28 +216,23 @@ class FusedOptimizer(torch.optim.Optimizer):
     def unflatten(self) -> None:
         """Give every parameter, gradient and state memory of its own, for code that frees or shares single
         parameters (``share_memory_()``), and so that a parameter that is kept keeps no more than itself."""
-        for p in self._params():
-            p.data, p.grad = own(p), own(p.grad)
-            state = self.state.get(p, {})
-            state.update({key: own(value) for key, value in state.items() if key != "step"})
+        unflatten(self._params(), self.state)
         self._settings = replace(self._settings, flatten=False)
         self._plan, self._flat = None, FlatLayout()
-        self._warn_of_graphs("unflatten")
+        options.warn_of_graphs(self._captured, "unflatten")
 
     def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
         """The state of a parameter as values, whatever its format: the moments and, with
         ``master_weights``, the float32 ``master``, in the parameter's shape and working precision (float32, or
-        float64 for float64), and ``step``. All are copies. Of a parameter that was never stepped they are
-        what its first step starts from. A parameter that no group holds is a ValueError, a state that does
-        not fit the parameter's shape a RuntimeError."""
-        name, settings = self._name_of(param), self._settings
-        keys, state = settings.rule.states, self.state.get(param, {})
-        check_state(name, param, state, keys, RuntimeError)
-        split = settings.formats_of(param).param.aux is not None
-        return decoded(state, param, keys, split, settings.dense_like(param))
+        float64 for float64), and ``step``. All are copies, placed like the parameter if that is a DTensor. Of a
+        parameter that was never stepped they are what its first step starts from. A parameter that no group
+        holds is a ValueError, a state that does not fit the parameter's shape a RuntimeError."""
+        name = options.name_of(param, self.param_groups)
+        return checkpoint.decoded(name, param, self.state.get(param, {}), self._settings)
 
     def set_decoded_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has.
+        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has. That of a
+        DTensor may be of DTensors or of whole tensors.
 
         Values are rounded to the nearest in this optimizer's formats; those that :meth:`decoded_state` gave come
         out of it again as they were. The parameter is left as it is, and its master becomes the
@@ -265,31 +249,9 @@ class FusedOptimizer(torch.optim.Optimizer):
             >>> optimizer.param_groups[0]["params"][0] = new; _ = optimizer.state.pop(old, None)
             >>> optimizer.set_decoded_state(new, {k: t[rows] if t.dim() else t for k, t in state.items()})
         """
-        name, settings = self._name_of(param), self._settings
-        keys = settings.rule.states
-        for key in sorted(state.keys() - {*keys, "step", "master"}):
-            raise ValueError(f"the state of parameter {name} must have {[*keys, 'step']}, got {key!r} too")
-        check_saved(name, param, state, keys, settings.rule.name)
-        step = checked_step(name, state["step"], ValueError)
-        copies = {key: own(t) for key, t in state.items()}
-        made = in_formats(copies, param, keys, settings.formats_of(param), settings.dense_like(param))
-        self.state[param] = {**made, "step": torch.tensor(step, dtype=torch.int64, device=param.device)}
-        self._warn_of_graphs("set_decoded_state")
-
-    def _name_of(self, param: Tensor) -> str:  # for error texts
-        for name, p, _ in options.numbered(self.param_groups):
-            if p is param:
-                return name
-        raise ValueError(f"the parameter of shape {tuple(param.shape)} is in no group of this optimizer")
-
-    def _warn_of_graphs(self, what: str) -> None:
-        if self._captured:
-            warnings.warn(
-                f"a CUDA graph has captured a step of this optimizer, and {what} made new tensors for it: "
-                "replays go on with the old ones; make a step, and capture it again",
-                RuntimeWarning,
-                stacklevel=3,
-            )
+        name = options.name_of(param, self.param_groups)
+        self.state[param] = checkpoint.encoded(name, param, state, self._settings)
+        options.warn_of_graphs(self._captured, "set_decoded_state")
 
     def memory(self) -> dict[str, int]:
         """Bytes that are in use now, by purpose: ``parameters``, ``gradients``, ``moments`` (block exponents
@@ -325,23 +287,9 @@ class FusedOptimizer(torch.optim.Optimizer):
         graph has captured: it must be captured again. A state that lacks a key or has another shape is a
         ValueError that names both, and nothing has changed then.
         """
-        old = self.param_groups
-        loaded: list[checkpoint.Loaded] = []
-
-        def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-            loaded.append(checkpoint.read(saved, old, self._settings, self._decoupled_lr))
-            return {**saved, "param_groups": loaded[0][0], "state": {}}
-
-        def install(_: torch.optim.Optimizer) -> None:
-            checkpoint.keep_schedules(old, self.param_groups)
-            self.state.update(loaded[0][1])
-
-        # torch's own method casts moments to the parameter's dtype and cannot be told not to.
-        with ExitStack() as hooks:
-            hooks.callback(self.register_load_state_dict_pre_hook(check).remove)
-            hooks.callback(self.register_load_state_dict_post_hook(install, prepend=True).remove)
+        with checkpoint.loading(self, self._settings):
             super().load_state_dict(state_dict)
-        self._warn_of_graphs("load_state_dict")
+        options.warn_of_graphs(self._captured, "load_state_dict")
 
     def __getstate__(self) -> dict[str, Any]:
         options.check_picklable(self.param_groups, self._mask)
@@ -353,8 +301,8 @@ class FusedOptimizer(torch.optim.Optimizer):
         return twin
 
     def _pickled(self) -> dict[str, Any]:
-        own = ("_settings", "_decoupled_lr", "_mask", "_step_supports_amp_scaling", "skipped")
-        return {**super().__getstate__(), **{key: getattr(self, key) for key in own}}
+        own = {"_settings": self._settings, "_mask": self._mask, "skipped": self.skipped}
+        return {**super().__getstate__(), **own}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -8,6 +8,7 @@ is the optimizer's: ``count`` (of ``step()`` calls, which schedules see), ``seed
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
@@ -110,6 +111,14 @@ def numbered(groups: list[Group]) -> Iterator[tuple[str, Tensor, int]]:
             yield name, p, 2 * i + (mask is not None and not mask[j])
 
 
+def name_of(param: Tensor, groups: list[Group]) -> str:
+    """What error texts call a parameter; a ValueError where no group holds it."""
+    for name, p, _ in numbered(groups):
+        if p is param:
+            return name
+    raise ValueError(f"the parameter of shape {tuple(param.shape)} is in no group of this optimizer")
+
+
 def lr_value(lr: Any, where: str = "") -> float | None:
     """A checked learning rate as a float; None for one on a GPU, which is not waited for."""
     if isinstance(lr, Tensor):
@@ -153,9 +162,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
     return number(f"{key} at count {count}", value)
 
 
-def complete_group(
-    group: Group, index: int, count: int, decoupled_lr: bool, settings: dict[str, Any]
-) -> None:
+def complete_group(group: Group, index: int, count: int, settings: dict[str, Any]) -> None:
     """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
     for key, value in settings.items():
         if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's here too
@@ -171,7 +178,7 @@ def complete_group(
         group[key] = _scheduled_value(key, schedule, count)
         group["schedules"][key] = [schedule, group[key]]
     check_group(group, where_of(index))
-    if decoupled_lr:
+    if settings["decoupled_lr"]:
         if "lr" in schedules or float(group["lr"]) == 0:
             raise ValueError(
                 "decoupled_lr=True scales weight decay by lr / reference_lr: lr must be a number or tensor "
@@ -300,3 +307,14 @@ def check_capture(groups: list[Group]) -> None:
                 f"{frozen[0]} of group {i} would freeze at its value in the CUDA graph that is captured; "
                 "give lr as a tensor on the GPU and fill it between replays, and weight_decay as a number"
             )
+
+
+def warn_of_graphs(captured: list[Any], what: str) -> None:
+    """Say that ``what`` was called, which captured steps do not notice."""
+    if captured:
+        warnings.warn(
+            f"a CUDA graph has captured a step of this optimizer, and {what} made new tensors for it: "
+            "replays go on with the old ones; make a step, and capture it again",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -141,7 +141,7 @@ def _master(state: State, param: Tensor) -> Tensor:
     return (param.detach() if master is None else master).to(torch.float32)
 
 
-def decoded(state: State, param: Tensor, keys: Keys, split: bool, dense: Tensor) -> State:
+def decoded_state(state: State, param: Tensor, keys: Keys, split: bool, dense: Tensor) -> State:
     """A checked state as values: copies of the moments, of the master of a split parameter, and ``step``."""
     plain = in_formats(state, param, keys, formats_of(param.dtype, "fp32", None, False), dense)
     step = torch.as_tensor(state.get("step", 0), dtype=torch.int64, device=param.device)

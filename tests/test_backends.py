@@ -6,17 +6,19 @@ takes tensors of all sizes and layouts: kernels that run in Triton's interpreter
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
-from helpers import BF16, F16, F32, F64, FORMATS, RULES, Judge, assert_same_bits, gradient
+from helpers import BF16, F16, F32, F64, FORMATS, RULES, Judge, assert_same_bits, gradient, in_a_process
 from torch import Tensor
-from worlds import Row, World, named
+from worlds import COVERING, Row, World
 
 from fused_optim import AdaBelief, AdamaxW
-from fused_optim.backends import BACKENDS, extension
+from fused_optim.backends import BACKENDS, extension, native
 from fused_optim.reference import bias_correction
+from fused_optim.rules import RULES as REFERENCES
 from fused_optim.storage import Formats
 
 pytestmark = pytest.mark.filterwarnings(
@@ -25,11 +27,14 @@ pytestmark = pytest.mark.filterwarnings(
 
 STORED = ["fp32", "bf16", "fp32+8bit", "split16", "bf16_stochastic", "split8+8bit"]
 """Those that differ in how values are stored."""
-SHARDS = [
-    named("split8", "bf16", "e4m3", "e5m3"),
-    named("bf16_stochastic", "bf16", "bf16_dither", "bf16_dither"),
-]
-"""Formats that round by an element's index, all of them."""
+
+
+@pytest.fixture(autouse=True)
+def fresh_memory_is_nan() -> Iterator[None]:
+    """What a step allocates is filled with NaN, or the largest integers, before it is given out."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def device_of(backend: str) -> str:
@@ -149,6 +154,22 @@ def tensors(n: int) -> list[tuple[tuple[int, ...], str, str]]:
         ((2, 3, 5, 7), "", "channels_last"), ((2, 3, 4, 5), "last outermost", "columns"),
         ((6, 10), "", "expanded"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sees_gpu", "said", "reason"), [
+    (True, None, None), (False, None, "torch sees no GPU"), (True, "no kernel image", "no kernel image; FUSED_OPTIM"),
+])  # fmt: skip
+def test_cuda_is_for_what_its_driver_takes(
+    sees_gpu: bool, said: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        if said is not None:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(native, "extension", lambda name: (SimpleNamespace(check=check), None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
+    found = BACKENDS["cuda"].why_not(torch.device("cuda"))
+    assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
 @backends
@@ -321,13 +342,17 @@ def threads(n: int) -> Iterator[None]:
 
 
 @pytest.mark.parametrize("backend", [marked(name) for name in ("cpu", "triton")])
-@pytest.mark.parametrize("formats", SHARDS)
-def test_shards_round_by_the_index_in_the_whole(backend: str, formats: Formats) -> None:
-    """Rows whose first element is not the parameter's, also amid the eight that share random bits."""
+@pytest.mark.parametrize("formats", COVERING, ids=str)
+def test_between_guards_and_of_shards(backend: str, formats: Formats) -> None:
+    """Every operand lies between guards of NaN, or of other values that would show: none is read into a
+    result or written. Aligned and not, and rows whose first element is not the parameter's, also amid the
+    eight that share random bits."""
     if device_of(backend) != "cpu":
         pytest.skip("the table of this test lies on the CPU")
     rows = [Row(2500, first=first) for first in (0, 8, 13, 2**33 + 3)]
-    worlds = [World("adamw", formats, rows) for _ in range(2)]
+    rows += [Row(n, (odd,) * 7) for n in (0, 1, 129, 1027) for odd in (0, 1)]
+    rule = turn(list(REFERENCES), COVERING.index(formats))
+    worlds = [World(rule, formats, rows) for _ in range(2)]
     for _ in range(2):
         for world, name in zip(worlds, (backend, "eager")):
             world.new_gradients()
@@ -347,12 +372,31 @@ def test_cpu_with_any_number_of_threads(format: str) -> None:
 
 
 @cpu
-@rules
 @pytest.mark.parametrize("isa", extension("_cpu")[0].isas() if extension("_cpu")[0] else ["none"])
-def test_cpu_with_every_instruction_set(rule: str, isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(extension("_cpu")[0], "isas", lambda: [isa])
-    for format in (*STORED, "fp64", "fp16_grad_fp32"):
-        Model(rule, "cpu", [(1027,), (33,), (20000,)], format).train(2)
+def test_cpu_with_every_instruction_set(isa: str) -> None:
+    """Forced, in a process of its own: every rule in formats that differ in how they are stored."""
+    code = """
+import fused_optim.__main__, test_backends
+for rule in test_backends.RULES:
+    for format in (*test_backends.STORED, "fp64", "fp16_grad_fp32"):
+        test_backends.Model(rule, "cpu", [(1027,), (33,), (20000,)], format).train(2)
+fused_optim.__main__.main()
+"""
+    assert f"instruction set {isa}," in in_a_process(code, FUSED_OPTIM_ISA=isa)
+
+
+@cpu
+def test_an_instruction_set_that_there_is_not() -> None:
+    code = """
+import fused_optim, torch
+for backend in ("cpu", None):
+    try:
+        fused_optim.AdaBelief([torch.ones(3, requires_grad=True)], backend=backend)
+    except ValueError as error:
+        print(error)
+"""
+    said = in_a_process(code, FUSED_OPTIM_ISA="sse9")
+    assert said.count("FUSED_OPTIM_ISA must be one of [") == said.count("baseline") == said.count("sse9") == 2
 
 
 @cpu

@@ -15,26 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RULES, Make, assert_same_bits, built_once, like, parameters, snapshot, train
+from helpers import RULES, Make, assert_same_bits, built_once, in_a_process, like, parameters, snapshot, train
 from test_backends import cpu, threads
 from test_histories import Model
 
 from examples.train_gpt import History, save_checkpoint
 
-ROOT = Path(__file__).parent.parent
 MODEL = [(0, 8, 0, False), (4, 17, 0, False), (2, 9, 1, False), (0, 12, 1, True)]
 """Parameters as :class:`Model` takes them: dtype, shape with layout, group, and whether in shared memory."""
-
-
-def in_a_process(code: str, **environment: str) -> str:
-    """What a new Python prints; it must end by itself, and well."""
-    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests"), *sys.path])}
-    result = subprocess.run(
-        [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
-        text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert result.returncode == 0, result.stderr
-    return result.stdout
 
 
 # Memory

@@ -509,3 +509,17 @@ def test_new_tensors_after_a_capture_are_warned_of(
     assert all(t() is not None for t in captured)
     captured_step(optimizer)
     REPLACES[what](copied, copied.param_groups[0]["params"][0])  # nothing was captured of it
+
+
+def test_a_step_of_nothing_is_a_step() -> None:
+    """A learning rate of 0, gradients of 0 and no state ask for states at the very first step alone."""
+    p = torch.nn.Parameter(torch.ones(3))
+    p.grad = torch.zeros(3)
+    optimizer = RULES["adamw"].optimizer([p], lr=0.0)
+    optimizer.step()
+    assert (optimizer.param_groups[0].get("count"), int(optimizer.state[p]["step"])) == (0, 0)
+    for _ in range(2):
+        optimizer.step()
+        optimizer.state.clear()
+    optimizer.step()
+    assert (optimizer.param_groups[0]["count"], int(optimizer.state[p]["step"])) == (3, 1)
