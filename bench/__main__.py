@@ -73,8 +73,7 @@ def parser() -> argparse.ArgumentParser:
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
     measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
-    command = commands.add_parser("all", parents=[measuring], help="everything that is timed")
-    command.add_argument("--rehearse", action="store_true", help="every kind of figure on next to nothing")
+    commands.add_parser("all", parents=[measuring], help="everything that is timed")
     known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")
     command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=known)
@@ -105,8 +104,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         readme.write_text(report.updated(readme.read_text()))
         return 0
     if given.command == "all":
-        chosen = plan.REHEARSAL if given.rehearse else plan.everything(given.device)
-        return measure(given.device, given, chosen)
+        return measure(given.device, given, plan.everything(given.device))
     if given.command == "host":
         return measure("host", given, plan.HOST)
     every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))

@@ -79,14 +79,6 @@ def everything(device: str) -> list[Comparison]:
     ]
 
 
-REHEARSAL = (
-    Comparison("2^10", peers=(TORCH,)),
-    Comparison("5x64", "bfloat16", ("bf16",), LAYOUTS, (TORCH,)),
-    Comparison("3x1", peers=(TORCH,), measure="host"),
-)
-"""Every kind of comparison on next to nothing."""
-
-
 @contextmanager
 def spinning(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
     """Processes that use a core each; they go away with the block."""

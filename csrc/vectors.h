@@ -1,9 +1,6 @@
-// Vectors: the neighbours that one instruction of an instruction set works on, as vectors of gcc's
-// and clang's. Rules and codecs compute with them as with numbers (numbers.h); what they lack is
-// here: how they come from memory and go there. FUSED_OPTIM_VECTOR_BYTES is a register's size.
-//
-// Left to itself gcc vectorises loops over several formats too, but mixes widths in one loop, with
-// a shuffle for each change, and narrows the masks of selects.
+// Vectors of gcc and clang, as large as a register: FUSED_OPTIM_VECTOR_BYTES. Rules and codecs compute with them as
+// with numbers (numbers.h); how they come from memory and go there is here. Left to itself gcc vectorises loops over
+// several formats too, but mixes widths in one loop, with a shuffle for each change, and narrows the masks of selects.
 #pragma once
 
 #include "numbers.h"
@@ -152,8 +149,7 @@ FUSED_OPTIM_HD void copy_to(Stored* to, const Stored* part, int64_t n) {
 #endif
 }
 
-// How many elements of a vector there are: all, or, at a tensor's end, some. Then the others are zero, or
-// is not written.
+// How many elements of a vector there are: all, or, at a tensor's end, some. Then the others are zero, or not written.
 struct All {};
 
 template <bool upper_halves = false, class Stored, class Count>
