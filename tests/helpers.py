@@ -48,8 +48,9 @@ RULES = {
 """The rules that every contract is tested of; a new one is a line here."""
 BACKENDS = ["eager", "cpu"]
 """The backends that the tests of bad input and of the optimizer's contract run over."""
-EACH = [(rule, BACKENDS[i % 2]) for i, rule in enumerate(RULES)]
-"""Each rule, and both backends: for what does not depend on their combination."""
+OPTIMIZERS = {rule.optimizer: name for name, rule in RULES.items()}
+EACH = [(name, BACKENDS[(i + 1) % 2]) for i, name in enumerate(OPTIMIZERS.values())]
+"""Each optimizer by one of its rules, and both backends: for what does not depend on their combination."""
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16, torch.complex64, torch.complex128]
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
@@ -76,8 +77,12 @@ FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "stochastic_grad_fp32+8bit": (BF16, F32, {"stochastic_rounding": True, "state_format": "8bit"}),
 }
 """Dtypes of a parameter and its gradient, and what the optimizer is asked for; a new format is a line."""
+KEPT = {name: (dtype, options) for name, (dtype, grad, options) in FORMATS.items() if grad == dtype}
+"""Those that differ in what is kept from step to step."""
 SHAPES: list[tuple[int, ...]] = [(), (5,), (4, 5)]
 
+interpreted = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+"""What NumPy says of overflows and NaN in Triton's interpreter."""
 ROOT = Path(__file__).parent.parent
 Make = Callable[..., Any]
 Parameters = list[torch.nn.Parameter]

@@ -13,17 +13,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import RULES, Judge, assert_same_bits, gradient, raises_unchanged, raises_with, snapshot
+
+from helpers import (  # isort: skip
+    RULES, Judge, assert_same_bits, gradient, interpreted, raises_unchanged, raises_with, snapshot,
+)  # fmt: skip
 from torch import Tensor
 from torch.utils import swap_tensors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fused_optim.backends import BACKENDS as ALL_BACKENDS
 
-pytestmark = [
-    pytest.mark.filterwarnings("error"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),  # NumPy's, in Triton's interpreter
-]
+pytestmark = interpreted
 
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "fp32": (torch.float32, torch.float64, {}),

@@ -2,6 +2,7 @@
 that are read by another number of processes. One start of the processes makes all the checks of a number of
 ranks, since a start takes seconds; each check is a test."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -33,7 +34,7 @@ from torch.distributed.checkpoint.state_dict import (
 )  # fmt: skip
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
@@ -69,7 +70,7 @@ def run_checks(rank: int, ranks: int, folder: Path) -> None:
     dist.init_process_group("gloo", init, timedelta(minutes=30), rank=rank, world_size=ranks)
     warnings.simplefilter("error")
     # torch's own, of FSDP1
-    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|Multiple backends)")
+    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|ShardedTensor|Multiple backends)")
     for name, function in CHECKS[ranks].items():
         said = ""
         torch.manual_seed(0)
@@ -605,11 +606,14 @@ def zero_redundancy_optimizer(folder: Path) -> None:
 
 @check
 def fsdp1(folder: Path) -> None:
-    """Its own state dicts, full and back, in every format: the next steps are the same. (With
+    """Its own state dicts, full or sharded, in every format: the next steps are the same. (With
     use_orig_params=True torch 2.13 loads other first moments than it saved, of torch.optim.AdamW too.)"""
-    for format in FORMATS:
+    kinds = (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT)
+    for format, kind in itertools.product(FORMATS, kinds):
         make, dtype, options = options_of(format)
         models = [FSDP1(small_model(dtype), device_id=torch.device("cpu")) for _ in range(2)]
+        for model in models:
+            FSDP1.set_state_dict_type(model, kind)
         optimizer, other = (make(m.parameters(), **options) for m in models)
         for step in range(2):
             optimizer.zero_grad()
@@ -625,4 +629,4 @@ def fsdp1(folder: Path) -> None:
             backward(model, 2)
             o.step()
         for p, q in zip(models[0].parameters(), models[1].parameters()):
-            assert_same_bits(q.detach(), p.detach(), format)
+            assert_same_bits(q.detach(), p.detach(), f"{format} {kind}")

@@ -10,7 +10,7 @@ import torch
 from recipes import WITH_TORCH_ALONE, run
 
 from bench import report
-from fused_optim import AdamW, adabelief, adamaxw, adamw, optimizer
+from fused_optim import AdamW, adabelief, adamaxw, adamw, surgery
 from fused_optim.backends import BACKENDS
 from fused_optim.state import state_parts
 from fused_optim.storage import formats_of
@@ -27,7 +27,7 @@ def test_readme_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["loss"].item() < 50  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("module", [adabelief, adamaxw, adamw, optimizer])
+@pytest.mark.parametrize("module", [adabelief, adamaxw, adamw, surgery])
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
     assert tried > 0 and failed == 0
