@@ -35,7 +35,7 @@ QUESTIONS = (
     Comparison("2^30", "bfloat16", LOW, peers=(TORCH, FLASH), rules=ADABELIEF),
     Comparison("llama-7b", "bfloat16", ("bf16",), peers=(TORCH, FLASH), rules=ADAMW),
     Comparison("10000x64", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
-    Comparison("2^27", peers=(TORCH,), zero_rows=True, rules=ADAMW),
+    Comparison("2^27:zero-rows", peers=(TORCH,), rules=ADAMW),
 )
 """What matters most comes first."""
 
@@ -93,16 +93,13 @@ def answer(question: Comparison, provider: Provider, device: str, clock: Clock, 
     """Time one provider and the triad in turns, then the host until ``step()`` and a replay return."""
     most = 2**16 if device == "cpu" else int(environment.free_memory(device) // 24)
     case = Case(fitted(workload(question.workload), most), question.dtype, device, provider.name)
-    line: Record = {**head(case), "zero_rows": question.zero_rows}
+    line = head(case)
     if why_not := provider.why_not(device, question.dtype, len(case.workload.shapes)):
         return {**line, "status": "absent", "why": why_not}
     try:
         optimizer, said = checked_and_made(case)
         line |= said
-        params = [p for group in optimizer.param_groups for p in group["params"]]
-        for p in params if question.zero_rows else ():
-            p.grad.view(-1, 64)[torch.arange(p.numel() // 64, device=device) % 10 != 0] = 0
-        stored = sum(p.nbytes for p in params)
+        stored = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
         a, b, c = (torch.zeros(min(stored, 2**31) // 4, device=device) for _ in range(3))
         triad, times = list[float](), list[float]()
         for _ in range(3):

@@ -24,8 +24,7 @@ FAST_PEERS = (TORCH, "torch AdamW foreach", DEEPSPEED)
 @dataclass(frozen=True)
 class Comparison:
     """Providers on one workload. ``formats``, ``layouts`` and ``rules`` are those of ours; ``peers`` names, or
-    None for all; ``only``: parts of names, one of which a provider must have if there are any; ``zero_rows``:
-    nine in ten rows of each gradient are zero, as those of an embedding are."""
+    None for all; ``only``: parts of names, one of which a provider must have if there are any."""
 
     workload: str
     dtype: str = "float32"
@@ -35,7 +34,6 @@ class Comparison:
     measure: str = "step"
     only: tuple[str, ...] = ()
     rules: tuple[str, ...] = tuple(OUR_RULES)
-    zero_rows: bool = False
 
     def providers(self) -> list[Provider]:
         ours = [p for p in OURS if p.format in self.formats and p.layout in self.layouts]

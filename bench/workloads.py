@@ -70,6 +70,8 @@ BUSY = "busy-cores"
 CONDITIONS: dict[str, Callable[[Any], Any]] = {
     "": lambda p: None,
     "gradients-of-0": lambda p: p.grad.zero_(),
+    # Nine in ten, as of an embedding.
+    "zero-rows": lambda p: p.grad.view(-1, 64).mul_(torch.arange(p.numel() // 64).to(p)[:, None] % 10 == 0),
     "gradients-of-1e-20": lambda p: p.grad.fill_(1e-20),  # whose square is subnormal in float32
     "gradients-of-1e-41": lambda p: p.grad.fill_(1e-41),
     "unaligned": lambda p: (setattr(p, "data", _moved(p.data, 1, 1)), setattr(p, "grad", _moved(p.grad, 1, 1))),

@@ -239,7 +239,7 @@ gpu_check.main(Path({str(tmp_path / "out")!r}), True, 100, ())
 
 
 def test_gpu_measurements_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    question = plan.Comparison("3x64", rules=("adamw",), peers=(TORCH,), zero_rows=True)
+    question = plan.Comparison("3x64:zero-rows", rules=("adamw",), peers=(TORCH,))
     monkeypatch.setattr(gpu_measure, "QUESTIONS", (question,))
     assert gpu_measure.main("cpu", str(tmp_path / "gpu.json")) == 0
     records = json.loads((tmp_path / "gpu.json").read_text())["records"]
