@@ -1,7 +1,5 @@
 """What is compared with what."""
 
-from __future__ import annotations
-
 import os
 import signal
 import statistics
@@ -15,7 +13,7 @@ from .environment import free_memory
 from .formats import OPTIONS
 from .host import HOST_VARIANTS
 from .measure import Effort, Record, Worker, compare, head, record
-from .providers import DEEPSPEED, LAYOUTS, OURS, PEERS, TORCH, Provider
+from .providers import DEEPSPEED, LAYOUTS, OUR_RULES, OURS, PEERS, TORCH, Provider
 from .roofline import ROOFLINES
 from .worker import Case
 from .workloads import BUSY, CONDITIONS, fitted, workload
@@ -25,8 +23,9 @@ FAST_PEERS = (TORCH, "torch AdamW foreach", DEEPSPEED)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Providers on one workload. ``formats`` and ``layouts`` are those of ours; ``peers`` names, or None for
-    all; ``only``: parts of names, one of which a provider must have if there are any."""
+    """Providers on one workload. ``formats``, ``layouts`` and ``rules`` are those of ours; ``peers`` names, or
+    None for all; ``only``: parts of names, one of which a provider must have if there are any; ``zero_rows``:
+    nine in ten rows of each gradient are zero, as those of an embedding are."""
 
     workload: str
     dtype: str = "float32"
@@ -35,9 +34,12 @@ class Comparison:
     peers: tuple[str, ...] | None = None
     measure: str = "step"
     only: tuple[str, ...] = ()
+    rules: tuple[str, ...] = tuple(OUR_RULES)
+    zero_rows: bool = False
 
     def providers(self) -> list[Provider]:
         ours = [p for p in OURS if p.format in self.formats and p.layout in self.layouts]
+        ours = [p for p in ours if p.rule in self.rules]
         # eager is the judge and slow by purpose: only where it is asked for.
         ours = [p for p in ours if p.backend != "eager" or any("eager" in text for text in self.only)]
         peers = [p for p in PEERS if self.peers is None or p.name in self.peers]
@@ -75,14 +77,6 @@ def everything(device: str) -> list[Comparison]:
         *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "2^24", "10x64", "100x64", "1000x64")),
         *(Comparison(n, layouts=LAYOUTS, peers=FAST_PEERS) for n in ("lora", "llama-7b")),
     ]
-
-
-REHEARSAL = (
-    Comparison("2^10", peers=(TORCH,)),
-    Comparison("5x64", "bfloat16", ("bf16",), LAYOUTS, (TORCH,)),
-    Comparison("3x1", peers=(TORCH,), measure="host"),
-)
-"""Every kind of comparison on next to nothing."""
 
 
 @contextmanager

@@ -8,22 +8,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import has_nonzero_gradient, local, placed_like, shard_of
-from .options import VERSION, Group, check_group, lr_value, names_of, whole_number
+from .layout import has_nonzero_gradient, local, shard_of
+from .options import VERSION, Group, check_entries, check_group, lr_value, names_of, whole_number
 from .plan import Settings
 from .reference import MAX_COUNT
-from .state import (
-    State,
-    check_saved,
-    check_state,
-    checked_step,
-    decoded_state,
-    in_formats,
-    own,
-    portable,
-    with_exponent_keys,
-    with_remainder_bits,
-)  # fmt: skip
+from .state import State, check_saved, from_saved, in_formats, own, portable
 
 _ELSEWHERE = {
     *("foreach", "fused", "capturable", "differentiable", "buffer", "param_names"),
@@ -61,7 +50,9 @@ def loading(optimizer: torch.optim.Optimizer, settings: Settings) -> Iterator[No
         return {**saved, "param_groups": loaded[0][0], "state": {}}
 
     def install(_: torch.optim.Optimizer) -> None:
-        _keep_schedules(old, optimizer.param_groups)
+        for before, group in zip(old, optimizer.param_groups):  # what was loaded is no outside write
+            schedules = before.get("schedules", {}).items()
+            group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}
         optimizer.state.update(loaded[0][1])
 
     with ExitStack() as hooks:
@@ -74,9 +65,9 @@ def _read(saved: dict[str, Any], ours: list[Group], settings: Settings) -> Loade
     """Raises a ValueError that names what cannot be loaded; changes nothing."""
     groups = [_complete(g, ours, i, settings.decoupled_lr) for i, g in enumerate(saved["param_groups"])]
     _warn_of_names(groups, ours)
-    states: dict[Tensor, dict[str, Any]] = {}
+    states: dict[Tensor, State] = {}
     steps: dict[Any, Tensor] = {}
-    keys, numbers = settings.rule.states, [0]
+    numbers = [0]
     for i, (group, our) in enumerate(zip(groups, ours)):
         decays = group["weight_decay_mask"] or [True] * len(our["params"])
         for name, key, p, decay in zip(names_of(ours, i), group["params"], our["params"], decays):
@@ -86,8 +77,7 @@ def _read(saved: dict[str, Any], ours: list[Group], settings: Settings) -> Loade
             state = {k: v for k, v in saved["state"].get(key, {}).items() if not isinstance(v, dict)}
             if not state:
                 continue
-            state = with_exponent_keys({"step": group.get("step"), **state}, keys)
-            states[p] = state = _fitted(name, p, state, settings)
+            states[p] = state = fitted(name, p, {"step": group.get("step"), **state}, settings)
             numbers.append(int(state["step"]))
             # Equal numbers are one tensor: see plan.py, of what is stepped together.
             state["step"] = steps.setdefault((i, p.device, numbers[-1], decay), state["step"])
@@ -103,32 +93,14 @@ def _read(saved: dict[str, Any], ours: list[Group], settings: Settings) -> Loade
     return groups, states
 
 
-def _fitted(name: str, p: Tensor, saved: State, settings: Settings) -> State:
+def fitted(name: str, p: Tensor, saved: State, settings: Settings) -> State:
     """What this optimizer keeps of a saved state of ``p``; a ValueError names what is wrong."""
     keys, formats = settings.rule.states, settings.formats_of(p)
     state = {k: own(v if k == "step" else shard_of(p, v)) for k, v in saved.items()}
-    state = with_remainder_bits(state, formats.param)
-    check_saved(name, local(p), state, keys, settings.rule.name)
-    step = checked_step(name, state["step"], ValueError)
+    state = from_saved(state, keys, formats.param)
+    step = check_saved(name, local(p), state, keys, settings.rule.name)
     made = in_formats(state, local(p), keys, formats, settings.dense_like(p))
     return {**settings.placed(p, made), "step": torch.tensor(step, dtype=torch.int64, device=p.device)}
-
-
-def decoded(name: str, p: Tensor, state: State, settings: Settings) -> State:
-    """A state as values, whatever its format; a RuntimeError names what is wrong with it."""
-    keys, here = settings.rule.states, {key: local(t) for key, t in state.items()}
-    check_state(name, local(p), here, keys, RuntimeError)
-    split = settings.formats_of(p).param.aux is not None
-    values = decoded_state(here, local(p), keys, split, settings.dense_like(p))
-    return {key: t if key == "step" else placed_like(p, t) for key, t in values.items()}
-
-
-def encoded(name: str, p: Tensor, values: State, settings: Settings) -> State:
-    """The state that has such values; a ValueError names what is wrong with them."""
-    known = [*settings.rule.states, "step"]
-    for key in sorted(values.keys() - {*known, "master"}):
-        raise ValueError(f"the state of parameter {name} must have {known}, got {key!r} too")
-    return _fitted(name, p, values, settings)
 
 
 def asks_for_states(groups: list[Group]) -> bool:
@@ -146,10 +118,8 @@ def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -
     complete = {**{k: v for k, v in our.items() if k not in ("params", "param_names", "schedules")}, **group}
     if decoupled_lr and "reference_lr" not in group and "initial_lr" in group:
         complete["reference_lr"] = float(group["initial_lr"])
-    mask, n = complete.get("weight_decay_mask"), len(group["params"])
     where = f" of saved group {index}"
-    if mask is not None and len(mask) != n:
-        raise ValueError(f"weight_decay_mask{where} has {len(mask)} entries for {n} parameters")
+    check_entries(complete.get("weight_decay_mask"), len(group["params"]), where)
     check_group(complete, where)
     version = whole_number(f"version{where}", group.get("version", 1), 2**31)
     if version > VERSION:
@@ -193,10 +163,3 @@ def _warn_of_differences(group: Group, our: Group, index: int) -> None:
         )
     for text in texts:
         warnings.warn(f"saved group {index} {text}", UserWarning, stacklevel=8)
-
-
-def _keep_schedules(old: list[Group], new: list[Group]) -> None:
-    """Give loaded groups the callables of those that they replace; loaded values are no outside writes."""
-    for before, group in zip(old, new):
-        schedules = before.get("schedules", {}).items()
-        group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
-from .state import own
 from .storage import Part
 
 ALIGN = 16  # slots start at multiples of this many elements: 32 bytes or more in every dtype
@@ -127,11 +126,3 @@ class FlatLayout:
         for slot, t in copies:
             slot.copy_(t)
         return placed
-
-
-def unflatten(params: list[Tensor], states: dict[Any, Any]) -> None:
-    """Give every parameter, gradient and state memory of its own."""
-    for p in params:
-        p.data, p.grad = own(p), own(p.grad)
-        state = states.get(p, {})
-        state.update({key: own(value) for key, value in state.items() if key != "step"})

@@ -64,7 +64,7 @@ class Settings:
         return formats_of(p.dtype, *self.formats)
 
     def dense_like(self, p: Tensor) -> Tensor:
-        return dense_like(local(p), self.formats_of(p).index_dependent)
+        return dense_like(local(p), self.formats_of(p).index_dependent or self.clips)
 
     def offset_of(self, name: str, p: Tensor) -> int:
         return first_index(name, p) if self.formats_of(p).index_dependent else 0

@@ -6,6 +6,7 @@ takes tensors of all sizes and layouts: kernels that run in Triton's interpreter
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from worlds import COVERING, Row, World
 
 from fused_optim import AdaBelief, AdamaxW
-from fused_optim.backends import BACKENDS, extension
+from fused_optim.backends import BACKENDS, extension, native
 from fused_optim.reference import bias_correction
 from fused_optim.rules import RULES as REFERENCES
 from fused_optim.storage import Formats
@@ -153,6 +154,22 @@ def tensors(n: int) -> list[tuple[tuple[int, ...], str, str]]:
         ((2, 3, 5, 7), "", "channels_last"), ((2, 3, 4, 5), "last outermost", "columns"),
         ((6, 10), "", "expanded"),
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("sees_gpu", "said", "reason"), [
+    (True, None, None), (False, None, "torch sees no GPU"), (True, "no kernel image", "no kernel image; FUSED_OPTIM"),
+])  # fmt: skip
+def test_cuda_is_for_what_its_driver_takes(
+    sees_gpu: bool, said: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def check() -> None:
+        if said is not None:
+            raise RuntimeError(said)
+
+    monkeypatch.setattr(native, "extension", lambda name: (SimpleNamespace(check=check), None))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
+    found = BACKENDS["cuda"].why_not(torch.device("cuda"))
+    assert found is None if reason is None else found is not None and found.startswith(reason)
 
 
 @backends
