@@ -90,8 +90,9 @@ SANITIZED ?= tests/test_backends.py tests/test_histories.py tests/test_codecs.py
 SANITIZER = $(realpath $(shell gcc -print-file-name=lib$(1).so))
 sanitize: sanitize-memory sanitize-threads
 sanitize-memory: $(VENV)/installed
-	CFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	nm -D build/sanitize/lib/fused_optim/_cpu.*.so | grep -q __asan  # some setuptools give C++ no CFLAGS
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(call SANITIZER,$(name)))" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --capture=sys -p no:cacheprovider \
 		-o pythonpath="build/sanitize/lib tests ." $(SANITIZED)
@@ -106,7 +107,9 @@ sanitize-threads:
 else
 sanitize-threads: $(VENV)/installed
 	CC=clang CXX=clang++ LDSHARED="clang -shared" LDCXXSHARED="clang++ -shared" CFLAGS=-fsanitize=thread \
-		FUSED_OPTIM_BUILD=cpu $(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
+		CXXFLAGS=-fsanitize=thread LDFLAGS=-fsanitize=thread FUSED_OPTIM_BUILD=cpu \
+		$(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
+	nm -D build/threads/lib/fused_optim/_cpu.*.so | grep -q __tsan
 	LD_PRELOAD="$(call SANITIZER,tsan) $(dir $(LLVM))libomp.so" OMP_TOOL_LIBRARIES=$(LLVM) \
 		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -o pythonpath="build/threads/lib tests ." $(THREADED)
