@@ -81,7 +81,7 @@ test-exhaustive: $(VENV)/installed
 # 10,000 histories, 100,000 property cases, 200,000 steps and 20,000 optimizers.
 test-long: $(VENV)/installed
 	FUSED_OPTIM_SEQUENCES=10000 FUSED_OPTIM_CASES=100000 FUSED_OPTIM_STEPS=200000 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -n auto tests/test_histories.py tests/test_properties.py tests/test_long_runs.py
+		OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto tests/test_histories.py tests/test_properties.py tests/test_long_runs.py
 
 # The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer: the first report ends it. CPython's own
 # leaks are not looked for. SANITIZED are pytest's arguments.
@@ -90,8 +90,9 @@ SANITIZED ?= tests/test_backends.py tests/test_histories.py tests/test_codecs.py
 SANITIZER = $(realpath $(shell gcc -print-file-name=lib$(1).so))
 sanitize: sanitize-memory sanitize-threads
 sanitize-memory: $(VENV)/installed
-	CFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
+	nm -D build/sanitize/lib/fused_optim/_cpu.*.so | grep -q __asan  # some setuptools give C++ no CFLAGS
 	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(call SANITIZER,$(name)))" ASAN_OPTIONS=detect_leaks=0 \
 		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --capture=sys -p no:cacheprovider \
 		-o pythonpath="build/sanitize/lib tests ." $(SANITIZED)
@@ -106,7 +107,9 @@ sanitize-threads:
 else
 sanitize-threads: $(VENV)/installed
 	CC=clang CXX=clang++ LDSHARED="clang -shared" LDCXXSHARED="clang++ -shared" CFLAGS=-fsanitize=thread \
-		FUSED_OPTIM_BUILD=cpu $(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
+		CXXFLAGS=-fsanitize=thread LDFLAGS=-fsanitize=thread FUSED_OPTIM_BUILD=cpu \
+		$(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
+	nm -D build/threads/lib/fused_optim/_cpu.*.so | grep -q __tsan
 	LD_PRELOAD="$(call SANITIZER,tsan) $(dir $(LLVM))libomp.so" OMP_TOOL_LIBRARIES=$(LLVM) \
 		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
 		$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -o pythonpath="build/threads/lib tests ." $(THREADED)

@@ -81,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--only", action="append", default=[], help="a part of providers' names")
     command = commands.add_parser("host", parents=[measuring], help="the time until step() returns")
     command.add_argument("--busy", type=int, default=0, metavar="N", help="beside N spinning processes, too")
+    command = commands.add_parser("cliffs", parents=[measuring], help="a CPU step in bad conditions, too")
+    command.add_argument("--size", type=known_name, default="2^24", metavar="WORKLOAD")
     command = commands.add_parser("kernels", help="what the kernels compile to, without a GPU")
     command.add_argument("--target", action="append", choices=kernels.TARGETS)
     command.add_argument("--out", type=Path, default=Path("bench_output"))
@@ -105,6 +107,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.command == "all":
         return measure(given.device, given, plan.everything(given.device))
+    if given.command == "cliffs":
+        records = plan.cliffs(given.size, Effort())
+        report.write(given.out / "cliffs.json", environment.describe("cpu"), records)
+        print(report.tables(records))
+        return int(not all("median" in r for r in records))
     if given.command == "host":
         return measure("host", given, plan.HOST)
     every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))
