@@ -367,7 +367,7 @@ def in_a_process(code: str, **environment: str) -> str:
     path = {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT), str(ROOT / "tests")])}
     result = subprocess.run(
         [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
-        text=True, timeout=300, check=False,
+        text=True, timeout=900, check=False,
     )  # fmt: skip
     assert result.returncode == 0, result.stderr
     return result.stdout
