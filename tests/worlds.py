@@ -48,12 +48,10 @@ def native_grads(param: Format) -> list[Format]:
 
 MOMENTS = [(mu, nu) for mu in of_operand(MU) for nu in of_operand(NU) if mu.choice == nu.choice]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
-COMBINATIONS = [FP64]
 COVERING = [FP64]
 """Each parameter format with each of moments, and either with each of gradients."""
 for i, param in enumerate(of_operand(PARAM)):
     grads = native_grads(param)
-    COMBINATIONS += [Formats(param, grad, *moments) for grad in grads for moments in MOMENTS]
     COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
