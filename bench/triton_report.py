@@ -40,8 +40,8 @@ def load_kernels(folder: Path) -> Any:
 
 def compiled(kernel: Any, working: str, constants: Row, target: GPUTarget, options: Row) -> Any:
     """A kernel compiled for ``target``; arguments are known by their names."""
-    types_of = {"rows": "*i64", "chunks": "*i32", "counters": "*i64", "hyper": "*fp64", "n": "i32"}
-    types_of |= {"grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp64", "coefficients": f"*{working}"}
+    types_of = {"rows": "*i64", "grads": "*i64", "chunks": "*i32", "counters": "*i64", "n": "i32"}
+    types_of |= {"hyper": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp64", "coefficients": f"*{working}"}
     names = kernel.arg_names
     signature = {name: types_of.get(name, "constexpr") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}

@@ -50,20 +50,21 @@ struct Task : Table {
 };
 
 // Small tensors lie in memory of their own each, where no prefetcher of the processor's finds them.
-void prefetch(const Row& row) {
-  for (const int64_t operand : {row.grad, row.param, row.mu, row.nu})
+void prefetch(const Table& table, int32_t i) {
+  const Row& row = table.rows[i];
+  for (const int64_t operand : {table.grads[i], row.param, row.mu, row.nu})
     for (int64_t i = 0; i < 256; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(operand) + i, 1);
 }
 
 template <class T>
 void step_chunks(const Task& task, const std::vector<Coefficients<T>>& of_counters, int64_t k, int64_t last) {
   for (; k < last; ++k) {
-    if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row) prefetch(task.rows[task.chunks[k + 2].row]);
+    if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row) prefetch(task, task.chunks[k + 2].row);
     const Chunk chunk = task.chunks[k];
     const Row& row = task.rows[chunk.row];
     const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * task.chunk_size;
-    task.step_elements(row, begin, minimum(begin + task.chunk_size, row.numel), task.grad_is_own,
-                       &of_counters[row.counter]);
+    task.step_elements(row, task.grads[chunk.row], begin, minimum(begin + task.chunk_size, row.numel),
+                       task.grad_is_own, &of_counters[row.counter]);
   }
 }
 
@@ -126,7 +127,7 @@ void without_interpreter(Body body) {
   if (thrown) std::rethrow_exception(thrown);
 }
 
-void step_cpu(const std::string& isa, const NameStrings& strings, const std::array<int64_t, 6>& table,
+void step_cpu(const std::string& isa, const NameStrings& strings, const std::array<int64_t, 7>& table,
               int64_t chunk_size, double grad_scale, double grad_factor, int threads) {
   const Names names = names_of(strings);
   const StepElements step_elements = isa_named(isa).find(names);
@@ -137,7 +138,7 @@ void step_cpu(const std::string& isa, const NameStrings& strings, const std::arr
   without_interpreter([&] { same(names.mu, Fp64::name) ? run<double>(task) : run<float>(task); });
 }
 
-void square_sums(const std::string& isa, const std::string& grad, const std::array<int64_t, 5>& fields, int threads) {
+void square_sums(const std::string& isa, const std::string& grad, const std::array<int64_t, 6>& fields, int threads) {
   const SquareSum square_sum = isa_named(isa).find_square_sum(grad.c_str());
   if (square_sum == nullptr) throw std::invalid_argument("no CPU code for gradients in " + grad);
   const auto task = bit_cast<NormTask>(fields);
@@ -146,7 +147,8 @@ void square_sums(const std::string& isa, const std::string& grad, const std::arr
     const NormChunk chunk = task.chunks[k];
     const Row& row = task.rows[chunk.row];
     const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * kNormChunk;
-    task.sums[chunk.place] = square_sum(row.grad, begin, minimum(begin + kNormChunk, row.numel), grad_scale);
+    const int64_t end = minimum(begin + kNormChunk, row.numel);
+    task.sums[chunk.place] = square_sum(task.grads[chunk.row], begin, end, grad_scale);
   };
   without_interpreter([&] {
     in_portions(task.n_chunks, threads, [&](int64_t k, int64_t last) {

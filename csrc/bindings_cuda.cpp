@@ -6,12 +6,12 @@ namespace {
 
 using namespace fused_optim;
 
-int step_of_integers(const NameStrings& names, const std::array<int64_t, 10>& task, int64_t stream) {
+int step_of_integers(const NameStrings& names, const std::array<int64_t, 11>& task, int64_t stream) {
   py::gil_scoped_release release;
   return step_cuda(names_of(names), bit_cast<CudaTask>(task), stream);
 }
 
-int square_sums(const std::string& grad, const std::array<int64_t, 5>& task, int64_t stream) {
+int square_sums(const std::string& grad, const std::array<int64_t, 6>& task, int64_t stream) {
   py::gil_scoped_release release;
   return square_sums_cuda(grad.c_str(), bit_cast<NormTask>(task), stream);
 }

@@ -10,7 +10,8 @@ FUSED_OPTIM_HD int64_t minimum(int64_t a, int64_t b) { return a < b ? a : b; }
 
 // Steps elements `begin` to `end` of a row. `grad_is_own`: the gradient is in the parameter's plain format, or else
 // in the working precision.
-using StepElements = void (*)(const Row&, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients);
+using StepElements = void (*)(const Row&, int64_t grad, int64_t begin, int64_t end, bool grad_is_own,
+                               const void* coefficients);
 
 // The sum of the squares of elements `begin` to `end` of a gradient, in the order of fused_optim.reference.tree_sum.
 using SquareSum = double (*)(int64_t grad, int64_t begin, int64_t end, double grad_scale);

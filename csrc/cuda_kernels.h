@@ -444,7 +444,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;
   const Operands<Param, Grad, Mu, Nu> operands{{row.param, row.param_aux, begin},
-                                               {row.grad, 0, begin},
+                                               {read_only(task.grads + chunk.row), 0, begin},
                                                {row.mu, row.mu_aux, begin},
                                                {row.nu, row.nu_aux, begin},
                                                begin + row.offset,
@@ -503,7 +503,7 @@ __global__ void __launch_bounds__(kThreads) square_sums_kernel(const NormTask ta
   const Row row = read_only(task.rows + chunk.row);
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kNormChunk;
-  const Array<Grad> g(row.grad, 0, begin);
+  const Array<Grad> g(read_only(task.grads + chunk.row), 0, begin);
   const Divisor<T> scale = divisor(task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale)));
   double lanes[kNormEach] = {};
   if (full) {

@@ -237,7 +237,8 @@ FUSED_OPTIM_APART void encode_tile(Tile<Codec> tile, bool finite, int64_t begin,
 // Elements `begin` to `end` of a row. The coefficients are a copy, since no write to a tensor can
 // change that: else they are read again for each vector.
 template <class Rule, class Param, class Mu, class Nu>
-void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own, const void* coefficients) {
+void step_elements(const Row& row, int64_t grad, int64_t begin, int64_t end, bool grad_is_own,
+                   const void* coefficients) {
   using T = typename Param::Working;
   using Vector = VectorOf<T>;
   using OwnGrad = typename Param::PlainCodec;
@@ -245,8 +246,8 @@ void step_elements(const Row& row, int64_t begin, int64_t end, bool grad_is_own,
   static_assert(kBuffered<Mu> == kBuffered<Nu> && kBlocked<Mu> == kBlocked<Nu>, "moments take the same way");
   constexpr bool buffered = kBuffered<Param> || kBuffered<Mu>;
   const Coefficients<T> c = *static_cast<const Coefficients<T>*>(coefficients);
-  const auto* const own_grad = reinterpret_cast<const typename OwnGrad::Stored*>(row.grad);
-  const auto* const working_grad = reinterpret_cast<const T*>(row.grad);
+  const auto* const own_grad = reinterpret_cast<const typename OwnGrad::Stored*>(grad);
+  const auto* const working_grad = reinterpret_cast<const T*>(grad);
   const Place place{c.count, static_cast<uint64_t>(row.key)};
   alignas(Words) float param_values[kTile], mu_values[kTile], nu_values[kTile];
   for (int64_t n; begin < end; begin += n) {

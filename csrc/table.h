@@ -6,7 +6,7 @@
 namespace fused_optim {
 
 struct Row {
-  int64_t numel, counter, grad, param, mu, nu;
+  int64_t numel, counter, param, mu, nu;
   int64_t param_aux, mu_aux, nu_aux;  // second parts, 0 where the format has none
   int64_t key;                        // of the parameter's random bits
   int64_t offset;                     // the first element's index in its parameter
@@ -25,6 +25,7 @@ struct Counter {
 // What fused_optim/backends/native.py gives as integers, in this order.
 struct Table {
   const Row* rows;
+  const int64_t* grads;  // each row's gradient
   const Chunk* chunks;
   int64_t n_chunks;
   const Counter* counters;
@@ -42,6 +43,7 @@ struct NormChunk {
 
 struct NormTask {
   const Row* rows;
+  const int64_t* grads;
   const NormChunk* chunks;
   int64_t n_chunks;
   const float* grad_scale;  // null for none

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, options
-from .backends import Inputs, select
+from .backends import Inputs, select, valid_now
 from .flat import FlatLayout
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
@@ -175,12 +175,11 @@ class FusedOptimizer(StateAccess):
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             torch.autograd.graph.increment_version(plan.versioned)
         if capturing:
-            # The graph reads these at each replay. What was uploaded gets its values then, and not before,
-            # so that other steps need tables of their own.
+            # The graph reads these at each replay.
             self._captured += [plan, self._hyper.on_device, *(batch.on_device for _, batch in plan.batches)]
             self._hyper.on_device = {}
             for _, batch in plan.batches:
-                batch.on_device = {}
+                batch.on_device = valid_now(batch.on_device)
         for group in self.param_groups:
             group["count"] = min(count + 1, MAX_COUNT)
         return loss

@@ -1,9 +1,10 @@
 """Tensors of any number, layout and dtype, as the table of addresses that kernels walk.
 
-- ``rows``, int64 ``[n, 11]``: numel, counter, the addresses of the gradient, the parameter, the two
-  moments and of these three's auxiliary tensors (0 for none; see :class:`~.storage.Format`), the key of the
-  parameter's random bits and, where it is a shard, the index of its first element in the whole parameter.
-  Neighbours in a flat buffer share one row.
+- ``rows``, int64 ``[n, 10]``: numel, counter, the addresses of the parameter, the two moments and of these
+  three's auxiliary tensors (0 for none; see :class:`~.storage.Format`), the key of the parameter's random
+  bits and, where it is a shard, the index of its first element in the whole parameter. Neighbours in a flat
+  buffer share one row.
+- ``grads``, int64 ``[n]``: the address of each row's gradient, which may be another one at each step.
 - ``chunks``, int32 ``[n, 2]``: row and chunk number, one for each program of a launch.
 - ``counters``, int64 ``[n, 2]``: the address of a step number, and the row of hyperparameters that
   goes with it. Parameters that have always stepped together share a step number, and so a counter.
@@ -22,11 +23,9 @@ from .rules import Rule
 from .storage import Format, Formats
 
 ROW_COLUMNS = (
-    "numel", "counter", "grad", "param", "mu", "nu", "param_aux", "mu_aux", "nu_aux", "key",
-    "offset",
+    "numel", "counter", "param", "mu", "nu", "param_aux", "mu_aux", "nu_aux", "key", "offset",
 )  # fmt: skip
-GRAD_COLUMN = ROW_COLUMNS.index("grad")
-ADDRESSES = slice(GRAD_COLUMN, ROW_COLUMNS.index("key"))
+ADDRESSES = slice(ROW_COLUMNS.index("param"), ROW_COLUMNS.index("key"))
 VECTOR_BYTES = 16  # what a full chunk's addresses must be multiples of: one 128-bit access
 
 
@@ -126,6 +125,7 @@ class Batch:
         self._copied = [o for o in items if o.dense is not local(o.source)]
         self._copied_grads = [o for o in items if o.grad_copy is not None]
         rows: list[list[int]] = []
+        grads: list[int] = []
         firsts: list[Operands] = []
         counters: dict[int, tuple[int, int, int]] = {}
         merged = merged and not key.formats.index_dependent
@@ -137,8 +137,10 @@ class Batch:
                 rows[-1][0] = o.slot[0] - firsts[-1].slot[0] + numel
             else:
                 firsts.append(o)
-                addresses = (0 if t is None else t.data_ptr() for t in o.in_row)
+                grad, *addresses = (0 if t is None else t.data_ptr() for t in o.in_row)
+                grads.append(grad)
                 rows.append([numel, counter, *addresses, o.random_key, o.offset])
+        self.grads = int64_tensor(grads)
         self.rows = int64_tensor([x for row in rows for x in row]).view(-1, len(ROW_COLUMNS))
         self.counters = int64_tensor([x for _, *pair in counters.values() for x in pair]).view(-1, 2)
         followed = [(row, o.number) for row, o in enumerate(firsts) if o.grad_copy is None]
@@ -163,27 +165,31 @@ class Batch:
         """Take the addresses of gradients that have moved: those of all parameters that are stepped."""
         if self._followed:
             rows, numbers = self._followed
-            self.rows[rows, GRAD_COLUMN] = grads[numbers]
-            self.on_device.pop("rows", None)
+            self.grads[rows] = grads[numbers]
+            self.on_device.pop("grads", None)
 
     def tensors(self) -> list[Tensor]:
         """The table, on the host and on the device, and the dense copies."""
         copies = [o.dense for o in self._copied]
         copies += [o.grad_copy for o in self._copied_grads if o.grad_copy is not None]
-        tables = [self.rows, self.counters, self.norm_chunks, *self._chunks.values()]
+        tables = [self.rows, self.grads, self.counters, self.norm_chunks, *self._chunks.values()]
         return [*tables, *self.on_device.values(), *copies]
 
-    def chunks(self, size: int) -> Tensor:
-        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk). A tail chunk, which is
-        short or has an address in its row that is not a multiple of 16 bytes, is ``~chunk``, negative; so is
-        one of a row whose offset splits the eight neighbours that share random bits."""
+    def chunks(self, size: int) -> Tensor:  # on the CPU
         if size not in self._chunks:
-            numel = self.rows[:, 0]
-            count = (numel + size - 1) // size
-            row = torch.repeat_interleave(torch.arange(len(count), device="cpu"), count)
-            first = torch.repeat_interleave(count.cumsum(0) - count, count)
-            chunk = torch.arange(len(row), device="cpu") - first
-            aligned = (self.rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1) & (self.rows[:, -1] % 8 == 0)
-            full = aligned[row] & ((chunk + 1) * size <= numel[row])
-            self._chunks[size] = torch.stack([row, torch.where(full, chunk, ~chunk)], 1).int()
+            self._chunks[size] = self.chunks_of(self.rows, self.grads, size)
         return self._chunks[size]
+
+    def chunks_of(self, rows: Tensor, grads: Tensor, size: int) -> Tensor:
+        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk), on the device of ``rows``
+        and ``grads``, for which nothing waits. A tail chunk, which is short or has an address in its row that is
+        not a multiple of 16 bytes, is ``~chunk``, negative; so is one of a row whose offset splits the eight
+        neighbours that share random bits."""
+        device, counts = rows.device, (rows[:, 0] + size - 1) // size
+        total = int(((self.rows[:, 0] + size - 1) // size).sum())
+        row = torch.arange(len(rows), dtype=torch.int32, device=device)
+        row = torch.repeat_interleave(row, counts, output_size=total)
+        aligned = (rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1) & (grads % VECTOR_BYTES == 0)
+        full = torch.where(aligned & (rows[:, -1] % 8 == 0), rows[:, 0] // size, 0)  # chunks of each row
+        chunk = torch.arange(total, dtype=torch.int32, device=device) - (counts.cumsum(0) - counts).int()[row]
+        return torch.stack([row, torch.where(chunk < full.int()[row], chunk, ~chunk)], 1)

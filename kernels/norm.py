@@ -15,7 +15,7 @@ import triton.language as tl
 from fused_optim import reference
 
 from . import codecs, rules
-from .step import GRAD_COLUMN, ROW_COLUMNS, loaded
+from .step import ROW_COLUMNS, loaded
 
 CHUNK = tl.constexpr(reference.NORM_CHUNK)
 LANES = tl.constexpr(reference.NORM_LANES)
@@ -35,8 +35,8 @@ def _tree_sum(lanes):
 
 
 @triton.jit
-def _squares(row, at, divisor, GRAD: tl.constexpr):
-    g = GRAD.decode(GRAD.load(row + GRAD_COLUMN, at), at)
+def _squares(grad, at, divisor, GRAD: tl.constexpr):
+    g = GRAD.decode(GRAD.load(grad, at), at)
     if divisor != 1:
         g = rules.divide(g, divisor)
     g = g.to(tl.float64)
@@ -45,9 +45,10 @@ def _squares(row, at, divisor, GRAD: tl.constexpr):
 
 # One warp to a program: then all of a sum but its last levels needs no shared memory.
 @triton.jit(do_not_specialize_on_alignment=["grad_scale"])
-def square_sums_kernel(rows, chunks, grad_scale, sums, GRAD: tl.constexpr, DTYPE: tl.constexpr):
+def square_sums_kernel(rows, grads, chunks, grad_scale, sums, GRAD: tl.constexpr, DTYPE: tl.constexpr):
     entry = chunks + 3 * tl.program_id(0).to(tl.int64)
-    row = rows + tl.load(entry).to(tl.int64) * ROW_COLUMNS
+    row = tl.load(entry).to(tl.int64)
+    grad = grads + row
     chunk = tl.load(entry + 1).to(tl.int64)
     divisor = tl.full([], 1, DTYPE)
     if grad_scale is not None:
@@ -59,13 +60,13 @@ def square_sums_kernel(rows, chunks, grad_scale, sums, GRAD: tl.constexpr, DTYPE
         for i in tl.static_range(CHUNK // LANES):
             first = start + i * LANES
             at = codecs.At(first, first + tl.arange(0, LANES), None, None, working, None, None)
-            lanes += _squares(row, at, divisor, GRAD)
+            lanes += _squares(grad, at, divisor, GRAD)
     else:
-        end = tl.minimum(start + CHUNK, tl.load(row))
+        end = tl.minimum(start + CHUNK, tl.load(rows + row * ROW_COLUMNS))
         while start < end:
             offset = start + tl.arange(0, LANES)
             at = codecs.At(start, offset, offset < end, None, working, None, None)
-            lanes += tl.where(offset < end, _squares(row, at, divisor, GRAD), 0)
+            lanes += tl.where(offset < end, _squares(grad, at, divisor, GRAD), 0)
             start += LANES
     tl.store(sums + tl.load(entry + 2) + tl.arange(0, 1), _tree_sum(lanes))
 
@@ -103,7 +104,7 @@ def _constants(grad: str, working: torch.dtype) -> tuple[Any, ...]:
 def load_square_sums(grad: str, working: torch.dtype, scaled: bool, options: dict[str, Any]) -> Any:
     """The kernel for gradients in a format, loaded as :func:`.step.load` does."""
     scale = torch.float32 if scaled else None
-    given = torch.int64, torch.int32, scale, torch.float64, *_constants(grad, working)
+    given = torch.int64, torch.int64, torch.int32, scale, torch.float64, *_constants(grad, working)
     return loaded(square_sums_kernel, *given, **options)
 
 
@@ -114,12 +115,12 @@ def load_clip(skips: bool, options: dict[str, Any]) -> Any:
 
 
 def launch_square_sums(
-    kernel: Any, rows: torch.Tensor, chunks: torch.Tensor, grad_scale: torch.Tensor | None, sums: torch.Tensor,
-    grad: str, working: torch.dtype,
+    kernel: Any, rows: torch.Tensor, grads: torch.Tensor, chunks: torch.Tensor,
+    grad_scale: torch.Tensor | None, sums: torch.Tensor, grad: str, working: torch.dtype,
 ) -> None:  # fmt: skip
     """Put the sum of squares of each chunk in its place."""
     if len(chunks):
-        kernel[(len(chunks), 1, 1)](rows, chunks, grad_scale, sums, *_constants(grad, working))
+        kernel[(len(chunks), 1, 1)](rows, grads, chunks, grad_scale, sums, *_constants(grad, working))
 
 
 def launch_clip(

@@ -27,8 +27,8 @@ from . import codecs, rules
 MAX_COUNT = tl.constexpr(reference.MAX_COUNT)
 HYPER_COLUMNS = tl.constexpr(len(reference.Hyperparameters._fields))
 ROW_COLUMNS = tl.constexpr(len(COLUMNS_OF_ROW))
-GRAD_COLUMN, PARAM_COLUMN, MU_COLUMN, NU_COLUMN, KEY_COLUMN = (
-    tl.constexpr(COLUMNS_OF_ROW.index(name)) for name in ("grad", "param", "mu", "nu", "key")
+PARAM_COLUMN, MU_COLUMN, NU_COLUMN, KEY_COLUMN = (
+    tl.constexpr(COLUMNS_OF_ROW.index(name)) for name in ("param", "mu", "nu", "key")
 )
 NUM_COEFFICIENTS = tl.constexpr(len(reference.Coefficients._fields))
 COEFFICIENT_COLUMNS = tl.constexpr(len(reference.Coefficients._fields) + 2)
@@ -207,7 +207,7 @@ def _all_finite(new_p, mu, nu, special):
 
 @triton.jit
 def _step(
-    row, at, k, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
+    row, grad, at, k, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MU: tl.constexpr, NU: tl.constexpr,
 ):  # fmt: skip
     """Step ``at``, if values are as ``at.finite`` promises; whether they are."""
@@ -215,7 +215,7 @@ def _step(
     CHECK_PARAM: tl.constexpr = at.finite is not None and PARAM.low_precision
     if CHECK_PARAM or not FAST:
         p = PARAM.load(row + PARAM_COLUMN, at)
-    g = GRAD.load(row + GRAD_COLUMN, at)
+    g = GRAD.load(grad, at)
     stored_mu = MU.load(row + MU_COLUMN, at)
     stored_nu = NU.load(row + NU_COLUMN, at)
     g = GRAD.decode(g, at)
@@ -250,23 +250,25 @@ def _step(
 
 
 @triton.jit
-def _find_chunk(rows, chunks, coefficients):
-    """Of the chunk of this program: its row, its number and its coefficients."""
+def _find_chunk(rows, grads, chunks, coefficients):
+    """Of the chunk of this program: its row, its gradient, its number and its coefficients."""
     entry = chunks + 2 * (tl.program_id(0).to(tl.int64) - 1)
-    row = rows + tl.load(entry).to(tl.int64) * ROW_COLUMNS
-    return row, tl.load(entry + 1).to(tl.int64), coefficients + tl.load(row + 1) * COEFFICIENT_COLUMNS
+    number = tl.load(entry).to(tl.int64)
+    row = rows + number * ROW_COLUMNS
+    k = coefficients + tl.load(row + 1) * COEFFICIENT_COLUMNS
+    return row, grads + number, tl.load(entry + 1).to(tl.int64), k
 
 
 @triton.jit(do_not_specialize=["n"])
 def step_kernel(
-    rows, chunks, counters, n, coefficients, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
+    rows, grads, chunks, counters, n, coefficients, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MU: tl.constexpr, NU: tl.constexpr,
     CHUNK: tl.constexpr, THREADS: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
         return
-    row, chunk, k = _find_chunk(rows, chunks, coefficients)
+    row, grad, chunk, k = _find_chunk(rows, grads, chunks, coefficients)
     if tl.load(k + NUM_COEFFICIENTS) == 0:
         tail = chunk < 0
         if not tail:
@@ -274,10 +276,10 @@ def step_kernel(
             offset = start + tl.arange(0, CHUNK)
             finite: tl.constexpr = True if MU.low_precision else None
             at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite)
-            tail = not _step(row, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
+            tail = not _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
         if tail:
             # Once more: kept until here they take registers.
-            row, chunk, k = _find_chunk(rows, chunks, coefficients)
+            row, grad, chunk, k = _find_chunk(rows, grads, chunks, coefficients)
             start = tl.maximum(chunk, -1 - chunk) * CHUNK
             end = tl.minimum(start + CHUNK, tl.load(row))
             while start < end:
@@ -286,7 +288,7 @@ def step_kernel(
                 at = codecs.At(
                     start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, None
                 )
-                _step(row, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
+                _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
                 start += THREADS
 
 
@@ -305,7 +307,7 @@ def load(
     scalars = [torch.float32 if given else None for given in (scaled, skippable)]
     scalars.append(torch.float64 if clips else None)
     inputs = (torch.int64, 2, torch.float64, *scalars, working, *_prologue_constants(working))
-    tables = (torch.int64, torch.int32, torch.int64, 2, working, *constants.values())
+    tables = (torch.int64, torch.int64, torch.int32, torch.int64, 2, working, *constants.values())
     prologue = loaded(prologue_kernel, *inputs, **prologue_options)
     return prologue, loaded(step_kernel, *tables, **step_options)
 
@@ -335,9 +337,9 @@ def launch_prologue(
 
 
 def launch_step(
-    kernel: Any, rows: torch.Tensor, chunks: torch.Tensor, counters: torch.Tensor, coefficients: torch.Tensor,
-    constants: dict[str, Any],
+    kernel: Any, rows: torch.Tensor, grads: torch.Tensor, chunks: torch.Tensor, counters: torch.Tensor,
+    coefficients: torch.Tensor, constants: dict[str, Any],
 ) -> None:  # fmt: skip
     """Step every chunk and advance every counter."""
     grid = (1 + len(chunks), 1, 1)
-    kernel[grid](rows, chunks, counters, len(counters), coefficients, *constants.values())
+    kernel[grid](rows, grads, chunks, counters, len(counters), coefficients, *constants.values())

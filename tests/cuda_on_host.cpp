@@ -192,7 +192,7 @@ int64_t step_on_host(const char* rule, const char* param, const char* grad, cons
   fused_optim::CudaTask task;
   std::memcpy(&task, numbers, sizeof(task));
   return guarded(error, size, [&] {
-    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, numbers[10]);
+    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, numbers[11]);
   });
 }
 
@@ -202,7 +202,7 @@ int64_t square_sums_on_host(const char* grad, const int64_t* numbers, char* erro
   fused_optim::NormTask task;
   std::memcpy(&task, numbers, sizeof(task));
   return guarded(error, size, [&] {
-    return fused_optim::square_sums_cuda(grad, task, numbers[5]);
+    return fused_optim::square_sums_cuda(grad, task, numbers[6]);
   });
 }
 

@@ -52,7 +52,8 @@ class Library:
 
     def step(self, work: Work) -> int:
         batch, inputs = work.batch, work.inputs
-        table = {"rows": work.rows, "chunks": work.chunks, "counters": batch.counters}
+        table = {"rows": work.rows, "grads": work.addresses, "chunks": work.chunks}
+        table["counters"] = batch.counters
         constants = [*table.values(), *(t for t in inputs if t is not None), *work.grads]
         GPU.memory = lambda: ([*work.steps, *work.stored], constants)
         before = len(GPU.launched)
@@ -62,7 +63,7 @@ class Library:
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
         grads = [o.grad for o in batch.items]
-        constants = [batch.rows, batch.norm_chunks, *grads, *([] if grad_scale is None else [grad_scale])]
+        constants = [batch.rows, batch.grads, batch.norm_chunks, *grads, *([] if grad_scale is None else [grad_scale])]
         GPU.memory = lambda: ([sums], constants)
         TRITON.square_sums(batch, grad_scale, sums)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from worlds import COVERING, Row, World
 
 from fused_optim import AdaBelief, AdamaxW
-from fused_optim.backends import BACKENDS, extension, native
+from fused_optim.backends import BACKENDS, extension, native, uploaded, valid_now
 from fused_optim.reference import bias_correction
 from fused_optim.rules import RULES as REFERENCES
 from fused_optim.storage import Formats
@@ -169,6 +169,30 @@ def test_cuda_is_for_what_its_driver_takes(
     monkeypatch.setattr(torch.cuda, "is_available", lambda: sees_gpu)
     found = BACKENDS["cuda"].why_not(torch.device("cuda"))
     assert found is None if reason is None else found is not None and found.startswith(reason)
+
+
+def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are recorded on streams other than that of their upload, and not while a graph is captured; what a
+    capture uploads is for no other step."""
+    now: dict[str, Any] = {"stream": 1, "capturing": False}
+    recorded: list[int] = []
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["stream"])
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
+    monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
+    monkeypatch.setattr(Tensor, "to", lambda t, *where, **how: t.clone())
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: recorded.append(stream))
+    held: dict[str, Tensor] = {}
+
+    def upload(key: str) -> Tensor:
+        return uploaded(held, key, torch.device("cuda:0"), lambda: torch.ones(2))
+
+    first = upload("before")
+    for now["stream"] in (1, 2, 1):
+        assert upload("before") is first
+    assert recorded == [2]
+    now.update(stream=3, capturing=True)
+    assert upload("before") is first and upload("captured") is not first
+    assert recorded == [2] and list(valid_now(held)) == ["before"]
 
 
 @backends

@@ -52,7 +52,7 @@ def setup_flags(name: str) -> list[str]:
 def task_of(work: Work, coefficients: Tensor) -> list[int]:
     """The fields of CudaTask."""
     inputs, chunks, counters = work.inputs, work.chunks, work.batch.counters
-    tables = (work.rows.data_ptr(), chunks.data_ptr(), len(chunks), counters.data_ptr(), len(counters))
+    tables = [*map(address, (work.rows, work.addresses, chunks)), len(chunks), address(counters), len(counters)]
     tensors = (inputs.hyper, coefficients, inputs.grad_scale, inputs.found_inf, inputs.clip)
     return [*tables, *map(address, tensors)]
 
@@ -64,7 +64,7 @@ def address(t: Tensor | None) -> int:
 def norm_task(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> list[int]:
     """The fields of NormTask."""
     chunks = batch.norm_chunks
-    return [batch.rows.data_ptr(), chunks.data_ptr(), len(chunks), address(grad_scale), sums.data_ptr()]
+    return [*map(address, (batch.rows, batch.grads, chunks)), len(chunks), address(grad_scale), address(sums)]
 
 
 def clip_task(sums: Tensor, max_grad_norm: Tensor, clip: Tensor, skipped: Tensor | None) -> list[int]:
@@ -92,7 +92,7 @@ class Host:
         return result
 
     def step_of(self, *names_and_numbers: Any) -> int:
-        numbers = (ctypes.c_int64 * 11)(*names_and_numbers[5:])
+        numbers = (ctypes.c_int64 * 12)(*names_and_numbers[5:])
         return self.call("step_on_host", *names_and_numbers[:5], numbers)
 
     def step(self, work: Work, stream: int = 0) -> int:
@@ -105,7 +105,7 @@ class Host:
         return launched
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-        numbers = (ctypes.c_int64 * 6)(*norm_task(batch, grad_scale, sums), 0)
+        numbers = (ctypes.c_int64 * 7)(*norm_task(batch, grad_scale, sums), 0)
         assert self.call("square_sums_on_host", batch.key.grad.name, numbers) == 1
 
     def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
@@ -193,7 +193,7 @@ def test_launches(host: Host) -> None:
     empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 2
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 11) == 0
+    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 12) == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
@@ -225,7 +225,7 @@ UNKNOWN = [
 @pytest.mark.parametrize("names", UNKNOWN)
 def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
     with pytest.raises(RuntimeError, match=".*".join(names)):
-        host.step_of(*names, *[0] * 11)
+        host.step_of(*names, *[0] * 12)
 
 
 def test_the_extension() -> None:
@@ -236,7 +236,7 @@ def test_the_extension() -> None:
     assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ")
     for names in UNKNOWN:
         with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.step(names, [0] * 10, 0)
+            cuda.step(names, [0] * 11, 0)
         with pytest.raises(ValueError, match=".*".join(names)):
             cuda.load(names)
     if not torch.cuda.is_available():
@@ -576,7 +576,7 @@ class Emulated:
         size = len(counters) * self.host.library.coefficients_bytes()
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
         given = [t for t in inputs[1:] if t is not None]
-        task = struct.pack("10q", *task_of(work, coefficients))
+        task = struct.pack("11q", *task_of(work, coefficients))
         working = "double" if formats == FP64 else "float"
         prologue = self._kernel("prologue_kernel", working)
         constants = [counters, inputs.hyper, *given]
@@ -584,14 +584,14 @@ class Emulated:
         ptx.run(prologue, blocks, [task], [coefficients], [*constants, *work.steps])
         rule = RULE_CLASS[work.batch.key.rule.name]
         step = self._kernel("step_kernel", rule, *(FORMAT_CLASS[f.name] for f in formats))
-        constants = [work.rows, work.chunks, counters, coefficients, *given, *work.grads]
+        constants = [work.rows, work.addresses, work.chunks, counters, coefficients, *given, *work.grads]
         ptx.run(step, len(work.chunks) + 1, [task], [*work.stored, *work.steps], constants)
         return 2
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-        task = struct.pack("5q", *norm_task(batch, grad_scale, sums))
+        task = struct.pack("6q", *norm_task(batch, grad_scale, sums))
         kernel = self._kernel("square_sums_kernel", FORMAT_CLASS[batch.key.grad.name])
-        constants = [batch.rows, batch.norm_chunks, *(o.grad for o in batch.items)]
+        constants = [batch.rows, batch.grads, batch.norm_chunks, *(o.grad for o in batch.items)]
         constants += [] if grad_scale is None else [grad_scale]
         ptx.run(kernel, -(-len(batch.norm_chunks) // (kernel.threads // ptx.WARP)), [task], [sums], constants)
 

@@ -166,23 +166,25 @@ class World:
         chunks[:, 1] = torch.where(number < 0, number - skipped, number + skipped)
         rows = batch.rows.clone()
         rows[:, 0] += skipped * chunk
-        for i, f in enumerate((key.grad, key.param, key.mu, key.nu)):
+        grads = batch.grads - skipped * chunk * key.grad.dtype.itemsize
+        for i, f in enumerate(key.formats):
             rows[:, ADDRESSES.start + i] -= skipped * chunk * f.dtype.itemsize
             if f.aux is not None:
                 bytes_skipped = skipped * chunk // f.aux.block * f.aux.dtype.itemsize
                 rows[:, ADDRESSES.start + 3 + i] -= bytes_skipped
         stored = [t for parts in (*self.stored, *self.aux) for t in parts if t is not None]
-        work = Work(batch, formats, rows, chunks, inputs, self.steps, self.grads, stored)
+        work = Work(batch, formats, rows, grads, chunks, inputs, self.steps, self.grads, stored)
         return library.step(work, **where)
 
 
 class Work(NamedTuple):
-    """What a step is made from: a batch, with rows and chunks in place of its own, and what the addresses
-    in these lead to."""
+    """What a step is made from: a batch, with rows, gradients' addresses and chunks in place of its own, and
+    what the addresses in these lead to."""
 
     batch: Batch
     formats: Formats
     rows: Tensor
+    addresses: Tensor
     chunks: Tensor
     inputs: Inputs
     steps: list[Tensor]

@@ -3,12 +3,12 @@
 
 import torch
 
-from .base import Backend, Inputs, uploaded
+from .base import Backend, Inputs, uploaded, valid_now
 from .eager import EAGER
 from .native import CPU, CUDA, extension
 from .triton import TRITON
 
-__all__ = ["BACKENDS", "Backend", "Inputs", "extension", "select", "uploaded"]
+__all__ = ["BACKENDS", "Backend", "Inputs", "extension", "select", "uploaded", "valid_now"]
 
 BACKENDS = {backend.name: backend for backend in (TRITON, CUDA, CPU, EAGER)}  # in order of preference
 

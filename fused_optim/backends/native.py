@@ -46,10 +46,13 @@ def extension(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"fused_optim.{name} does not load: {error}"
 
 
-def _table(rows: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tuple[int, ...]:
+def _chunks(rows: Tensor, grads: Tensor, chunks: Tensor) -> tuple[int, ...]:
+    return rows.data_ptr(), grads.data_ptr(), chunks.data_ptr(), len(chunks)
+
+
+def _table(rows: Tensor, grads: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tuple[int, ...]:
     """The fields of Table in ``csrc/table.h``."""
-    counted = rows.data_ptr(), chunks.data_ptr(), len(chunks), counters.data_ptr(), len(counters)
-    return *counted, hyper.data_ptr()
+    return *_chunks(rows, grads, chunks), counters.data_ptr(), len(counters), hyper.data_ptr()
 
 
 def _cpu_why_not(device: torch.device) -> str | None:
@@ -77,7 +80,7 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
     cpu.step(
         instruction_set(cpu),
         batch.key.names,
-        _table(batch.rows, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
+        _table(batch.rows, batch.grads, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
         CPU_CHUNK,
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
         1.0 if inputs.clip is None else inputs.clip[2].item(),
@@ -93,15 +96,17 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _norm_task(rows: Tensor, chunks: Tensor, grad_scale: Tensor | None, sums: Tensor) -> tuple[int, ...]:
+def _norm_task(
+    rows: Tensor, grads: Tensor, chunks: Tensor, grad_scale: Tensor | None, sums: Tensor
+) -> tuple[int, ...]:
     """The fields of NormTask in ``csrc/table.h``."""
-    return rows.data_ptr(), chunks.data_ptr(), len(chunks), _address(grad_scale), sums.data_ptr()
+    return *_chunks(rows, grads, chunks), _address(grad_scale), sums.data_ptr()
 
 
 def _cpu_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     cpu = extension("_cpu")[0]
     assert cpu is not None
-    task = _norm_task(batch.rows, batch.norm_chunks, grad_scale, sums)
+    task = _norm_task(batch.rows, batch.grads, batch.norm_chunks, grad_scale, sums)
     cpu.square_sums(instruction_set(cpu), batch.key.grad.name, task, _threads(batch))
 
 

@@ -68,12 +68,12 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     kernels, key, device = _kernels(), batch.key, batch.key.device
     constants = _arguments(key)[0]
     prologue, step = _load(key, *(t is not None for t in inputs[1:]))
-    rows, chunks, counters = table_on(batch, constants["CHUNK"])
+    *tables, counters = table_on(batch, constants["CHUNK"])
     size = len(counters) * kernels.COEFFICIENT_COLUMNS.value
     coefficients = torch.empty(size, dtype=key.param.working, device=device)
     with torch.accelerator.device_index(device.index):
         kernels.launch_prologue(prologue, counters, *inputs, coefficients)
-        kernels.launch_step(step, rows, chunks, counters, coefficients, constants)
+        kernels.launch_step(step, *tables, counters, coefficients, constants)
 
 
 # The norm's kernels are loaded when they are launched: before anything is written.
