@@ -16,43 +16,53 @@ cudaError_t launch(void (*kernel)(Task), int64_t blocks, int threads, Task task,
                           0, reinterpret_cast<cudaStream_t>(stream));
 }
 
-// Calls `launches` on a device; `text` says of what, and `launches` says which, where it is given an error.
-template <class Launches>
-void on_device(int device, const std::string& text, Launches launches) {
-  const char* what = "making the device current for ";
-  int previous = device;
-  cudaError_t error = cudaGetDevice(&previous);
-  if (error == cudaSuccess && previous != device) error = cudaSetDevice(device);
-  if (error == cudaSuccess) error = launches(what);
-  if (previous != device) cudaSetDevice(previous);
-  if (error == cudaSuccess) return;
+template <class Task>
+cudaError_t load(void (*kernel)(Task)) {
+  cudaFuncAttributes attributes;  // asked for, since that loads the kernel
+  return cudaFuncGetAttributes(&attributes, kernel);
+}
+
+[[noreturn]] void fail(cudaError_t error, const std::string& what) {
   cudaGetLastError();  // forgets it, so that no later launch is blamed
-  throw std::runtime_error(what + text + " on cuda:" + std::to_string(device) + " failed: " +
-                           cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
+  throw std::runtime_error(what + " failed: " + cudaGetErrorString(error) + " (" + cudaGetErrorName(error) +
                            "; built for compute capabilities " + cuda_archs() + ")");
 }
 
-}  // namespace
-
-int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int device) {
+Kernel step_of(const Names& names) {
   Kernel kernel = nullptr;
   for (const auto find : {find_step<1>, find_step<2>, find_step<4>, find_step<8>})
     if (kernel == nullptr) kernel = find(names);
   if (kernel == nullptr) throw std::invalid_argument("no CUDA code for " + text_of(names));
+  return kernel;
+}
+
+Kernel prologue_of(const Names& names) {
+  return same(names.param, Fp64::name) ? prologue_kernel<double> : prologue_kernel<float>;
+}
+
+}  // namespace
+
+void load_cuda(const Names& names) {
+  for (const Kernel kernel : {step_of(names), prologue_of(names)})
+    if (const cudaError_t error = load(kernel)) fail(error, "loading " + text_of(names));
+}
+
+void check_cuda() {
+  if (const cudaError_t error = load(clip_kernel<double>)) fail(error, "loading a kernel");
+}
+
+int step_cuda(const Names& names, const CudaTask& task, int64_t stream) {
+  const Kernel kernel = step_of(names);
   if (task.n_counters == 0) return 0;
-  const Kernel prologue = same(names.param, Fp64::name) ? prologue_kernel<double> : prologue_kernel<float>;
   const int64_t counter_blocks = (task.n_counters + kPrologueThreads - 1) / kPrologueThreads;
-  on_device(device, text_of(names), [&](const char*& what) {
-    what = "the launch of the prologue of ";
-    const cudaError_t error = launch(prologue, counter_blocks, kPrologueThreads, task, stream);
-    if (error != cudaSuccess) return error;
-    what = "the launch of ";
-    return launch(kernel, task.n_chunks + 1, kThreads, task, stream);
-  });
+  if (const cudaError_t error = launch(prologue_of(names), counter_blocks, kPrologueThreads, task, stream))
+    fail(error, "the launch of the prologue of " + text_of(names));
+  if (const cudaError_t error = launch(kernel, task.n_chunks + 1, kThreads, task, stream))
+    fail(error, "the launch of " + text_of(names));
   return 2;
 }
 
-int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream, int device) {
+int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream) {
   void (*kernel)(NormTask) = nullptr;
   with_name(GradCodecs{}, grad, [&](auto codec) {
     kernel = square_sums_kernel<decltype(codec)>;
@@ -60,18 +70,15 @@ int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream, int
   });
   if (kernel == nullptr) throw std::invalid_argument(std::string("no CUDA code for gradients in ") + grad);
   if (task.n_chunks == 0) return 0;
-  on_device(device, std::string("gradients in ") + grad, [&](const char*& what) {
-    what = "the launch of the norm of ";
-    return launch(kernel, (task.n_chunks + kNormWarps - 1) / kNormWarps, kThreads, task, stream);
-  });
+  const int64_t blocks = (task.n_chunks + kNormWarps - 1) / kNormWarps;
+  if (const cudaError_t error = launch(kernel, blocks, kThreads, task, stream))
+    fail(error, std::string("the launch of the norm of gradients in ") + grad);
   return 1;
 }
 
-int clip_cuda(const ClipTask& task, int64_t stream, int device) {
-  on_device(device, "clipping", [&](const char*& what) {
-    what = "the launch of ";
-    return launch(clip_kernel<double>, 1, kLanes, task, stream);
-  });
+int clip_cuda(const ClipTask& task, int64_t stream) {
+  if (const cudaError_t error = launch(clip_kernel<double>, 1, kLanes, task, stream))
+    fail(error, "the launch of clipping");
   return 1;
 }
 

@@ -32,13 +32,19 @@ constexpr int64_t kChunk = 4096;
 
 constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many as any format needs
 
-// Launches one step, waits for nothing, and returns the number of kernels launched. Throws std::invalid_argument for
-// what no kernel is built for, std::runtime_error for what CUDA refuses.
-int step_cuda(const Names& names, const CudaTask& task, int64_t stream, int device);
+// All of this is on the device that is current in CUDA, which torch keeps: a guard here would be of the static
+// runtime's. What no kernel is built for is a std::invalid_argument, what CUDA refuses a std::runtime_error.
+
+// Loads a step's kernels, which CUDA otherwise does at their first launch.
+void load_cuda(const Names& names);
+void check_cuda();  // loads some kernel: whether the driver and the GPU take what was built
+
+// Launches one step, waits for nothing, and returns the number of kernels launched.
+int step_cuda(const Names& names, const CudaTask& task, int64_t stream);
 
 // Each launches one kernel, as step_cuda does.
-int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream, int device);
-int clip_cuda(const ClipTask& task, int64_t stream, int device);
+int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream);
+int clip_cuda(const ClipTask& task, int64_t stream);
 
 std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"
 std::string cuda_compiler();

@@ -20,7 +20,8 @@ struct dim3 {
   explicit dim3(unsigned x = 1, unsigned y = 1, unsigned z = 1) : x(x), y(y), z(z) {}
 };
 using cudaStream_t = struct Stream*;
-enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice };
+enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorNoKernelImageForDevice };
+struct cudaFuncAttributes {};
 
 #define __global__
 #define __device__
@@ -32,33 +33,24 @@ enum cudaError_t { cudaSuccess, cudaErrorLaunchFailure, cudaErrorInvalidDevice }
 #define __CUDACC_VER_BUILD__ 0
 
 namespace {
-constexpr int kDevices = 2;
 dim3 blockIdx, threadIdx;
-int current_device = 0;
 bool refuse = false;
 struct Launched {
-  int64_t blocks, threads, stream, device;
+  int64_t blocks, threads, stream;
 };
 int n_launched = 0;
 Launched launched[2];
 }  // namespace
-
-cudaError_t cudaGetDevice(int* device) {
-  *device = current_device;
-  return cudaSuccess;
-}
-
-cudaError_t cudaSetDevice(int device) {
-  if (device < 0 || device >= kDevices) return cudaErrorInvalidDevice;
-  current_device = device;
-  return cudaSuccess;
-}
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
 const char* cudaGetErrorString(cudaError_t) { return "the error's text"; }
 const char* cudaGetErrorName(cudaError_t) { return "the error's name"; }
 template <class Task>
 cudaError_t cudaLaunchKernel(void (*)(Task), dim3, dim3, void**, size_t, cudaStream_t);
+template <class Task>
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes*, void (*)(Task)) {
+  return refuse ? cudaErrorNoKernelImageForDevice : cudaSuccess;
+}
 
 namespace {
 
@@ -167,7 +159,7 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Task), dim3 grid, dim3 block, void**
                              cudaStream_t stream) {
   if (refuse) return cudaErrorLaunchFailure;
   if (n_launched == 2) return cudaErrorLaunchFailure;
-  launched[n_launched++] = {grid.x, block.x, reinterpret_cast<int64_t>(stream), current_device};
+  launched[n_launched++] = {grid.x, block.x, reinterpret_cast<int64_t>(stream)};
   for (blockIdx.x = grid.x; blockIdx.x-- > 0;)
     for (threadIdx.x = block.x; threadIdx.x > 0;) {
       threadIdx.x -= Warp::kSize;
@@ -193,25 +185,33 @@ int64_t guarded(char* error, int64_t size, const Use& use) {
 
 extern "C" {
 
-// `numbers`: the fields of CudaTask, the stream and the device.
+// `numbers`: the fields of CudaTask and the stream.
 int64_t step_on_host(const char* rule, const char* param, const char* grad, const char* mu, const char* nu,
                      const int64_t* numbers, char* error, int64_t size) {
   n_launched = 0;
   fused_optim::CudaTask task;
   std::memcpy(&task, numbers, sizeof(task));
-  const int64_t stream = numbers[10], device = numbers[11];
   return guarded(error, size, [&] {
-    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, stream, static_cast<int>(device));
+    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, numbers[10]);
   });
 }
 
-// `numbers`: the fields of NormTask or ClipTask, the stream and the device.
+// `numbers`: the fields of NormTask or ClipTask and the stream.
 int64_t square_sums_on_host(const char* grad, const int64_t* numbers, char* error, int64_t size) {
   n_launched = 0;
   fused_optim::NormTask task;
   std::memcpy(&task, numbers, sizeof(task));
   return guarded(error, size, [&] {
-    return fused_optim::square_sums_cuda(grad, task, numbers[5], static_cast<int>(numbers[6]));
+    return fused_optim::square_sums_cuda(grad, task, numbers[5]);
+  });
+}
+
+int64_t load_on_host(const char* rule, const char* param, const char* grad, const char* mu, const char* nu, char* error,
+                     int64_t size) {
+  return guarded(error, size, [&] {
+    fused_optim::check_cuda();
+    fused_optim::load_cuda({rule, param, grad, mu, nu});
+    return 0;
   });
 }
 
@@ -220,13 +220,13 @@ int64_t clip_on_host(const int64_t* numbers, char* error, int64_t size) {
   fused_optim::ClipTask task;
   std::memcpy(&task, numbers, sizeof(task));
   return guarded(error, size,
-                 [&] { return fused_optim::clip_cuda(task, numbers[5], static_cast<int>(numbers[6])); });
+                 [&] { return fused_optim::clip_cuda(task, numbers[5]); });
 }
 
 int64_t chunk_size() { return fused_optim::kChunk; }
 int64_t coefficients_bytes() { return fused_optim::kCoefficientsBytes; }
 
-// Blocks, threads, stream and device of a launch of the last step.
+// Blocks, threads and stream of a launch of the last step.
 const int64_t* launch_of_last_step(int i) { return &launched[i].blocks; }
 
 // How often a warp had a lane that voted yes since the last call.
@@ -261,5 +261,4 @@ int64_t e4m3_differences(int64_t n) {
 }
 
 void refuse_launches(bool yes) { refuse = yes; }
-int current() { return current_device; }
 }

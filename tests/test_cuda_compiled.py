@@ -77,7 +77,7 @@ class Host:
 
     def __init__(self, path: Path) -> None:
         self.library = ctypes.CDLL(str(path))
-        steps = ("step_on_host", "square_sums_on_host", "clip_on_host")
+        steps = ("step_on_host", "square_sums_on_host", "clip_on_host", "load_on_host")
         for name in (*steps, "chunk_size", "coefficients_bytes", "e4m3_differences"):
             getattr(self.library, name).restype = ctypes.c_int64
         self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
@@ -92,25 +92,25 @@ class Host:
         return result
 
     def step_of(self, *names_and_numbers: Any) -> int:
-        numbers = (ctypes.c_int64 * 12)(*names_and_numbers[5:])
+        numbers = (ctypes.c_int64 * 11)(*names_and_numbers[5:])
         return self.call("step_on_host", *names_and_numbers[:5], numbers)
 
-    def step(self, work: Work, stream: int = 0, device: int = 0) -> int:
+    def step(self, work: Work, stream: int = 0) -> int:
         """How many launches there were."""
         size = len(work.batch.counters) * self.library.coefficients_bytes()
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
         names = [work.batch.key.rule.name, *(f.name for f in work.formats)]
-        launched = self.step_of(*names, *task_of(work, coefficients), stream, device)
+        launched = self.step_of(*names, *task_of(work, coefficients), stream)
         assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
         return launched
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-        numbers = (ctypes.c_int64 * 7)(*norm_task(batch, grad_scale, sums), 0, 0)
+        numbers = (ctypes.c_int64 * 6)(*norm_task(batch, grad_scale, sums), 0)
         assert self.call("square_sums_on_host", batch.key.grad.name, numbers) == 1
 
     def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
         clip = torch.empty(4, dtype=torch.float64)
-        numbers = (ctypes.c_int64 * 7)(*clip_task(sums, max_grad_norm, clip, skipped), 0, 0)
+        numbers = (ctypes.c_int64 * 6)(*clip_task(sums, max_grad_norm, clip, skipped), 0)
         assert self.call("clip_on_host", numbers) == 1
         return clip
 
@@ -178,18 +178,17 @@ def test_launches(host: Host) -> None:
     chunk = host.chunk_size()
     world = World("adamaxw", FP32, [Row(2 * chunk + 1), Row(0), Row(5)] + [Row(0)] * 200)
     world.new_gradients()
-    assert world.step(host, world.inputs(None, None), stream=1234, device=1) == 2
-    prologue, step = (host.library.launch_of_last_step(i)[:4] for i in range(2))
+    assert world.step(host, world.inputs(None, None), stream=1234) == 2
+    prologue, step = (host.library.launch_of_last_step(i)[:3] for i in range(2))
     assert prologue[0] * prologue[1] >= 203 > (prologue[0] - 1) * prologue[1]
     assert step[0] == 4 + 1 and chunk % step[1] == 0
-    assert prologue[2:] == step[2:] == [1234, 1]
-    assert host.library.current() == 0, "the device that was current is not restored"
+    assert prologue[2] == step[2] == 1234
     assert [int(s) for s in world.steps] == [1] * 203
 
     empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 2
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 12) == 0
+    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 11) == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
@@ -197,16 +196,16 @@ def test_refused_launches_are_errors(host: Host) -> None:
     before = world.contents()
     host.library.refuse_launches(True)
     try:
-        message = (
-            r"the prologue of adabelief for parameters in bf16.* on cuda:1 failed: the error's text.*80,90"
+        prologue = (
+            r"launch of the prologue of adabelief for parameters in bf16.* failed: the error's text.*80,90"
         )
-        with pytest.raises(RuntimeError, match=message):
-            world.step(host, world.inputs(None, None), device=1)
+        with pytest.raises(RuntimeError, match=prologue):
+            world.step(host, world.inputs(None, None))
+        with pytest.raises(RuntimeError, match="^loading a kernel failed: the error's text.*80,90"):
+            host.call("load_on_host", "adabelief", *["fp32"] * 4)
     finally:
         host.library.refuse_launches(False)
-    assert host.library.current() == 0
-    with pytest.raises(RuntimeError, match="current for adabelief .* on cuda:7 failed: the error's text"):
-        world.step(host, world.inputs(None, None), device=7)
+    assert host.call("load_on_host", "adabelief", *["fp32"] * 4) == 0
     assert_same_bits(world.contents(), before)
 
 
@@ -221,7 +220,7 @@ UNKNOWN = [
 @pytest.mark.parametrize("names", UNKNOWN)
 def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
     with pytest.raises(RuntimeError, match=".*".join(names)):
-        host.step_of(*names, *[0] * 12)
+        host.step_of(*names, *[0] * 11)
 
 
 def test_the_extension() -> None:
@@ -232,9 +231,12 @@ def test_the_extension() -> None:
     assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ")
     for names in UNKNOWN:
         with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.step(names, [0] * 10, 0, 0)
-    with pytest.raises(RuntimeError, match="cuda:1000 failed"):
-        cuda.step(("adamaxw", *["fp32"] * 4), [0, 0, 0, 0, 1, 0, 0, 0, 0, 0], 0, 1000)
+            cuda.step(names, [0] * 10, 0)
+        with pytest.raises(ValueError, match=".*".join(names)):
+            cuda.load(names)
+    if not torch.cuda.is_available():
+        with pytest.raises(RuntimeError, match="^loading a kernel failed: .* driver"):
+            cuda.check()
 
 
 # The machine code

@@ -7,11 +7,12 @@ import importlib
 import os
 from functools import cache
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..table import Batch
+from ..table import Batch, BatchKey
 from .base import Backend, Inputs, norm_table_on, table_on
 from .eager import EAGER
 
@@ -104,12 +105,37 @@ def _cpu_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> N
     cpu.square_sums(instruction_set(cpu), batch.key.grad.name, task, _threads(batch))
 
 
+def _current(device: torch.device) -> Any:
+    return torch.accelerator.device_index(device.index)
+
+
 def _cuda_why_not(device: torch.device) -> str | None:
     if device.type != "cuda":
         return "it steps parameters on NVIDIA GPUs only"
     if torch.version.hip is not None:
         return "this torch is built for ROCm; the triton backend serves AMD GPUs"
-    return extension("_cuda")[1]
+    cuda, reason = extension("_cuda")
+    if cuda is None:
+        return reason
+    if not torch.cuda.is_available():
+        return "torch sees no GPU"
+    try:  # the driver says whether it knows this CUDA, and the GPU this machine code
+        with _current(device):
+            cuda.check()
+    except RuntimeError as error:
+        return f"{error}; FUSED_OPTIM_CUDA_ARCHS names others when the package is built"
+    return None
+
+
+def _cuda_load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> None:
+    cuda = extension("_cuda")[0]
+    assert cuda is not None
+    with _current(key.device):
+        cuda.load(key.names)
+
+
+def _stream(device: torch.device) -> int:
+    return torch.cuda.current_stream(device).cuda_stream
 
 
 def _cuda_step(batch: Batch, inputs: Inputs) -> None:
@@ -120,14 +146,16 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     coefficients = torch.empty(size, dtype=torch.uint8, device=device)
     table = _table(*table_on(batch, cuda.chunk_size), inputs.hyper)
     task = (*table, coefficients.data_ptr(), *map(_address, inputs[1:]))
-    cuda.step(batch.key.names, task, torch.cuda.current_stream(device).cuda_stream, device.index)
+    with _current(device):
+        cuda.step(batch.key.names, task, _stream(device))
 
 
 def _cuda_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     cuda, device = extension("_cuda")[0], batch.key.device
     assert cuda is not None
     task = _norm_task(*norm_table_on(batch), grad_scale, sums)
-    cuda.square_sums(batch.key.grad.name, task, torch.cuda.current_stream(device).cuda_stream, device.index)
+    with _current(device):
+        cuda.square_sums(batch.key.grad.name, task, _stream(device))
 
 
 def _cuda_clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
@@ -135,9 +163,10 @@ def _cuda_clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> T
     assert cuda is not None
     clip = torch.empty(4, dtype=torch.float64, device=device)
     task = (sums.data_ptr(), len(sums), *map(_address, (max_grad_norm, clip, skipped)))
-    cuda.clip(task, torch.cuda.current_stream(device).cuda_stream, device.index)
+    with _current(device):
+        cuda.clip(task, _stream(device))
     return clip
 
 
 CPU = Backend("cpu", _cpu_why_not, _cpu_step, _cpu_square_sums, EAGER.clip)
-CUDA = Backend("cuda", _cuda_why_not, _cuda_step, _cuda_square_sums, _cuda_clip)
+CUDA = Backend("cuda", _cuda_why_not, _cuda_step, _cuda_square_sums, _cuda_clip, _cuda_load)
