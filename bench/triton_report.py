@@ -107,7 +107,7 @@ def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued
         for param, grad, state in triples:
             names = (param, grad, *STATES[state])
             working = "fp64" if param == "fp64" else "fp32"
-            constants = step.step_constants(rule, *names)
+            constants = step.step_constants(rule, *names, target.backend)
             code = report(step.step_kernel, working, constants, step.THREADS, step.registers(*names[:3]))
             rows.append(head("step", param, rule, grad, state) | code)
     for working, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):

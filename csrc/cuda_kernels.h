@@ -341,8 +341,11 @@ struct Neighbours {
       g.decode(k);
       mu.decode(k);
       nu.decode(k);
-      if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
-      if (c.grad_factor != T(1)) g.value[k] *= c.grad_factor;
+      // One branch for both: a factor's own test takes an instruction of each element.
+      if (c.grad_divisor.value != T(1) || c.grad_factor != T(1)) {
+        if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
+        g.value[k] *= c.grad_factor;
+      }
       step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
       special |= p.is_special(k) | mu.is_special(k) | nu.is_special(k);
       p.encode(k);

@@ -61,7 +61,7 @@ class Codec:
         return f"codec_{self.name}"  # a part of names in what is compiled
 
 
-At = namedtuple("At", "start offset mask block_mask count key finite")
+At = namedtuple("At", "start offset mask block_mask count key finite ptx")
 """Elements of one row.
 
 ``start``: the first one's index, a multiple of BLOCK. ``offset`` and ``mask``: the index of each, and
@@ -69,7 +69,7 @@ whether it exists; a mask of None for all. ``block_mask``: the same of their blo
 of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
 parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be
 stored with low precision are below 2^127, so that none is infinite or NaN or rounds to infinity, and no
-moment in memory is infinite or NaN (see ``step._all_finite``).
+moment in memory is infinite or NaN (see ``step._all_finite``). ``ptx``: a full chunk for NVIDIA's GPUs.
 True or None, since Triton makes tensors of other constants in a tuple.
 """
 
@@ -143,17 +143,29 @@ def _high_bytes(b):
 
 
 @triton.jit
-def _store_bytes(row, at, x):
-    """``x``: at most 255 in a full chunk."""
+def _bytes_of(a, b, selector):
+    """Four bytes, which ``selector`` names, of the eight of two words (PTX)."""
+    prmt: tl.constexpr = "prmt.b32 $0, $1, $2, $3;"
+    return tl.inline_asm_elementwise(prmt, "=r,r,r,r", [a, b, selector], tl.uint32, is_pure=True, pack=1)
+
+
+@triton.jit
+def _store_bytes(row, at, x, BYTE: tl.constexpr):
+    """That byte of each word of ``x``, 0 for the lowest."""
     if at.mask is None:
         even, odd = tl.split(tl.reshape(x, [x.shape[0] // 4, 2, 2]))
         b0, b2 = tl.split(even)
         b1, b3 = tl.split(odd)
-        # A shift and an addition are one instruction, a shift and an "or" are two.
-        words = ((b3 * 256 + b2) * 256 + b1) * 256 + b0
+        if at.ptx is not None:
+            selector: tl.constexpr = 0x40 + 0x11 * BYTE
+            words = _bytes_of(_bytes_of(b0, b1, selector), _bytes_of(b2, b3, selector), 0x5410)
+        else:
+            words = (b3 >> (8 * BYTE)) & 0xFF
+            for b in tl.static_range(3):
+                words = words * 256 + (((b2, b1, b0)[b] >> (8 * BYTE)) & 0xFF)
         tl.store(_pointers(row, tl.uint32, at, 4), words)
     else:
-        _store(row, at, x.to(tl.uint8))
+        _store(row, at, (x >> (8 * BYTE)).to(tl.uint8))
 
 
 @triton.jit
@@ -173,8 +185,13 @@ def magnitude_bits(x):
 
 @triton.jit
 def largest_of_eight(x):
-    """Of each eight neighbours, which a thread holds in a full chunk."""
-    return tl.max(tl.reshape(x, [x.shape[0] // 8, 8]), 1)
+    """The bits of the largest magnitude of each eight neighbours, which a thread holds in a full chunk; a NaN is
+    the largest. (Maxima of numbers need no instruction to take a sign away, those of bits one for each.)"""
+    x = tl.abs(x)
+    for _ in tl.static_range(3):
+        a, b = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))
+        x = tl.maximum(a, b, propagate_nan=tl.PropagateNan.ALL)
+    return magnitude_bits(x)
 
 
 @triton.jit
@@ -263,8 +280,13 @@ def _decode_bf16(halves, at):
 
 @triton.jit
 def _store_bf16(row, at, x, OPERAND: tl.constexpr):
-    bits = _canonical_bits(x, at)
-    _store_high_halves(row, at, bits + 0x7FFF + ((bits >> 16) & 1))
+    if at.ptx is not None:
+        # Two values in one instruction, where integers take three for each.
+        pair: tl.constexpr = "cvt.rn.bf16x2.f32 $0, $2, $1;"
+        _store(row, at, tl.inline_asm_elementwise(pair, "=r,f,f", [x], tl.uint16, is_pure=True, pack=2))
+    else:
+        bits = _canonical_bits(x, at)
+        _store_high_halves(row, at, bits + 0x7FFF + ((bits >> 16) & 1))
 
 
 @triton.jit
@@ -325,7 +347,14 @@ def _load_split8(row, at):
 @triton.jit
 def _decode_split8(parts, at):
     high, remainder = parts
-    return _joined(_high_halves(high), (_high_bytes(remainder).to(tl.int32) >> 16) & -0x100, at)
+    if at.ptx is not None:
+        # A zero, the byte, and its sign twice.
+        even = tl.join(_bytes_of(remainder, 0, 0x8804), _bytes_of(remainder, 0, 0xAA24))
+        odd = tl.join(_bytes_of(remainder, 0, 0x9914), _bytes_of(remainder, 0, 0xBB34))
+        remainder = tl.reshape(tl.join(even, odd), [4 * remainder.shape[0]]).to(tl.int32)
+    else:
+        remainder = (_high_bytes(remainder).to(tl.int32) >> 16) & -0x100
+    return _joined(_high_halves(high), remainder, at)
 
 
 @triton.jit
@@ -336,7 +365,7 @@ def _store_split8(row, at, x, OPERAND: tl.constexpr):
         dither = tl.where((bits & 0x7FFFFFFF) >= 0x7F7FFF00, 0, dither)
     bits += dither
     _store_high_halves(row, at, bits + 0x8000)
-    _store_bytes(row + AUX, at, (bits >> 8) & 0xFF)
+    _store_bytes(row + AUX, at, bits, 1)
 
 
 # Moments of 8 bits, with an exponent for each block.
@@ -358,12 +387,15 @@ def _load_codes(row, at):
 
 
 @triton.jit
-def _new_exponents(row, at, magnitude, ORDERS: tl.constexpr):
+def _new_exponents(row, at, x, ORDERS: tl.constexpr):
     """For each block the exponent that is ORDERS below that of its largest finite value, stored."""
-    N: tl.constexpr = magnitude.shape[0] // BLOCK
+    N: tl.constexpr = x.shape[0] // BLOCK
     if at.mask is not None:
+        magnitude = magnitude_bits(x)
         magnitude = tl.where(at.mask & (magnitude < INF), magnitude, 0)
-    largest = tl.max(tl.reshape(magnitude, [N, BLOCK]), 1)
+    else:
+        magnitude = largest_of_eight(x)
+    largest = tl.max(tl.reshape(magnitude, [N, magnitude.shape[0] // N]), 1)
     exponent = tl.maximum((largest >> 23) - ORDERS, 0)
     # Stored as one value a block, exponents would go through shared memory.
     thread = tl.arange(0, 16 * N)
@@ -402,12 +434,12 @@ def _special_e5m3(words):
 @triton.jit
 def _store_e5m3(row, at, x, OPERAND: tl.constexpr):
     magnitude = magnitude_bits(x)
-    exponent = _new_exponents(row, at, magnitude, 30)
+    exponent = _new_exponents(row, at, x, 30)
     code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - _of_each(8 * exponent, BLOCK)
     code = tl.minimum(tl.maximum(code, 1), magnitude)  # zero is the only value below its code
     if at.finite is None:
         code = _with_specials(code, magnitude, exponent, 254)
-    _store_bytes(row, at, code.to(tl.uint32))
+    _store_bytes(row, at, code.to(tl.uint32), 0)
 
 
 # A finite code of e4m3, shifted, is a float32 of the value under exponent 0, subnormal values too. The
@@ -433,19 +465,20 @@ def _special_e4m3(words):
 
 @triton.jit
 def _store_e4m3(row, at, x, OPERAND: tl.constexpr):
-    magnitude = magnitude_bits(x)
-    exponent = _new_exponents(row, at, magnitude, 14)
+    exponent = _new_exponents(row, at, x, 14)
     # The larger power first: a product that it rounds is zero after the other.
     half = tl.minimum(exponent, 126)
-    y = tl.abs(x) * _of_each(_float_of((127 + half - exponent) << 23), BLOCK)
+    y = x * _of_each(_float_of((127 + half - exponent) << 23), BLOCK)
     y *= _of_each(_float_of((127 - half) << 23), BLOCK)
-    code = (_bits_of(y) + _dither(at, OPERAND, 20)) >> 20
-    sign = (_bits_of(x) >> 24) & 0x80
+    # The sign, and 11 bits lower the code.
+    bits = _bits_of(y) + _dither(at, OPERAND, 20)
     if at.finite is None:
-        code = _with_specials(code.to(tl.int32), magnitude, exponent, 126).to(tl.uint32)
+        magnitude = magnitude_bits(x)
+        code = _with_specials(((bits & 0x7FFFFFFF) >> 20).to(tl.int32), magnitude, exponent, 126)
         # A NaN has no sign here: devices give the NaN of an operation different ones.
-        sign = tl.where(magnitude > INF, 0, sign)
-    _store_bytes(row, at, code | sign)
+        sign = tl.where(magnitude > INF, 0, _bits_of(x) & 0x80000000)
+        bits = sign + (code.to(tl.uint32) << 20)
+    _store_bytes(row, at, (bits & 0x80000000) | ((bits << 4) & 0x7FFFFFFF), 3)
 
 
 CODECS = {

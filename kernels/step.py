@@ -48,8 +48,9 @@ def chunk_size(*formats: str) -> int:
 
 
 @cache
-def step_constants(rule: str, param: str, grad: str, mu: str, nu: str) -> dict[str, Any]:
-    """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name."""
+def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: str | None) -> dict[str, Any]:
+    """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name. ``target``: what is
+    compiled for, "cuda" or "hip", and None in the interpreter."""
     return {
         "MOMENTS": getattr(rules, f"{rule}_moments"),
         "UPDATE": getattr(rules, rule),
@@ -59,6 +60,7 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str) -> dict[s
         "NU": codecs.CODECS[nu],
         "CHUNK": chunk_size(param, grad, mu, nu),
         "THREADS": THREADS,
+        "PTX": True if target == "cuda" else None,
     }
 
 
@@ -194,13 +196,12 @@ def _all_finite(new_p, mu, nu, special):
         total = tl.abs(mu) + tl.abs(nu)
         if new_p is not None:
             total += tl.abs(new_p)
-        largest = codecs.largest_of_eight(codecs.magnitude_bits(total))
+        largest = codecs.largest_of_eight(total)
     else:
         # Magnitudes that the blocks' exponents need anyway.
-        largest = codecs.largest_of_eight(codecs.magnitude_bits(mu))
-        largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(nu)))
+        largest = tl.maximum(codecs.largest_of_eight(mu), codecs.largest_of_eight(nu))
         if new_p is not None:
-            largest = tl.maximum(largest, codecs.largest_of_eight(codecs.magnitude_bits(new_p)))
+            largest = tl.maximum(largest, codecs.largest_of_eight(new_p))
         largest = tl.where(special == 0, largest, codecs.INF)
     return tl.max(largest, 0) < 0x7F000000
 
@@ -220,9 +221,10 @@ def _step(
     stored_nu = NU.load(row + NU_COLUMN, at)
     g = GRAD.decode(g, at)
     c = _coefficients(k)
-    if c.grad_divisor != 1:
-        g = rules.divide(g, c.grad_divisor)
-    if c.grad_factor != 1:
+    # One branch for both: a multiplication of its own is a predicated instruction for each element, and a copy.
+    if (c.grad_divisor != 1) | (c.grad_factor != 1):
+        if c.grad_divisor != 1:
+            g = rules.divide(g, c.grad_divisor)
         g *= c.grad_factor
     mu, nu = MOMENTS(g, MU.decode(stored_mu, at), NU.decode(stored_nu, at), c)
     if FAST:
@@ -263,7 +265,7 @@ def _find_chunk(rows, grads, chunks, coefficients):
 def step_kernel(
     rows, grads, chunks, counters, n, coefficients, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MU: tl.constexpr, NU: tl.constexpr,
-    CHUNK: tl.constexpr, THREADS: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, PTX: tl.constexpr,
 ):  # fmt: skip
     if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
@@ -275,7 +277,7 @@ def step_kernel(
             start = chunk * CHUNK
             offset = start + tl.arange(0, CHUNK)
             finite: tl.constexpr = True if MU.low_precision else None
-            at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite)
+            at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite, PTX)
             tail = not _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
         if tail:
             # Once more: kept until here they take registers.
@@ -286,8 +288,9 @@ def step_kernel(
                 offset = start + tl.arange(0, THREADS)
                 block = start + tl.arange(0, THREADS // codecs.BLOCK) * codecs.BLOCK
                 at = codecs.At(
-                    start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, None
-                )
+                    start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, None,
+                    None,
+                )  # fmt: skip
                 _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
                 start += THREADS
 

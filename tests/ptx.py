@@ -229,6 +229,12 @@ def _convert(how: tuple[str, ...], a: Array, to: np.dtype[Any]) -> Array:
     raise Unknown
 
 
+def _to_bf16(x: Array) -> Array:
+    bits = x.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + (bits >> np.uint32(16) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(x), np.uint32(0x7FFF), rounded).astype(np.uint16)
+
+
 def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Array:
     """Of floating-point operations those that are exact or rounded once, to nearest."""
     floating = values[0].dtype.kind == "f"
@@ -481,8 +487,12 @@ class Launch:
         if modifiers[-1] == "f32x2":
             pairs = [self._value(x, TYPES["b64"])[:, None].view(np.float32) for x in operands]
             return _arithmetic(name, modifiers[:-1], pairs).view(np.uint64)[:, 0]
-        if name == "cvt" and modifiers == ("rn", "f16x2", "f32"):
-            high, low = (_convert(("rn",), self._value(x, TYPES["f32"]), TYPES["f16"]) for x in operands)
+        if name == "cvt" and modifiers in (("rn", "f16x2", "f32"), ("rn", "bf16x2", "f32")):
+            values = (self._value(x, TYPES["f32"]) for x in operands)
+            high, low = (
+                _to_bf16(x) if modifiers[1] == "bf16x2" else _convert(("rn",), x, TYPES["f16"])
+                for x in values
+            )
             return np.stack([low, high], 1).view(np.uint32)[:, 0]
         if name == "cvt":
             *how, to, source = modifiers

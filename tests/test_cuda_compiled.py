@@ -250,7 +250,7 @@ ARCHS = ("80", "90")
 EXACT_IN_PTX = re.compile(
     r"(add|sub|mul|div|sqrt)\.rn\.f(32|64)"
     r"|(neg|abs|mov|selp|setp\.\w+|max\.NaN|ld(\.\w+)+|st(\.\w+)+)\.f(32|64)"
-    r"|cvt\.rn\.f32\.f64|cvt\.f64\.f32|cvt\.rn\.f16\.f32|cvt\.f32\.f16"
+    r"|cvt\.rn\.f32\.f64|cvt\.f64\.f32|cvt\.rn\.(f16|bf16x2)\.f32|cvt\.f32\.f16"
 )
 """Each a single correctly rounded operation, or none at all."""
 

@@ -118,6 +118,8 @@ KNOWN = [
     ("cvt.f64.f32 %rd8, %r3;", (f32(0.1),), f64(struct.unpack("f", struct.pack("f", 0.1))[0])),
     ("cvt.rn.f16.f32 %rs8, %r3;", (f32(65520.0),), f16(math.inf)),
     ("cvt.rn.f16x2.f32 %r8, %r3, %r4;", (0xFFC00001, f32(2.0)), 0x7FFF << 16 | f16(2.0)),
+    ("cvt.rn.bf16x2.f32 %r8, %r3, %r4;", (0x3F808000, 0xBF818000), 0x3F80 << 16 | 0xBF82),
+    ("cvt.rn.bf16x2.f32 %r8, %r3, %r4;", (0xFF800001, 0x7F7FFFFF), 0x7FFF << 16 | 0x7F80),
     ("cvt.f32.f16 %r8, %rs3;", (1,), f32(2.0**-24)),
     ("cvt.f32.f16 %r8, %rs3;", (0xFE00,), NAN),
     ("mov.b64 {%r6, %r8}, %rd3;", (7 << 32 | 5,), 7),

@@ -33,12 +33,8 @@ COMPILED = [
 ]
 """Everything by one compiler for one target, and by the others what is at its limit of registers."""
 SPILLS = {
-    ("3.6.0", "cuda:100", "adabelief", "fp32", "8bit"): 8,
-    ("3.7.1", "cuda:100", "adabelief", "fp32", "8bit"): 8,
-    ("3.8.0", "cuda:80", "adabelief", "fp32", "8bit"): 8,
-    ("3.8.0", "cuda:80", "adamw", "fp32", "8bit"): 16,
+    ("3.7.1", "cuda:100", "adamw", "split8", "8bit"): 16,
     ("3.8.0", "cuda:100", "adamw", "split8", "8bit"): 8,
-    ("3.9.0", "cuda:100", "adabelief", "fp32", "8bit"): 8,
 }
 """Bytes by Triton's version, target, rule, parameter and state: one or two registers too few. They are stored
 and loaded once a chunk, which costs less than a block of 256 threads. Other orders of the same operations

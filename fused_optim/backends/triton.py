@@ -36,14 +36,20 @@ def _why_not(device: torch.device) -> str | None:
 
 
 @cache
+def _target() -> str | None:
+    """What Triton compiles for; nothing in its interpreter."""
+    if _kernels().triton.knobs.runtime.interpret:
+        return None
+    return "cuda" if torch.version.hip is None else "hip"
+
+
+@cache
 def _options(device: torch.device, threads: int, registers: int) -> dict[str, Any]:
     """The compiler options of a kernel; of 0 threads one warp."""
-    kernels = _kernels()
-    if kernels.triton.knobs.runtime.interpret:
+    kernels, target = _kernels(), _target()
+    if target is None:
         return {}
-    rocm = torch.version.hip is not None
-    warp_size = torch.cuda.get_device_properties(device).warp_size if rocm else 32
-    target = "hip" if rocm else "cuda"
+    warp_size = torch.cuda.get_device_properties(device).warp_size if target == "hip" else 32
     options: dict[str, Any] = kernels.launch_options(target, warp_size, threads or warp_size, registers)
     return options
 
@@ -54,7 +60,7 @@ def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
     kernels = _kernels()
     prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
     step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4]))
-    return kernels.step_constants(*key.names), prologue_options, step_options
+    return kernels.step_constants(*key.names, _target()), prologue_options, step_options
 
 
 @cache
