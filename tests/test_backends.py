@@ -419,14 +419,13 @@ fused_optim.__main__.main()
 def test_an_instruction_set_that_there_is_not() -> None:
     code = """
 import fused_optim, torch
-for backend in ("cpu", None):
-    try:
-        fused_optim.AdaBelief([torch.ones(3, requires_grad=True)], backend=backend)
-    except ValueError as error:
-        print(error)
+try:
+    fused_optim.AdaBelief([torch.ones(3, requires_grad=True)], backend="cpu")
+except ValueError as error:
+    print(error)
 """
-    said = in_a_process(code, FUSED_OPTIM_ISA="sse9", TRITON_INTERPRET="0")
-    assert said.count("FUSED_OPTIM_ISA must be one of [") == said.count("baseline") == said.count("sse9") == 2
+    said = in_a_process(code, FUSED_OPTIM_ISA="sse9")
+    assert said.startswith("FUSED_OPTIM_ISA must be one of [") and "'baseline'" in said and "got 'sse9'" in said
 
 
 @cpu
