@@ -8,7 +8,8 @@ PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
 
-.PHONY: demo test test-kernels test-stacks test-versions test-long test-exhaustive sanitize lint bench gpu-check \
+.PHONY: demo test test-kernels test-stacks test-versions test-long test-exhaustive sanitize sanitize-memory \
+	sanitize-threads lint bench gpu-check \
 	studies check clean
 
 $(VENV)/bin/python:
@@ -48,8 +49,11 @@ $(STACKS)/installed: $(SOURCES) constraints.txt
 		-c $(STACKS)/constraints.txt --no-build-isolation -e ".[stacks]"
 	touch $@
 
+# What docs/recipes.md names. STACKED="-m stacks" leaves out what `make test` has.
+STACKED ?= -m "not kernels"
 test-stacks: $(STACKS)/installed
-	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest -q -n auto -m stacks tests/stacks tests/test_distributed.py
+	OMP_NUM_THREADS=1 $(STACKS)/bin/python -m pytest -q -n auto tests/stacks $(STACKED) \
+		$$(grep -oE 'pytest tests/test_\w+\.py' docs/recipes.md | cut -d' ' -f2 | sort -u)
 
 # The contract with other versions of torch and Python: each is <torch>-<Python>, and wants that python on the
 # PATH. A torch built for GPUs takes some 5 GB.
@@ -58,7 +62,7 @@ CONTRACT ?= tests/test_optimizer.py tests/test_checkpoints.py tests/test_optax.p
 .venv-torch-%/installed: $(SOURCES)
 	python$(word 2,$(subst -, ,$*)) -m venv .venv-torch-$*
 	.venv-torch-$*/bin/pip --disable-pip-version-check install --quiet torch==$(word 1,$(subst -, ,$*)) \
-		"setuptools>=77" wheel pybind11 pytest pytest-xdist hypothesis numpy jax optax
+		"setuptools>=77" wheel pybind11 pytest pytest-xdist hypothesis numpy jax optax safetensors
 	FUSED_OPTIM_BUILD=cpu .venv-torch-$*/bin/pip --disable-pip-version-check install --quiet --no-deps \
 		--no-build-isolation -e .
 	touch $@
@@ -77,19 +81,39 @@ test-exhaustive: $(VENV)/installed
 # 10,000 histories, 100,000 property cases, 200,000 steps and 20,000 optimizers.
 test-long: $(VENV)/installed
 	FUSED_OPTIM_SEQUENCES=10000 FUSED_OPTIM_CASES=100000 FUSED_OPTIM_STEPS=200000 OMP_NUM_THREADS=1 \
-		$(BIN)/python -m pytest -q -n auto tests/test_histories.py tests/test_properties.py tests/test_long_runs.py
+		OMP_WAIT_POLICY=passive $(BIN)/python -m pytest -q -n auto tests/test_histories.py tests/test_properties.py tests/test_long_runs.py
 
 # The CPU extension under AddressSanitizer and UndefinedBehaviorSanitizer: the first report ends it. CPython's own
 # leaks are not looked for. SANITIZED are pytest's arguments.
 SANITIZE := -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer
 SANITIZED ?= tests/test_backends.py tests/test_histories.py tests/test_codecs.py -k "cpu or histories"
-sanitize: $(VENV)/installed
-	CFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
+SANITIZER = $(realpath $(shell gcc -print-file-name=lib$(1).so))
+sanitize: sanitize-memory sanitize-threads
+sanitize-memory: $(VENV)/installed
+	CFLAGS="$(SANITIZE)" CXXFLAGS="$(SANITIZE)" LDFLAGS="$(SANITIZE)" FUSED_OPTIM_BUILD=cpu \
 		$(BIN)/python setup.py -q build --build-base build/sanitize --build-lib build/sanitize/lib
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so) \
-		$$(gcc -print-file-name=libstdc++.so)" ASAN_OPTIONS=detect_leaks=0 UBSAN_OPTIONS=print_stacktrace=1 \
-		OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto -p no:cacheprovider \
+	nm -D build/sanitize/lib/fused_optim/_cpu.*.so | grep -q __asan  # some setuptools give C++ no CFLAGS
+	LD_PRELOAD="$(foreach name,asan ubsan stdc++,$(call SANITIZER,$(name)))" ASAN_OPTIONS=detect_leaks=0 \
+		UBSAN_OPTIONS=print_stacktrace=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --capture=sys -p no:cacheprovider \
 		-o pythonpath="build/sanitize/lib tests ." $(SANITIZED)
+
+# Under ThreadSanitizer, with clang's OpenMP: of what gcc's threads wait for it sees nothing. clang's Archer tells it
+# of parallel regions. clang's runtime cannot be preloaded, and gcc's is the same.
+LLVM := $(firstword $(wildcard /usr/lib/llvm-*/lib/libarcher.so))
+THREADED ?= tests/test_backends.py tests/test_clipping.py tests/test_faults.py -k "number_of_threads or two_threads"
+ifeq ($(and $(shell command -v clang++),$(LLVM),$(call SANITIZER,tsan)),)
+sanitize-threads:
+	@echo "ThreadSanitizer was left out: it needs g++, clang++ and clang's OpenMP (apt-get install g++ clang libomp-dev)"
+else
+sanitize-threads: $(VENV)/installed
+	CC=clang CXX=clang++ LDSHARED="clang -shared" LDCXXSHARED="clang++ -shared" CFLAGS=-fsanitize=thread \
+		CXXFLAGS=-fsanitize=thread LDFLAGS=-fsanitize=thread FUSED_OPTIM_BUILD=cpu \
+		$(BIN)/python setup.py -q build --build-base build/threads --build-lib build/threads/lib
+	nm -D build/threads/lib/fused_optim/_cpu.*.so | grep -q __tsan
+	LD_PRELOAD="$(call SANITIZER,tsan) $(dir $(LLVM))libomp.so" OMP_TOOL_LIBRARIES=$(LLVM) \
+		TSAN_OPTIONS="ignore_noninstrumented_modules=1 halt_on_error=1" OMP_NUM_THREADS=1 \
+		$(BIN)/python -m pytest -q --capture=sys -p no:cacheprovider -o pythonpath="build/threads/lib tests ." $(THREADED)
+endif
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -4,14 +4,13 @@ Each provider is checked against a reference before it is timed, in a process of
 the others, on random data. Results go to a folder as JSON and Markdown.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -28,18 +27,16 @@ def measure(name: str, given: argparse.Namespace, comparisons: Sequence[plan.Com
     effort = Effort()
     end, path = time.monotonic() + given.seconds, given.out / f"{name}.json"
     records: list[Record] = []
-    for c in comparisons:
+    runs = [c.run for c in comparisons]
+    if getattr(given, "busy", 0):
+        runs.append(partial(plan.beside, given.busy))
+    for i, run in enumerate(runs):
         if time.monotonic() > end:
-            print(f"no time was left for {c.measure} {c.workload} {c.dtype}")
-            continue
-        records += (found := c.run(given.device, effort))
+            print(f"no time was left for {len(runs) - i} of {len(runs)} comparisons")
+            break
+        records += (found := run(given.device, effort))
         report.write(path, about, records)
         print(report.tables(found), flush=True)
-    if getattr(given, "busy", 0):
-        records += (found := plan.beside(given.busy, given.device, effort))
-        report.write(path, about, records)
-        print(report.tables(found))
-    report.draw(records, about, path.with_suffix(".png"))
     print(f"wrote {path}")
     wrong = [r for r in records if r["status"] in ("failed check", "error") and r["rule"]]
     for r in wrong:
@@ -76,8 +73,7 @@ def parser() -> argparse.ArgumentParser:
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
     measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
-    command = commands.add_parser("all", parents=[measuring], help="everything that is timed")
-    command.add_argument("--rehearse", action="store_true", help="every kind of figure on next to nothing")
+    commands.add_parser("all", parents=[measuring], help="everything that is timed")
     known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")
     command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=known)
@@ -85,6 +81,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("--only", action="append", default=[], help="a part of providers' names")
     command = commands.add_parser("host", parents=[measuring], help="the time until step() returns")
     command.add_argument("--busy", type=int, default=0, metavar="N", help="beside N spinning processes, too")
+    command = commands.add_parser("cliffs", parents=[measuring], help="a CPU step in bad conditions, too")
+    command.add_argument("--size", type=known_name, default="2^24", metavar="WORKLOAD")
     command = commands.add_parser("kernels", help="what the kernels compile to, without a GPU")
     command.add_argument("--target", action="append", choices=kernels.TARGETS)
     command.add_argument("--out", type=Path, default=Path("bench_output"))
@@ -108,8 +106,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         readme.write_text(report.updated(readme.read_text()))
         return 0
     if given.command == "all":
-        chosen = plan.REHEARSAL if given.rehearse else plan.everything(given.device)
-        return measure(given.device, given, chosen)
+        return measure(given.device, given, plan.everything(given.device))
+    if given.command == "cliffs":
+        records = plan.cliffs(given.size, Effort())
+        report.write(given.out / "cliffs.json", environment.describe("cpu"), records)
+        print(report.tables(records))
+        return int(not all("median" in r for r in records))
     if given.command == "host":
         return measure("host", given, plan.HOST)
     every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))

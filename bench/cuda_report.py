@@ -1,7 +1,5 @@
 """What nvcc makes of ``csrc/cuda_kernels.h``, with no GPU: rows like those of ``triton_report``."""
 
-from __future__ import annotations
-
 import ast
 import re
 import shutil

@@ -1,7 +1,5 @@
 """Where figures were measured: device, driver, versions, commit and date."""
 
-from __future__ import annotations
-
 import os
 import platform
 import re
@@ -15,8 +13,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "fused-optim", "torch", "triton", "numpy", "adabelief-pytorch", "pytorch-optimizer", "timm", "torch-optimi",
-    "flashoptim", "bitsandbytes", "torchao", "deepspeed", "apex", "transformer-engine",
+    "fused-optim", "torch", "triton", "numpy", "adabelief-pytorch", "pytorch-optimizer", "torch-optimi", "flashoptim",
+    "bitsandbytes", "torchao", "deepspeed", "apex", "transformer-engine",
 )  # fmt: skip
 
 

@@ -1,7 +1,5 @@
 """The memory formats that are measured, and those whose compiled kernels are read."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from fused_optim.storage import FORMATS

@@ -6,8 +6,6 @@ each part, and every few seconds within one, the folder of the results has all t
 ``summary.md`` and ``results.tar.gz``. All else is in a temporary folder.
 """
 
-from __future__ import annotations
-
 import os
 import shlex
 import shutil
@@ -120,11 +118,9 @@ class Run:
         paths = [*map(str, sites), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
         with self.log.open("wb") as file:
-            output = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True}
+            how = {"stdout": file, "stderr": subprocess.STDOUT, "start_new_session": True, "cwd": work}
             # Not in the sources' folder, which Python would import from first.
-            self.process = subprocess.Popen(
-                part.command, cwd=work, env=environment | part.environment, **output
-            )
+            self.process = subprocess.Popen(part.command, env=environment | part.environment, **how)
 
     def finish(self, seconds: float, save: Callable[[], None]) -> Outcome:
         """Wait for so long at most; ``save`` is called every few seconds."""
@@ -133,9 +129,8 @@ class Run:
         end, verdict = time.monotonic() + seconds, ""
         while not verdict:
             try:
-                verdict = (
-                    "FAILED" if self.process.wait(min(5, max(0.1, end - time.monotonic()))) else "passed"
-                )
+                code = self.process.wait(min(5, max(0.1, end - time.monotonic())))
+                verdict = "FAILED" if code else "passed"
             except subprocess.TimeoutExpired:
                 save()
                 if time.monotonic() > end:
@@ -164,14 +159,8 @@ def summary(outcomes: list[Outcome], device: str, work: Path) -> str:
         lines.append(f"| {o.part.name} | {o.verdict} | {o.seconds:.0f} | {o.part.what} | {last} |")
     lines += ["", f"{len(failed)} of {len(outcomes)} parts did not pass." if failed else "Every part passed."]
     for o in failed:
-        lines += [
-            "",
-            f"## The end of {o.part.name}.log",
-            "",
-            "```",
-            *_end(work / f"{o.part.name}.log"),
-            "```",
-        ]
+        log = f"{o.part.name}.log"
+        lines += ["", f"## The end of {log}", "", "```", *_end(work / log), "```"]
     measured = work / "gpu.md"
     lines += ["", "## Measured", "", measured.read_text()] if measured.exists() else []
     return "\n".join(lines) + "\n"

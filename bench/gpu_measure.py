@@ -7,14 +7,11 @@ in the interval. The results are written anew after each provider. On "cpu" ever
 to nothing.
 """
 
-from __future__ import annotations
-
 import gc
 import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,45 +19,23 @@ import torch
 
 from . import environment, report
 from .measure import Record, figures, head
-from .providers import OURS, PEERS, TORCH, state_bytes
-from .worker import LATE, Case, CheckError, check, make_groups, set_count
+from .plan import Comparison
+from .providers import LAYOUTS, TORCH, Provider
+from .worker import Case, checked_and_made, failure
 from .workloads import fitted, workload
 
-PROVIDERS = {p.name: p for p in (*OURS, *PEERS)}
-BACKENDS = ("triton", "cuda")
-
-
-@dataclass(frozen=True)
-class Question:
-    """A workload, and which of our formats and layouts and which peers answer; ``zero_rows``: nine in ten rows
-    of each gradient are zero, as those of an embedding are."""
-
-    workload: str
-    dtype: str = "float32"
-    formats: tuple[str, ...] = ("fp32",)
-    layouts: tuple[str, ...] = ("list",)
-    rules: tuple[str, ...] = ("adamw", "adabelief")
-    peers: tuple[str, ...] = (TORCH,)
-    zero_rows: bool = False
-
-    def names(self, device: str) -> list[str]:
-        """Ours and torch's first."""
-        backends = BACKENDS if device == "cuda" else ("cpu",)
-        ours = [
-            p for p in OURS if p.backend in backends and p.rule in self.rules and p.format in self.formats
-        ]
-        return [*self.peers[:1], *(p.name for p in ours if p.layout in self.layouts), *self.peers[1:]]
-
-
+BACKENDS = {"cuda": ("triton", "cuda", ""), "cpu": ("cpu", "")}
+"""That are measured on a device; "" is a peer's."""
 FOREACH, FLASH = "torch AdamW foreach", "flashoptim AdamW"
 LOW = ("bf16", "split16", "split8-8bit")
+ADAMW, ADABELIEF = ("adamw",), ("adabelief",)
 QUESTIONS = (
-    Question("2^30"),
-    Question("gpt2", layouts=("list", "flat"), rules=("adamw",), peers=(TORCH, FOREACH)),
-    Question("2^30", "bfloat16", LOW, rules=("adabelief",), peers=(TORCH, FLASH)),
-    Question("llama-7b", "bfloat16", ("bf16",), rules=("adamw",), peers=(TORCH, FLASH)),
-    Question("10000x64", layouts=("list", "flat"), rules=("adamw",), peers=(TORCH, FOREACH)),
-    Question("2^27", rules=("adamw",), zero_rows=True),
+    Comparison("2^30", peers=(TORCH,), rules=ADAMW + ADABELIEF),
+    Comparison("gpt2", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
+    Comparison("2^30", "bfloat16", LOW, peers=(TORCH, FLASH), rules=ADABELIEF),
+    Comparison("llama-7b", "bfloat16", ("bf16",), peers=(TORCH, FLASH), rules=ADAMW),
+    Comparison("10000x64", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
+    Comparison("2^27:zero-rows", peers=(TORCH,), rules=ADAMW),
 )
 """What matters most comes first."""
 
@@ -114,29 +89,19 @@ def replayed(step: Callable[[], Any]) -> Callable[[], Any] | str:
         return f"{type(error).__name__}: {error}"[:200]
 
 
-def answer(question: Question, name: str, device: str, clock: Clock, rounds: int) -> Record:
+def answer(question: Comparison, provider: Provider, device: str, clock: Clock, rounds: int) -> Record:
     """Time one provider and the triad in turns, then the host until ``step()`` and a replay return."""
-    provider = PROVIDERS[name]
     most = 2**16 if device == "cpu" else int(environment.free_memory(device) // 24)
-    case = Case(fitted(workload(question.workload), most), question.dtype, device, name)
-    line: Record = {**head(case), "zero_rows": question.zero_rows}
+    case = Case(fitted(workload(question.workload), most), question.dtype, device, provider.name)
+    line = head(case)
     if why_not := provider.why_not(device, question.dtype, len(case.workload.shapes)):
         return {**line, "status": "absent", "why": why_not}
     try:
-        line |= {"status": "measured", "checked": check(case, provider)}
-        groups = make_groups(case)
-        for p in (p for group in groups for p in group if question.zero_rows):
-            assert p.grad is not None
-            p.grad.view(-1, 64)[torch.arange(p.numel() // 64, device=device) % 10 != 0] = 0
-        optimizer = provider.make(groups)
-        for _ in range(2):
-            optimizer.step()
-        set_count(optimizer, LATE)
-        stored = sum(p.numel() * p.element_size() for group in groups for p in group)
-        line["bytes_moved"] = 3 * stored + 2 * state_bytes(optimizer)
+        optimizer, said = checked_and_made(case)
+        line |= said
+        stored = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
         a, b, c = (torch.zeros(min(stored, 2**31) // 4, device=device) for _ in range(3))
-        triad: list[float] = []
-        times: list[float] = []
+        triad, times = list[float](), list[float]()
         for _ in range(3):
             triad += clock(lambda: torch.add(a, b, out=c), max(1, rounds // 3))[0]
             found, host = clock(optimizer.step, max(1, rounds // 3))
@@ -150,10 +115,8 @@ def answer(question: Question, name: str, device: str, clock: Clock, rounds: int
             line["replay"] = "captured" if callable(replay) else replay
             if callable(replay):
                 line["replay_us"] = 1e3 * figures(clock(replay, rounds)[1])["median"]
-    except CheckError as error:
-        line |= {"status": "failed check", "why": str(error)}
     except Exception as error:  # noqa: BLE001
-        line |= {"status": "error", "why": f"{type(error).__name__}: {error}"[:300]}
+        line |= failure(error)
     return line
 
 
@@ -161,14 +124,13 @@ def main(device: str, path: str) -> int:
     """The exit code is 1 if one of ours failed."""
     about, clock, records = environment.describe(device), Clock(device), list[Record]()
     for question in QUESTIONS:
-        for name in question.names(device):
-            records.append(line := answer(question, name, device, clock, 21 if device == "cuda" else 3))
-            shown = (
-                f"{k} {line[k]:.4g}" for k in ("median", "of_roofline", "host_us", "replay_us") if k in line
-            )
-            print(
-                line["title"], question.dtype, name, line["status"], *shown, line.get("why", ""), flush=True
-            )
+        for provider in question.providers():
+            if provider.loop or device not in provider.devices or provider.backend not in BACKENDS[device]:
+                continue
+            records.append(line := answer(question, provider, device, clock, 21 if device == "cuda" else 3))
+            known = (k for k in ("median", "of_roofline", "host_us", "replay_us") if k in line)
+            print(line["title"], question.dtype, provider.name, line["status"], line.get("why", ""),
+                  *(f"{k} {line[k]:.4g}" for k in known), flush=True)  # fmt: skip
             report.write(Path(path), about, records)
             gc.collect()
             with suppress(RuntimeError):

@@ -3,11 +3,9 @@
     python -m bench.gpu_proofs cuda triton,cuda [all | small | first | few]
 
 ``small``: small tensors alone. ``first``: of these, float32 and all in bfloat16. ``few``: four combinations, for
-tools that make a step a hundred times slower. One line for each proof; the exit code is 1 if one fails. ``tests/test_on_gpu.py`` has capture,
-streams and waiting.
+tools that make a step a hundred times slower. One line for each proof; the exit code is 1 if one fails.
+``tests/test_on_gpu.py`` has capture, streams and waiting.
 """
-
-from __future__ import annotations
 
 import sys
 from collections.abc import Iterator
@@ -88,10 +86,8 @@ def main(device: str, backends: str, which: str = "all") -> int:
     tried = failed = 0
     for backend in backends.split(","):
         ready = (f"{backend} is ready", BACKENDS[backend].why_not(torch.device(device)))
-        proofs = (
-            () if ready[1] else chain(bits(device, backend, which), large(backend) if which == "all" else ())
-        )
-        for what, wrong in chain([ready], proofs):
+        more = large(backend) if which == "all" else ()
+        for what, wrong in chain([ready], () if ready[1] else chain(bits(device, backend, which), more)):
             tried, failed = tried + 1, failed + (wrong is not None)
             print(f"FAILED {what}: {wrong}" if wrong else f"ok {what}", flush=True)
     print(f"{tried} proofs on {device}, {failed} failed")

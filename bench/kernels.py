@@ -4,8 +4,6 @@ A row is one compiled kernel: registers, spills, the width of each access, instr
 that are not one IEEE operation. Triton's come from ``triton_report``, nvcc's from ``cuda_report``.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import os
@@ -48,8 +46,8 @@ def widths(pattern: str, text: str) -> dict[str, int]:
 
 
 def nvidia_counts(ptx: str, usage: str, sass: str = "") -> Row:
-    """What one kernel's code holds; with ``sass`` the instructions issued, too. Contraction shows in PTX only: division and square root expand to
-    FFMA in SASS. nvcc reads the table with ``.nc``, which is not counted."""
+    """What one kernel's code holds; with ``sass`` the instructions issued, too. Contraction shows in PTX only:
+    division and square root expand to FFMA in SASS. nvcc reads the table with ``.nc``, which is not counted."""
     used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
     assert used is not None, usage
     spilled = int(used[2]) + int(used[3]) + count(r"\b(?:ld|st)\.local", ptx)
@@ -223,25 +221,15 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-HEADS = (
-    "kernel",
-    "operands",
-    "registers",
-    "spilled",
-    "loads",
-    "stores",
-    "B/element",
-    "instr/element",
-    "predicted",
-)
+HEADS = ["kernel", "operands", "registers", "spilled", "loads", "stores"]
+HEADS += ["B/element", "instr/element", "predicted"]
 
 
 def cells(row: Row) -> list[str]:
     """A row of the table."""
     accesses = [" ".join(f"{n}x{width}B" for width, n in row[k].items()) for k in ("loads", "stores")]
-    numbers = [
-        str(row.get(k, "")) for k in ("bytes_per_element", "instructions_per_element", "share_of_triad")
-    ]
+    keys = ("bytes_per_element", "instructions_per_element", "share_of_triad")
+    numbers = [str(row.get(key, "")) for key in keys]
     name = f"{row['compiler'].split()[0]} {row['rule'] or row['kernel']}"
     operands = " ".join(filter(None, (row["param"], row["grad"], row["state"])))
     return [name, operands, str(row["registers"]), str(row["spill_bytes"]), *accesses, *numbers]

@@ -4,8 +4,6 @@ All processes of a comparison are there at once, and only one works at a time: e
 steps, in an order drawn anew each round. A machine that gets slower for a while is slower for all.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import random
@@ -21,7 +19,7 @@ from typing import Any
 from .environment import free_memory
 from .providers import TORCH
 from .roofline import roofline_for
-from .worker import PROVIDERS, Case, CheckError, prepare, run
+from .worker import PROVIDERS, Case, failure, prepare, run
 
 Record = dict[str, Any]
 """One line of the results: a case, and its figures or why there are none."""
@@ -61,10 +59,8 @@ class Worker:
         """What a function says there; None if it fails."""
         try:
             return self.pool.submit(function, *arguments).result(self.effort.timeout)
-        except CheckError as error:
-            self.said = {"status": "failed check", "why": str(error)}
         except Exception as error:  # noqa: BLE001 (a peer may raise anything; the others are measured)
-            self.said = {"status": "error", "why": f"{type(error).__name__}: {error}"[:300]}
+            self.said = failure(error)
 
     @property
     def well(self) -> bool:

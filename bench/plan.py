@@ -1,29 +1,30 @@
 """What is compared with what."""
 
-from __future__ import annotations
-
+import os
 import signal
 import statistics
 import subprocess
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 from .environment import free_memory
 from .formats import OPTIONS
 from .host import HOST_VARIANTS
-from .measure import Effort, Record, Worker, compare, head
-from .providers import DEEPSPEED, LAYOUTS, OURS, PEERS, TORCH, Provider
+from .measure import Effort, Record, Worker, compare, head, record
+from .providers import DEEPSPEED, LAYOUTS, OUR_RULES, OURS, PEERS, TORCH, Provider
 from .roofline import ROOFLINES
 from .worker import Case
-from .workloads import fitted, workload
+from .workloads import BUSY, CONDITIONS, fitted, workload
 
 FAST_PEERS = (TORCH, "torch AdamW foreach", DEEPSPEED)
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Providers on one workload. ``formats`` and ``layouts`` are those of ours; ``peers`` names, or None for
-    all; ``only``: parts of names, one of which a provider must have if there are any."""
+    """Providers on one workload. ``formats``, ``layouts`` and ``rules`` are those of ours; ``peers`` names, or
+    None for all; ``only``: parts of names, one of which a provider must have if there are any."""
 
     workload: str
     dtype: str = "float32"
@@ -32,9 +33,11 @@ class Comparison:
     peers: tuple[str, ...] | None = None
     measure: str = "step"
     only: tuple[str, ...] = ()
+    rules: tuple[str, ...] = tuple(OUR_RULES)
 
     def providers(self) -> list[Provider]:
         ours = [p for p in OURS if p.format in self.formats and p.layout in self.layouts]
+        ours = [p for p in ours if p.rule in self.rules]
         # eager is the judge and slow by purpose: only where it is asked for.
         ours = [p for p in ours if p.backend != "eager" or any("eager" in text for text in self.only)]
         peers = [p for p in PEERS if self.peers is None or p.name in self.peers]
@@ -74,36 +77,66 @@ def everything(device: str) -> list[Comparison]:
     ]
 
 
-REHEARSAL = (
-    Comparison("2^10", peers=(TORCH,)),
-    Comparison("5x64", "bfloat16", ("bf16",), LAYOUTS, (TORCH,)),
-    Comparison("3x1", peers=(TORCH,), measure="host"),
-)
-"""Every kind of comparison on next to nothing."""
+@contextmanager
+def spinning(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Processes that use a core each; they go away with the block."""
+    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()
+
+
+def _signal(processes: list[subprocess.Popen[bytes]], what: int) -> None:
+    for process in processes:
+        process.send_signal(what)
 
 
 def beside(processes: int, device: str, effort: Effort) -> list[Record]:
     """Steps of 291 small tensors with quiet cores, and with ``processes`` spinning ones beside it, in turns."""
     backend = "cpu" if device == "cpu" else "triton"
     names = [p.name for p in OURS if (p.backend, p.format) == (backend, "fp32")]
-    command = [sys.executable, "-c", "while True: pass"]
-    spinning = [subprocess.Popen(command) for _ in range(processes)]
     records = []
-    for name in (*names, TORCH):
-        worker = Worker(Case(workload("291x64"), "float32", device, name, "host"), effort)
-        quiet, busy = [], []
-        for _ in range(8 if worker.well else 0):
-            for times, what in ((quiet, signal.SIGSTOP), (busy, signal.SIGCONT)):
-                for process in spinning:
-                    process.send_signal(what)
-                times += worker.run(100)
-        worker.stop()
-        line = {**head(worker.case), **worker.said, "measure": "busy", "processes": processes}
-        if busy:
-            line |= {"quiet": statistics.median(quiet), "median": statistics.median(busy)}
-            line["p99"] = statistics.quantiles(busy, n=100)[98]
-            line |= {f"{name}_of_quiet": line[name] / line["quiet"] for name in ("median", "p99")}
-        records.append(line)
-    for process in spinning:
-        process.kill()
+    with spinning(processes) as others:
+        for name in (*names, TORCH):
+            worker = Worker(Case(workload("291x64"), "float32", device, name, "host"), effort)
+            quiet, busy = [], []
+            for _ in range(8 if worker.well else 0):
+                for times, what in ((quiet, signal.SIGSTOP), (busy, signal.SIGCONT)):
+                    _signal(others, what)
+                    times += worker.run(100)
+            worker.stop()
+            line = {**head(worker.case), **worker.said, "measure": "busy", "processes": processes}
+            if busy:
+                line |= {"quiet": statistics.median(quiet), "median": statistics.median(busy)}
+                line["p99"] = statistics.quantiles(busy, n=100)[98]
+                line |= {f"{name}_of_quiet": line[name] / line["quiet"] for name in ("median", "p99")}
+            records.append(line)
+    return records
+
+
+def cliffs(size: str, effort: Effort) -> list[Record]:
+    """Each of our CPU steps of one tensor in every condition, in turns; and of one huge and many tiny ones."""
+    loads = [workload(f"{size}:{condition}" if condition else size) for condition in CONDITIONS]
+    records = []
+    for provider in (p for p in OURS if (p.backend, p.format, p.layout) == ("cpu", "fp32", "list")):
+        with spinning(os.cpu_count() or 1) as others:
+            workers = []
+            for load in (*loads, workload("huge-and-tiny")):
+                _signal(others, signal.SIGSTOP)
+                workers.append(Worker(Case(load, "float32", "cpu", provider.name), effort))
+            for _ in range(effort.rounds):
+                for worker in filter(lambda w: w.well, workers):
+                    _signal(others, signal.SIGCONT if worker.case.workload.condition == BUSY else signal.SIGSTOP)
+                    worker.take_turn()
+            for worker in workers:
+                worker.stop()
+        lines = [record(worker) for worker in workers]
+        for line in lines:
+            line |= {"title": f"{provider.name}, {loads[0].title}", "provider": line["title"], "measure": "cliffs"}
+            if "median" in line and "median" in lines[0]:
+                line["of_ordinary"] = line["median"] / lines[0]["median"]
+        records += lines
     return records

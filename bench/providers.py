@@ -4,19 +4,14 @@ A provider is a name, the algorithm that it is held to, and a function that make
 groups of parameters. An optimizer of fused_optim is a line in OUR_RULES, a peer a line in PEERS.
 """
 
-from __future__ import annotations
-
 import importlib
 import importlib.util
 import os
-import sys
 from collections.abc import Callable
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from functools import partial
 from io import StringIO
-from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -116,47 +111,29 @@ OURS = tuple(_ours(r, b, f, l) for r in OUR_RULES for b in BACKENDS for f in OPT
 # Peers
 
 
-def _peer(
-    name: str, algorithm: str, optimizer: str, options: dict[str, Any] | None = None, **provider: Any
-) -> Provider:
+def _peer(name: str, algorithm: str, optimizer: str, options: Any = None, **provider: Any) -> Provider:
     """An optimizer given as ``module:class``."""
     module, cls = optimizer.split(":")
-    package = module.split(".")[0]
 
     def make(groups: Groups) -> Any:
         with redirect_stdout(StringIO()):
-            if package == "timm":
-                _import_timm_alone()
             return getattr(importlib.import_module(module), cls)(_groups(groups), **(options or DECAYED))
 
-    return Provider(name, algorithm, make, package, **provider)
-
-
-def _import_timm_alone() -> None:
-    """timm's models want a torchvision built with this torch; its optimizers do not. Packages that stand
-    for the real ones let them be imported alone."""
-    spec = importlib.util.find_spec("timm")
-    assert spec is not None and spec.origin is not None
-    for name, folder in (("timm", ""), ("timm.optim", "optim")):
-        package = sys.modules.setdefault(name, ModuleType(name))
-        package.__path__ = [str(Path(spec.origin).parent / folder)]
+    return Provider(name, algorithm, make, module.split(".")[0], **provider)
 
 
 _GPU: dict[str, Any] = {"devices": ("cuda",)}
 _8BIT: dict[str, Any] = {"error": 0.15}
 _BELIEF = {**DECAYED, "rectify": False, "weight_decouple": True}
-_TIMM = {**DECAYED, "rectify": False, "decoupled_decay": True}
+_QUIET = {**_BELIEF, "print_change_log": False}
 TORCH, DEEPSPEED = "torch AdamW fused", "DeepSpeedCPUAdam"
 PEERS = (
     _peer(TORCH, "adamw", "torch.optim:AdamW", {**DECAYED, "fused": True}),
     _peer("torch AdamW foreach", "adamw", "torch.optim:AdamW", {**DECAYED, "foreach": True}),
     _peer("torch Adamax foreach", "adamax", "torch.optim:Adamax", {**BASE, "foreach": True}),
     _peer(DEEPSPEED, "adamw", "deepspeed.ops.adam:DeepSpeedCPUAdam", DECAYED, devices=("cpu",)),
-    _peer(
-        "adabelief-pytorch", "adabelief", "adabelief_pytorch:AdaBelief", _BELIEF | {"print_change_log": False}
-    ),
+    _peer("adabelief-pytorch", "adabelief", "adabelief_pytorch:AdaBelief", _QUIET),
     _peer("pytorch_optimizer AdaBelief", "adabelief", "pytorch_optimizer:AdaBelief", _BELIEF),
-    _peer("timm AdaBelief", "adabelief", "timm.optim.adabelief:AdaBelief", _TIMM),
     _peer("torch-optimi AdamW", "adamw", "optimi:AdamW"),
     _peer("flashoptim AdamW", "adamw", "flashoptim:FlashAdamW", **_GPU, **_8BIT),
     _peer("bitsandbytes AdamW8bit", "adamw", "bitsandbytes.optim:AdamW8bit", **_8BIT),

@@ -1,7 +1,5 @@
 """What each provider is held to: its own algorithm, run in float64 by torch or by our eager backend."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,8 +1,5 @@
-"""Results as JSON, as tables in Markdown, in the README and as a plot."""
+"""Results as JSON, as tables in Markdown and in the README."""
 
-from __future__ import annotations
-
-import importlib.util
 import json
 import re
 from collections.abc import Iterable, Sequence
@@ -45,7 +42,8 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 _COLUMNS = {
-    "median": "ms", "p20": "20%", "p80": "80%", "quiet": "quiet ms", "p99": "99%", "of_quiet": "of quiet",
+    "median": "ms", "p20": "20%", "p80": "80%", "quiet": "quiet ms", "p99": "99%", "median_of_quiet": "of quiet",
+    "of_ordinary": "of ordinary",
     "p99_of_quiet": "99% of quiet", "gb_per_s": "GB/s", "of_roofline": "of roofline",
     "times_torch": "x torch fused", "host_us": "host us", "replay_us": "replay us", "checked": "checked against",
 }  # fmt: skip
@@ -68,33 +66,6 @@ def table(title: str, lines: Sequence[Record]) -> str:
 def tables(records: Iterable[Record]) -> str:
     grouped = groupby(records, lambda r: f"{r['measure']}: {r['title']}, {r['dtype']}")
     return "\n".join(table(title, list(lines)) for title, lines in grouped)
-
-
-def draw(records: Sequence[Record], about: dict[str, Any], path: Path) -> None:
-    """Times over those of torch's fused AdamW, a row of points for each comparison; fewer is better."""
-    steps = [r for r in records if r["measure"] == "step" and "median" in r and not r["loop"]]
-    torch = {(r["title"], r["dtype"]): r["median"] for r in steps if r["provider"] == TORCH}
-    if not torch or importlib.util.find_spec("matplotlib") is None:
-        return
-    from matplotlib import colormaps
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(12, 1.5 + 0.5 * len(torch)), layout="constrained")
-    plot = figure.add_subplot(xscale="log", xlabel=f"time of a step over that of {TORCH}")
-    rows = list(torch)
-    for i, name in enumerate(
-        dict.fromkeys(r["provider"] for r in sorted(steps, key=lambda r: not r["rule"]))
-    ):
-        mine = [r for r in steps if r["provider"] == name and (r["title"], r["dtype"]) in torch]
-        keys = [(r["title"], r["dtype"]) for r in mine]
-        times = [r["median"] / torch[key] for r, key in zip(mine, keys)]
-        style = {"color": colormaps["tab20"](i % 20), "marker": "o" if any(r["rule"] for r in mine) else "x"}
-        plot.scatter(times, list(map(rows.index, keys)), label=name, **style)
-    plot.set_yticks(range(len(rows)), [f"{title}, {dtype}" for title, dtype in rows])
-    plot.grid(True, alpha=0.3)
-    plot.set_title(f"{about['kind']}: {about['device_name']}, {about['threads']} threads; {about['date']}")
-    plot.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=7)
-    figure.savefig(path, dpi=110)
 
 
 def step_rows(records: Sequence[Record]) -> list[list[str]]:

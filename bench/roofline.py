@@ -1,8 +1,6 @@
 """The memory's roofline: loops with the very reads and writes of a step, for three sizes of states. They
 are providers like any other, interleaved with what is compared with them."""
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil

@@ -5,8 +5,6 @@
 prints one JSON object for each kernel. It compiles with whatever Triton comes first on ``PYTHONPATH``.
 """
 
-from __future__ import annotations
-
 import argparse
 import importlib
 import json

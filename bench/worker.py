@@ -1,7 +1,5 @@
 """What runs in a provider's own process: make it, check it, time it when told to."""
 
-from __future__ import annotations
-
 import os
 import time
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from .host import HOST_VARIANTS
 from .providers import OURS, PEERS, Groups, Make, Provider, make_ours, state_bytes
 from .references import Problem, problem, relative_error, tolerance
 from .roofline import ROOFLINES
-from .workloads import Workload, fitted
+from .workloads import CONDITIONS, Workload, fitted
 
 PROVIDERS = {p.name: p for p in (*ROOFLINES.values(), *OURS, *HOST_VARIANTS, *PEERS)}
 LATE = 1000
@@ -41,6 +39,13 @@ class CheckError(Exception):
     """A provider's result is not what it should be."""
 
 
+def failure(error: Exception) -> dict[str, Any]:
+    """What a record says of what a provider raised."""
+    if isinstance(error, CheckError):
+        return {"status": "failed check", "why": str(error)}
+    return {"status": "error", "why": f"{type(error).__name__}: {error}"[:300]}
+
+
 def make_groups(case: Case) -> Groups:
     """Random parameters with random gradients, dealt to the workload's groups."""
     torch.manual_seed(0)
@@ -49,6 +54,7 @@ def make_groups(case: Case) -> Groups:
         p, g = (torch.randn(shape, device=case.device, dtype=getattr(torch, case.dtype)) for _ in range(2))
         params.append(p.mul_(0.1).requires_grad_())
         p.grad = g
+        CONDITIONS[case.workload.condition](p)
     size = -(-len(params) // case.workload.groups)
     return [params[i : i + size] for i in range(0, len(params), size)]
 
@@ -134,14 +140,8 @@ def time_steps(case: Case, step: Callable[[], Any], n: int) -> list[float]:
     return (times or [start.elapsed_time(end) for start, end in events])[1:]
 
 
-STEPPING: list[Callable[[int], list[float]]] = []
-"""What times steps of this process's case."""
-
-
-def prepare(case: Case) -> dict[str, Any]:
-    """Check and make the case of this process; what there is to say of it."""
-    for stream in (1, 2):  # peers greet, warn and print tables of advice
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+def checked_and_made(case: Case) -> tuple[Any, dict[str, Any]]:
+    """What makes the case's steps, and what there is to say of it."""
     provider = PROVIDERS[case.provider]
     checked = check(case, provider)
     groups = make_groups(case)
@@ -153,9 +153,21 @@ def prepare(case: Case) -> dict[str, Any]:
     states = state_bytes(made) if hasattr(made, "state") else 0
     # Parameter and states are read and written, the gradient is read.
     moved = getattr(made, "moved", 3 * stored + 2 * states)
-    STEPPING.append(partial(time_steps, case, made.step))
     bytes_each = {"state_bytes_each": states / case.workload.numel, "bytes_moved": moved}
-    return {"status": "measured", "checked": checked, **bytes_each}
+    return made, {"status": "measured", "checked": checked, **bytes_each}
+
+
+STEPPING: list[Callable[[int], list[float]]] = []
+"""What times steps of this process's case."""
+
+
+def prepare(case: Case) -> dict[str, Any]:
+    """Check and make the case of this process; what there is to say of it."""
+    for stream in (1, 2):  # peers greet, warn and print tables of advice
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
+    made, said = checked_and_made(case)
+    STEPPING.append(partial(time_steps, case, made.step))
+    return said
 
 
 def run(n: int) -> list[float]:

@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import argparse
 import math
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
 
 Shapes = tuple[tuple[int, ...], ...]
 
@@ -19,6 +24,7 @@ class Workload:
     title: str
     shapes: Shapes
     groups: int = 1
+    condition: str = ""  # of CONDITIONS
 
     @property
     def numel(self) -> int:
@@ -49,12 +55,43 @@ MODELS: dict[str, tuple[str, Callable[[], Shapes], int]] = {
     "llama-7b": ("Llama-7B, 291 tensors", _llama_7b, 1),
     "lora": ("LoRA of Llama-7B, 448 tensors", _lora, 1),
     "500-groups": ("500 parameter groups of 4,096", lambda: 500 * ((4096,),), 500),
+    "huge-and-tiny": ("one tensor of 2^24 and 10,000 of 7", lambda: ((2**24,), *10000 * ((7,),)), 1),
 }
 """Title, shapes and number of groups."""
 
 
+def _moved(t: Tensor, start: int, step: int) -> Tensor:
+    """The same values elsewhere, ``start`` elements past an aligned address, neighbours ``step`` apart."""
+    memory = torch.empty(start + step * t.numel(), dtype=t.dtype, device=t.device)
+    return memory.as_strided(t.shape, [step * s for s in t.stride()], start).copy_(t)
+
+
+BUSY = "busy-cores"
+CONDITIONS: dict[str, Callable[[Any], Any]] = {
+    "": lambda p: None,
+    "gradients-of-0": lambda p: p.grad.zero_(),
+    # Nine in ten, as of an embedding.
+    "zero-rows": lambda p: p.grad.view(-1, 64).mul_(torch.arange(p.numel() // 64).to(p)[:, None] % 10 == 0),
+    "gradients-of-1e-20": lambda p: p.grad.fill_(1e-20),  # whose square is subnormal in float32
+    "gradients-of-1e-41": lambda p: p.grad.fill_(1e-41),
+    "unaligned": lambda p: (setattr(p, "data", _moved(p.data, 1, 1)), setattr(p, "grad", _moved(p.grad, 1, 1))),
+    "gradient-with-gaps": lambda p: setattr(p, "grad", _moved(p.grad, 0, 2)),
+    "parameter-with-gaps": lambda p: setattr(p, "data", _moved(p.data, 0, 2)),
+    "4-threads-a-core": lambda p: torch.set_num_threads(4 * (os.cpu_count() or 1)),
+    BUSY: lambda p: None,  # bench.plan sees to it
+}
+"""What is done to a parameter with its gradient, by a name that follows a workload's and a colon."""
+
+
 def workload(name: str) -> Workload:
     """The workload of a name: ``2^n`` is one tensor, ``NxM`` is N tensors of M elements."""
+    name, _, condition = name.partition(":")
+    if condition:
+        if condition not in CONDITIONS:
+            raise argparse.ArgumentTypeError(f"no condition {condition!r}: take {', '.join(CONDITIONS)}")
+        full = workload(name)
+        title = f"{full.title}, {condition.replace('-', ' ')}"
+        return replace(full, name=f"{name}:{condition}", title=title, condition=condition)
     if match := re.fullmatch(r"2\^(\d+)", name):
         return Workload(name, f"one tensor of {name}", ((2 ** int(match[1]),),))
     if match := re.fullmatch(r"(\d+)x(\d+)", name):

@@ -17,37 +17,27 @@ namespace {
 
 using namespace fused_optim;
 
-struct NamedIsa {
-  const char* name;
-  bool supported;
-  const Isa& isa;
-};
+using NamedIsa = std::pair<const char*, const Isa*>;
 
-// Best first.
+// Those of this machine, best first.
 const std::vector<NamedIsa>& isas() {
-  static const std::vector<NamedIsa> all = {
+  static const std::vector<NamedIsa> found = [] {
+    std::vector<NamedIsa> isas;
 #if defined(__x86_64__)
-      {"avx512",
-       __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"),
-       avx512::isa},
-      {"avx2", __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma"), avx2::isa},
+    if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+        __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+      isas.emplace_back("avx512", &avx512::isa);
+    if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) isas.emplace_back("avx2", &avx2::isa);
 #endif
-      {"baseline", true, baseline::isa},
-  };
-  return all;
-}
-
-std::vector<std::string> supported_isas() {
-  std::vector<std::string> names;
-  for (const NamedIsa& isa : isas())
-    if (isa.supported) names.push_back(isa.name);
-  return names;
+    isas.emplace_back("baseline", &baseline::isa);
+    return isas;
+  }();
+  return found;
 }
 
 const Isa& isa_named(const std::string& name) {
-  for (const NamedIsa& isa : isas())
-    if (isa.supported && name == isa.name) return isa.isa;
+  for (const auto& [known, isa] : isas())
+    if (name == known) return *isa;
   throw std::invalid_argument("no CPU code for instruction set '" + name + "'");
 }
 
@@ -59,8 +49,6 @@ struct Task : Table {
   int threads;
 };
 
-constexpr int64_t kAhead = 16;  // step numbers, each in a tensor of its own
-
 // Small tensors lie in memory of their own each, where no prefetcher of the processor's finds them.
 void prefetch(const Table& table, int32_t i) {
   const Row& row = table.rows[i];
@@ -69,63 +57,54 @@ void prefetch(const Table& table, int32_t i) {
 }
 
 template <class T>
-void step_chunks(const Task& task, const std::vector<Coefficients<T>>& sets, const std::vector<int32_t>& set_of_counter,
-                 int64_t k, int64_t portion) {
-  const int64_t last = minimum(k + portion, task.n_chunks);
+void step_chunks(const Task& task, const std::vector<Coefficients<T>>& of_counters, int64_t k, int64_t last) {
   for (; k < last; ++k) {
     if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row) prefetch(task, task.chunks[k + 2].row);
     const Chunk chunk = task.chunks[k];
     const Row& row = task.rows[chunk.row];
     const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * task.chunk_size;
     task.step_elements(row, task.grads[chunk.row], begin, minimum(begin + task.chunk_size, row.numel),
-                       task.grad_is_own, &sets[set_of_counter[row.counter]]);
+                       task.grad_is_own, &of_counters[row.counter]);
   }
 }
 
-template <class T>
-void run(const Task& task) {
-  // Neighbours mostly share group and step number, so coefficients are worked out when one of them changes.
-  std::vector<Coefficients<T>> sets;
-  std::vector<int32_t> set_of_counter(task.n_counters);
-  int64_t last_count = -1, last_hyper = -1;
-  for (int64_t i = 0; i < task.n_counters; ++i) {
-    const Counter& counter = task.counters[i];
-    if (i + kAhead < task.n_counters)
-      __builtin_prefetch(reinterpret_cast<const void*>(task.counters[i + kAhead].step), 1);
-    const int64_t count = next_count(*reinterpret_cast<const int64_t*>(counter.step));
-    if (count != last_count || counter.hyper != last_hyper) {
-      sets.push_back(coefficients<T>(task.hyper[counter.hyper], count, static_cast<T>(task.grad_scale),
-                                     static_cast<T>(task.grad_factor)));
-      last_count = count;
-      last_hyper = counter.hyper;
-    }
-    set_of_counter[i] = static_cast<int32_t>(sets.size()) - 1;
-  }
-  // A thread takes several chunks at a time, so that ten thousand tiny tensors do not mean ten thousand requests for
-  // work. Each begins with a share of its own, the same in every step, which its core's cache may still hold, and
-  // then helps the others: a core may be busy with something else.
-  const int64_t portion = 1 + task.n_chunks / (32 * static_cast<int64_t>(task.threads));
-  const int64_t portions = (task.n_chunks + portion - 1) / portion;
-  const int shares = static_cast<int>(minimum(task.threads, portions));
+// Calls `body(k, last)` for portions of `n` chunks. A thread takes several at a time, so that ten thousand tiny tensors
+// do not mean ten thousand requests for work. Each begins with a share of its own, the same in every step, which its
+// core's cache may still hold, and then helps the others: a core may be busy with something else.
+template <class Body>
+void in_portions(int64_t n, int threads, Body body) {
+  const int64_t portion = 1 + n / (32 * static_cast<int64_t>(threads));
+  const int64_t portions = (n + portion - 1) / portion;
+  const int shares = static_cast<int>(minimum(threads, portions));
   std::vector<std::atomic<int64_t>> taken(shares);
   const auto work = [&](int thread) {
     for (int k = 0; k < shares; ++k) {
       const int share = (thread + k) % shares;
       const int64_t first = portions * share / shares, count = portions * (share + 1) / shares - first;
       for (int64_t i; (i = taken[share].fetch_add(1, std::memory_order_relaxed)) < count;)
-        step_chunks(task, sets, set_of_counter, (first + i) * portion, portion);
+        body((first + i) * portion, minimum((first + i + 1) * portion, n));
     }
   };
 #if defined(_OPENMP)
   if (shares > 1) {  // not a region of one: libgomp allocates for it, and ends the process where it cannot
 #pragma omp parallel num_threads(shares)
     work(omp_get_thread_num());
-  } else {
-    work(0);
+    return;
   }
-#else
-  work(0);
 #endif
+  work(0);
+}
+
+template <class T>
+void run(const Task& task) {
+  std::vector<Coefficients<T>> of_counters(task.n_counters);
+  for (int64_t i = 0; i < task.n_counters; ++i) {
+    const int64_t count = next_count(*reinterpret_cast<const int64_t*>(task.counters[i].step));
+    of_counters[i] = coefficients<T>(task.hyper[task.counters[i].hyper], count, static_cast<T>(task.grad_scale),
+                                     static_cast<T>(task.grad_factor));
+  }
+  in_portions(task.n_chunks, task.threads,
+              [&](int64_t k, int64_t last) { step_chunks(task, of_counters, k, last); });
   // Last, so that what is thrown before leaves them true.
   for (int64_t i = 0; i < task.n_counters; ++i) {
     int64_t& count = *reinterpret_cast<int64_t*>(task.counters[i].step);
@@ -172,14 +151,9 @@ void square_sums(const std::string& isa, const std::string& grad, const std::arr
     task.sums[chunk.place] = square_sum(task.grads[chunk.row], begin, end, grad_scale);
   };
   without_interpreter([&] {
-#if defined(_OPENMP)
-    if (threads > 1) {
-#pragma omp parallel for num_threads(threads)
-      for (int64_t k = 0; k < task.n_chunks; ++k) sum_chunk(k);
-      return;
-    }
-#endif
-    for (int64_t k = 0; k < task.n_chunks; ++k) sum_chunk(k);
+    in_portions(task.n_chunks, threads, [&](int64_t k, int64_t last) {
+      for (; k < last; ++k) sum_chunk(k);
+    });
   });
 }
 
@@ -194,7 +168,14 @@ void convert(const std::string& isa, const std::string& format, int operand, boo
 
 PYBIND11_MODULE(_cpu, m) {
   m.doc() = "The CPU step of fused_optim.";
-  m.def("isas", &supported_isas, "Instruction sets that this machine has, best first.");
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const NamedIsa& isa : isas()) names.emplace_back(isa.first);
+        return names;
+      },
+      "Instruction sets that this machine has, best first.");
   m.def("step", &step_cpu,
         "One step of every row of a table. Takes an instruction set, the names of rule and formats, the fields of "
         "Table, the elements of a chunk, what gradients are divided and multiplied by, and the number of threads.");

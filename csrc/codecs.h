@@ -196,22 +196,18 @@ struct Split : UpperHalf {
   template <class F, class R, class E>
   static FUSED_OPTIM_HD auto store(F x, R random, E& remainder) {
     const auto b = canonical_bits(x);
-    if constexpr (missing_bits == 0)
-      return split(b, remainder);
-    else  // The largest finite values are cut: no dither carries them to infinity.
-      return split(b + select((b & kMagnitude) >= 0x7f7fff00u, 0u, random >> 24), remainder);
+    // The largest finite values are cut: no dither carries them to infinity.
+    return split(b, select((b & kMagnitude) >= 0x7f7fff00u, 0u, random >> 24), remainder);
   }
   template <class F, class R, class E>
   static FUSED_OPTIM_HD auto store_finite(F x, R random, E& remainder) {
-    if constexpr (missing_bits == 0)
-      return split(bits_of(x), remainder);
-    else
-      return split(bits_of(x) + (random >> 24), remainder);
+    return split(bits_of(x), random >> 24, remainder);
   }
 
  private:
-  template <class W, class E>
-  static FUSED_OPTIM_HD auto split(W b, E& remainder) {
+  template <class W, class R, class E>
+  static FUSED_OPTIM_HD auto split(W b, R dither, E& remainder) {
+    if constexpr (missing_bits != 0) b += dither;
     remainder = (E)(b >> missing_bits);  // less a multiple of 2^16
     return b + 0x8000u;
   }
@@ -269,26 +265,21 @@ struct Blocked : Codec {
     const auto special = select(m > kInfinity, Format::infinity + 1, Format::infinity);
     const auto code = select(m < kInfinity, finite, special);
     // A NaN has no sign here: devices give the NaN of an operation different ones.
-    if constexpr (Format::sign_bit != 0) return code | select(m > kInfinity, 0u, sign_of(x));
-    return code;
+    return code | select(m > kInfinity, 0u, sign_of(x));
   }
   template <class F, class R>
   static FUSED_OPTIM_HD auto store_finite(F x, R random, uint32_t exponent) {
-    const auto code = Format::finite_code(magnitude_bits(x), random, exponent);
-    if constexpr (Format::sign_bit != 0) return code | sign_of(x);
-    return code;
+    return Format::finite_code(magnitude_bits(x), random, exponent) | sign_of(x);
   }
 
  private:
   template <class W>
   static FUSED_OPTIM_HD W code_of(W x) {
-    if constexpr (Format::sign_bit != 0) return x & Format::code_bits;
-    return x;
+    return Format::sign_bit == 0 ? x : x & Format::code_bits;
   }
   template <class W>
   static FUSED_OPTIM_HD auto signed_value(W magnitude, W x) {
-    if constexpr (Format::sign_bit != 0) return float_of(magnitude | ((x << 24) & (Format::sign_bit << 24)));
-    return float_of(magnitude);
+    return float_of(magnitude | ((x << 24) & (Format::sign_bit << 24)));
   }
   template <class F>
   static FUSED_OPTIM_HD auto sign_of(F x) {
@@ -302,22 +293,20 @@ struct E4M3 : Blocked<E4M3> {
   static constexpr uint32_t infinity = 126, code_bits = 0x7fu, sign_bit = 0x80u;
   static constexpr int32_t orders = 14;
 
-  // The smallest normal value: subnormal codes are the mantissa's first bits of a sum with it.
-  static FUSED_OPTIM_HD uint32_t normal_bits(uint32_t exponent) { return (exponent + 1) << 23; }
-
-  // Below `one` the subnormal value is the smaller of the two, above it the normal one.
+  // `one` is the smallest normal value: subnormal codes are the mantissa's first bits of a sum with it. Below it the
+  // subnormal value is the smaller of the two, above it the normal one.
   template <class W>
   static FUSED_OPTIM_HD auto finite_bits(W code, uint32_t exponent) {
     const auto bits = code << 20;
-    const uint32_t one = normal_bits(exponent);
+    const uint32_t one = (exponent + 1) << 23;
     const auto subnormal = bits_of(float_of(bits + one) - float_of(one));
     return smaller(subnormal, bits + (exponent << 23));
   }
 
-  // Below `one` the subnormal code is the larger of the two, above it the normal one.
+  // Of codes it is the larger one.
   template <class W, class R>
   static FUSED_OPTIM_HD auto finite_code(W magnitude, R random, uint32_t exponent) {
-    const uint32_t one = normal_bits(exponent);
+    const uint32_t one = (exponent + 1) << 23;
     const auto subnormal = int_of(bits_of(float_of(magnitude) + float_of(one)) - one);
     const auto normal = int_of(magnitude - (exponent << 23));
     return (bits_of(larger(subnormal, normal)) + (random >> 12)) >> 20;

@@ -1,5 +1,4 @@
-// What a rule multiplies and divides by: the C++ statement of
-// fused_optim.reference.coefficients, the same operations in the same order.
+// What a rule multiplies and divides by: fused_optim.reference.coefficients in C++, in the same order.
 #pragma once
 
 #include <cstdint>

@@ -191,7 +191,7 @@ struct Elements {
 
   // What the codec asks for to round element `k`.
   FUSED_OPTIM_DEVICE uint32_t random(int k) const {
-    if constexpr (Codec::random == kDither) return dither<operand>(index + static_cast<uint32_t>(k), place);
+    if constexpr (Codec::random == kDither) return dither(index + static_cast<uint32_t>(k), place, operand);
     if constexpr (Codec::random == kPhilox) {
       const uint32_t i = n == 8 ? k : index % 8;
       // Not word[i / 2]: registers have no address.

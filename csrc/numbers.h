@@ -36,14 +36,8 @@ struct Traits<int32_t> : Traits<float> {};
 
 FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
 FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }
-
-#if defined(__CUDA_ARCH__)
-FUSED_OPTIM_HD float square_root(float x) { return __fsqrt_rn(x); }
-FUSED_OPTIM_HD double square_root(double x) { return __dsqrt_rn(x); }
-#else
-FUSED_OPTIM_HD float square_root(float x) { return __builtin_sqrtf(x); }
-FUSED_OPTIM_HD double square_root(double x) { return __builtin_sqrt(x); }
-#endif
+FUSED_OPTIM_HD float square_root(float x) { return sqrtf(x); }  // rounded once, by setup.py's flags
+FUSED_OPTIM_HD double square_root(double x) { return sqrt(x); }
 
 // Of vectors. The compiler makes one instruction of each.
 template <class Vector>

@@ -16,9 +16,9 @@ struct Place {
 };
 
 // `index`: the element's logical index, whose low 32 bits are enough; one or a vector of them.
-template <Operand operand, class W>
-FUSED_OPTIM_HD W dither(W index, const Place& place) {
-  constexpr uint32_t factor = operand == kParam ? 0xA54FF53Bu : operand == kMu ? 0x6A09E667u : 0xBB67AE85u;
+template <class W>
+FUSED_OPTIM_HD W dither(W index, const Place& place, Operand operand) {
+  const uint32_t factor = operand == kParam ? 0xA54FF53Bu : operand == kMu ? 0x6A09E667u : 0xBB67AE85u;
   return index * factor + place.count * 0x9E3779B9u;
 }
 

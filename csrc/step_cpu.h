@@ -2,12 +2,11 @@
 // sets FUSED_OPTIM_ISA and FUSED_OPTIM_VECTOR_BYTES. What our own headers define outside of that namespace is always
 // inlined, or the linker would keep one instruction set's copy for all.
 //
-// Vectors of neighbours are decoded and updated in registers; a tensor's last, short vector takes the
-// same way. What is not stored as it is waits in a buffer until all of its tile is known, and is
-// encoded then: low-precision moments while the processor divides for the parameter.
+// Vectors of neighbours are decoded and updated in registers. What is not stored as it is waits until all of its tile
+// is known, and is encoded then: low-precision moments while the processor divides for the parameter.
 //
-// What a tile needs of one format alone is a function of its own and not inlined: the compiler makes a few of
-// each, and not one for each rule with each parameter format.
+// What a tile needs of one format alone is not inlined: the compiler makes a few of each, and not one for each rule
+// with each parameter format.
 #pragma once
 
 // The headers of others come before an instruction set is chosen: none of their functions may be compiled for one
@@ -45,38 +44,33 @@
 namespace fused_optim {
 namespace FUSED_OPTIM_ISA {
 
-// A tile is what is decoded and updated before it is encoded; it begins at a multiple of kTile and has
-// whole blocks of the 8-bit formats. (Where nothing is encoded, a chunk is one tile.) While one is
-// stepped, what lies kAhead elements further is fetched. AdaBelief all in bfloat16 takes 0.26 ns an
-// element with tiles of 256 or 512, in a cache, 0.28 with 128. Without tiles it is kFar elements: the
-// processor's own prefetching leaves 2^24 elements 16% slower (256 and 1,024 are no better).
+// A tile is what is decoded and updated before it is encoded; it begins at a multiple of kTile and has whole blocks of
+// the 8-bit formats. (Where nothing is encoded, a chunk is one tile.) AdaBelief all in bfloat16 takes 0.26 ns an
+// element with tiles of 256 or 512, in a cache, 0.28 with 128. What lies kAhead elements further, without tiles kFar,
+// is fetched: the processor's own prefetching leaves 2^24 elements 16% slower (256 and 1,024 are no better).
 constexpr int64_t kTile = 256, kAhead = 768, kFar = 512;
 
 inline void prefetch_bytes(const void* first, int64_t bytes) {
   for (int64_t i = 0; i < bytes; i += 64) __builtin_prefetch(static_cast<const char*>(first) + i, 1);
 }
 
-// Philox gives eight neighbours their bits at once, two of them in each word. Returns where those of element `begin`
-// are, which may not be the first of the eight.
+// Philox gives eight neighbours their bits at once, two in each word. Returns where those of element `begin` are.
 FUSED_OPTIM_APART inline const uint16_t* random_tile(const Place& place, int64_t begin, uint16_t* random) {
-  uint32_t words[4][kTile / 8 + 1];
-  const auto evaluate = [&](int64_t i) FUSED_OPTIM_INLINE {
+  constexpr int64_t most = kTile / 8 + 1;
+  const int64_t groups = most - (begin % 8 == 0);
+  uint32_t words[4][most];
+#pragma omp simd
+  for (int64_t i = 0; i < groups; ++i) {
     const PhiloxWords four = philox(static_cast<uint64_t>(begin / 8 + i), place);
     words[0][i] = four.word[0];
     words[1][i] = four.word[1];
     words[2][i] = four.word[2];
     words[3][i] = four.word[3];
-  };
-#pragma omp simd
-  for (int64_t i = 0; i < kTile / 8; ++i) evaluate(i);
-  const bool one_more = begin % 8 != 0;
-  if (one_more) evaluate(kTile / 8);
-  for (int64_t i = 0; i < kTile / 8 + one_more; ++i) {
+  }
+  for (int64_t i = 0; i < groups; ++i) {
     for (int k = 0; k < 4; ++k) {
-#if __BYTE_ORDER__ == __ORDER_BIG_ENDIAN__
-      words[k][i] = words[k][i] << 16 | words[k][i] >> 16;
-#endif
-      memcpy(random + 8 * i + 2 * k, &words[k][i], sizeof(uint32_t));
+      random[8 * i + 2 * k] = static_cast<uint16_t>(words[k][i]);
+      random[8 * i + 2 * k + 1] = static_cast<uint16_t>(words[k][i] >> 16);
     }
   }
   return random + begin % 8;
@@ -89,23 +83,17 @@ FUSED_OPTIM_HD void for_vectors(int64_t i, int64_t end, Body body) {
   if (i < end) body(i, end - i);
 }
 
-// Whether updated values are buffered until the whole tile is updated. What they share is known
-// then, and whether all are finite; and since a processor holds only so many instructions that wait for a
-// division, the fewer a vector has the more divisions it holds: bfloat16 parameters with float32
-// moments take 0.21 ns an element, 0.29 where each vector is encoded at once.
+// Whether updated values are buffered until the whole tile is updated. What they share is known then, and whether all
+// are finite. And fewer instructions wait for each division: bfloat16 parameters with float32 moments take 0.21 ns an
+// element, 0.29 where each vector is encoded at once.
 template <class Codec>
 constexpr bool kBuffered = !std::is_same<typename Codec::Stored, typename Codec::Working>::value;
 
 template <class Codec>
 constexpr int64_t kBlockLength = kBlocked<Codec> ? kBlockElements : kTile;
 
-// Updated values of a tile that are not encoded yet.
-struct Buffer {
-  alignas(Words) float values[kTile];
-};
-
 // A tile of one operand of a row.
-template <class Codec, Operand operand>
+template <class Codec>
 struct Tile {
   using Stored = typename Codec::Stored;
   using Aux = typename Codec::Aux;
@@ -113,17 +101,17 @@ struct Tile {
 
   Stored* stored;
   Aux* aux;
-  float* values;                // of the Buffer
+  float* values;                // updated, and not encoded yet
   Words dithers, dithers_step;  // of the next vector, and from it to the one after
   Words largest;                // magnitude since the tile's beginning, or the block's, by lane
   uint32_t exponent;            // of the block
   bool finite_codes, finite_values;
 
   // `begin`: the index of the tile's first element.
-  FUSED_OPTIM_HD Tile(int64_t stored_address, int64_t aux_address, int64_t begin, Buffer& buffer)
+  FUSED_OPTIM_HD Tile(int64_t stored_address, int64_t aux_address, int64_t begin, float* values)
       : stored(reinterpret_cast<Stored*>(stored_address) + begin),
         aux(reinterpret_cast<Aux*>(aux_address) + begin / Codec::block),
-        values(buffer.values),
+        values(values),
         largest{},
         finite_values(true) {}
 
@@ -188,14 +176,13 @@ struct Tile {
 
   // Whether `store_finite` will do, after all of the tile was written.
   FUSED_OPTIM_HD bool has_finite_values() const {
-    if constexpr (!kBuffered<Codec>) return true;
     return Codec::low_precision && (kBlocked<Codec> ? finite_values : largest_of(largest) < kFiniteLimit);
   }
 
-  FUSED_OPTIM_HD void begin_dithers(int64_t begin, const Place& place) {
+  FUSED_OPTIM_HD void begin_dithers(int64_t begin, const Place& place, Operand operand) {
     if constexpr (Codec::random == kDither) {
-      dithers = dither<operand>(iota() + static_cast<uint32_t>(begin), place);
-      dithers_step = in_register(dither<operand>(Words{} + static_cast<uint32_t>(kWords), Place{}));
+      dithers = dither(iota() + static_cast<uint32_t>(begin), place, operand);
+      dithers_step = in_register(dither(Words{} + static_cast<uint32_t>(kWords), Place{}, operand));
     }
   }
 
@@ -225,12 +212,13 @@ struct Tile {
 };
 
 // Encodes the `n` values of a tile that begins at element `begin` of its parameter; block exponents are in place.
-template <class Codec, Operand operand>
-FUSED_OPTIM_APART void encode_tile(Tile<Codec, operand> tile, bool finite, int64_t begin, int64_t n, Place place) {
+template <class Codec>
+FUSED_OPTIM_APART void encode_tile(Tile<Codec> tile, bool finite, int64_t begin, int64_t n, Place place,
+                                   Operand operand) {
   alignas(Words) uint16_t random_bits[Codec::random == kPhilox ? kTile + 8 : 1];
   const uint16_t* random = random_bits;
   if constexpr (Codec::random == kPhilox) random = random_tile(place, begin, random_bits);
-  tile.begin_dithers(begin, place);
+  tile.begin_dithers(begin, place, operand);
   for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Codec>) {
     tile.begin_block(block);
     const int64_t end = minimum(first + kBlockLength<Codec>, n);
@@ -261,12 +249,12 @@ void step_elements(const Row& row, int64_t grad, int64_t begin, int64_t end, boo
   const auto* const own_grad = reinterpret_cast<const typename OwnGrad::Stored*>(grad);
   const auto* const working_grad = reinterpret_cast<const T*>(grad);
   const Place place{c.count, static_cast<uint64_t>(row.key)};
-  Buffer param_buffer, mu_buffer, nu_buffer;
+  alignas(Words) float param_values[kTile], mu_values[kTile], nu_values[kTile];
   for (int64_t n; begin < end; begin += n) {
     n = buffered ? minimum(kTile, end - begin) : end - begin;
-    Tile<Param, kParam> param(row.param, row.param_aux, begin, param_buffer);
-    Tile<Mu, kMu> mu(row.mu, row.mu_aux, begin, mu_buffer);
-    Tile<Nu, kNu> nu(row.nu, row.nu_aux, begin, nu_buffer);
+    Tile<Param> param(row.param, row.param_aux, begin, param_values);
+    Tile<Mu> mu(row.mu, row.mu_aux, begin, mu_values);
+    Tile<Nu> nu(row.nu, row.nu_aux, begin, nu_values);
     param.prefetch();
     mu.prefetch();
     nu.prefetch();
@@ -309,8 +297,8 @@ void step_elements(const Row& row, int64_t grad, int64_t begin, int64_t end, boo
         nu.end_block(block, first, block_end);
       }
       const bool finite = mu.has_finite_values() && nu.has_finite_values();
-      mu.begin_dithers(row.offset + begin, place);
-      nu.begin_dithers(row.offset + begin, place);
+      mu.begin_dithers(row.offset + begin, place, kMu);
+      nu.begin_dithers(row.offset + begin, place, kNu);
       for (int64_t block = 0, first = 0; first < n; ++block, first += kBlockLength<Mu>) {
         const int64_t block_end = minimum(first + kBlockLength<Mu>, n);
         mu.begin_block(block);
@@ -328,31 +316,11 @@ void step_elements(const Row& row, int64_t grad, int64_t begin, int64_t end, boo
         });
       }
       if (!finite) {
-        encode_tile(mu, false, row.offset + begin, n, place);
-        encode_tile(nu, false, row.offset + begin, n, place);
+        encode_tile(mu, false, row.offset + begin, n, place, kMu);
+        encode_tile(nu, false, row.offset + begin, n, place, kNu);
       }
     }
-    if constexpr (kBuffered<Param>) encode_tile(param, param.has_finite_values(), row.offset + begin, n, place);
-  }
-}
-
-// Encodes or decodes one operand alone.
-template <class Codec, Operand operand>
-void convert_operand(bool encode, int64_t values, const Place& place, int64_t n, int64_t stored, int64_t aux) {
-  Buffer buffer;
-  for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
-    const int64_t end = minimum(kBlockLength<Codec>, n - begin);
-    float* const there = reinterpret_cast<float*>(values) + begin;
-    Tile<Codec, operand> tile(stored, aux, begin, buffer);
-    if (encode) {
-      for_vectors<kWords>(0, end, [&](int64_t i, auto count) { tile.write(read_vector(there + i, count), i, count); });
-      tile.end_block(0, 0, end);
-      encode_tile(tile, tile.has_finite_values(), begin, end, place);
-    } else {
-      tile.look_at_codes(end);
-      tile.begin_block(0);
-      for_vectors<kWords>(0, end, [&](int64_t i, auto count) { write_vector(there + i, tile.read(i, count), count); });
-    }
+    if constexpr (kBuffered<Param>) encode_tile(param, param.has_finite_values(), row.offset + begin, n, place, kParam);
   }
 }
 
@@ -360,10 +328,21 @@ bool convert(const char* format, Operand operand, bool encode, int64_t values, c
              int64_t stored, int64_t aux) {
   return with_name(EncodedCodecs{}, format, [&](auto codec) {
     using Codec = decltype(codec);
-    const auto convert = operand == kParam ? convert_operand<Codec, kParam>
-                         : operand == kMu  ? convert_operand<Codec, kMu>
-                                           : convert_operand<Codec, kNu>;
-    convert(encode, values, place, n, stored, aux);
+    alignas(Words) float updated[kTile];
+    for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
+      const int64_t end = minimum(kBlockLength<Codec>, n - begin);
+      float* const there = reinterpret_cast<float*>(values) + begin;
+      Tile<Codec> tile(stored, aux, begin, updated);
+      if (encode) {
+        for_vectors<kWords>(0, end, [&](int64_t i, auto n) { tile.write(read_vector(there + i, n), i, n); });
+        tile.end_block(0, 0, end);
+        encode_tile(tile, tile.has_finite_values(), begin, end, place, operand);
+      } else {
+        tile.look_at_codes(end);
+        tile.begin_block(0);
+        for_vectors<kWords>(0, end, [&](int64_t i, auto n) { write_vector(there + i, tile.read(i, n), n); });
+      }
+    }
     return true;
   });
 }

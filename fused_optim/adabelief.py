@@ -29,8 +29,6 @@ class AdaBelief(FusedOptimizer):
         eps_root: :math:`\varepsilon_{root}`, which goes into the stored :math:`s_t` at every step.
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
         nesterov: look one step ahead in the first moment.
-        unscale_in_step: have ``torch.amp.GradScaler`` leave unscaling and skipping to the step; off, the
-            scaler does both, as trainers that clip expect.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_avg_var``.
     Errors: ValueError, TypeError or RuntimeError, which name what is wrong.
@@ -59,11 +57,9 @@ class AdaBelief(FusedOptimizer):
         foreach: bool | None = None, fused: bool | None = None, capturable: bool = False,
         amsgrad: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "eps_root": eps_root, "weight_decay": weight_decay}
-        defaults |= {"nesterov": nesterov, "maximize": maximize}
-        formats = (state_format, master_weights, stochastic_rounding)
-        torchs = (foreach, fused, capturable, amsgrad, differentiable)
         super().__init__(
-            params, defaults, formats, weight_decay_mask, decoupled_lr, max_grad_norm, skip_nonfinite,
-            unscale_in_step, flatten, backend, torchs,
+            params, (state_format, master_weights, stochastic_rounding), weight_decay_mask, decoupled_lr,
+            max_grad_norm, skip_nonfinite, unscale_in_step, flatten, backend,
+            (foreach, fused, capturable, amsgrad, differentiable), lr=lr, betas=betas, eps=eps,
+            eps_root=eps_root, weight_decay=weight_decay, nesterov=nesterov, maximize=maximize,
         )  # fmt: skip

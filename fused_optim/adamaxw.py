@@ -25,8 +25,6 @@ class AdamaxW(FusedOptimizer):
         betas: :math:`(\beta_1, \beta_2)`, each in [0, 1).
         eps: :math:`\varepsilon`.
         weight_decay: :math:`\lambda`, decoupled and times ``lr``; a float or a callable as for ``lr``.
-        unscale_in_step: have ``torch.amp.GradScaler`` leave unscaling and skipping to the step; off, the
-            scaler does both, as trainers that clip expect.
 
     State: ``step`` (int64), ``exp_avg`` and ``exp_inf``. Checkpoints of ``torch.optim.Adamax`` load.
     Errors: ValueError, TypeError or RuntimeError, which name what is wrong.
@@ -55,10 +53,9 @@ class AdamaxW(FusedOptimizer):
         foreach: bool | None = None, fused: bool | None = None, capturable: bool = False,
         amsgrad: bool = False, differentiable: bool = False,
     ) -> None:  # fmt: skip
-        defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "maximize": maximize}
-        formats = (state_format, master_weights, stochastic_rounding)
-        torchs = (foreach, fused, capturable, amsgrad, differentiable)
         super().__init__(
-            params, defaults, formats, weight_decay_mask, decoupled_lr, max_grad_norm, skip_nonfinite,
-            unscale_in_step, flatten, backend, torchs,
+            params, (state_format, master_weights, stochastic_rounding), weight_decay_mask, decoupled_lr,
+            max_grad_norm, skip_nonfinite, unscale_in_step, flatten, backend,
+            (foreach, fused, capturable, amsgrad, differentiable), lr=lr, betas=betas, eps=eps,
+            weight_decay=weight_decay, maximize=maximize,
         )  # fmt: skip

@@ -1,24 +1,18 @@
 """State dicts: what is saved, and what is made of one, be it ours or another optimizer's."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .layout import local, shard_of
-from .options import VERSION, Group, check_group, names_of, whole_number
+from .layout import has_nonzero_gradient, local, shard_of
+from .options import VERSION, Group, check_entries, check_group, lr_value, names_of, whole_number
 from .plan import Settings
 from .reference import MAX_COUNT
-from .state import (
-    check_saved,
-    checked_step,
-    in_formats,
-    own,
-    portable,
-    with_exponent_keys,
-    with_remainder_bits,
-)  # fmt: skip
+from .state import State, check_saved, from_saved, in_formats, own, portable
 
 _ELSEWHERE = {
     *("foreach", "fused", "capturable", "differentiable", "buffer", "param_names"),
@@ -26,9 +20,7 @@ _ELSEWHERE = {
 }  # keys of others' groups that change no result, or that schedulers keep there
 # What others call decay that is not added to the gradient.
 _DECOUPLED = ("decoupled_weight_decay", "weight_decouple", "decoupled_decay")
-
-
-Loaded = tuple[list[Group], dict[Tensor, dict[str, Any]]]  # groups and states
+Loaded = tuple[list[Group], dict[Tensor, State]]  # groups and states
 
 
 def snapshot(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
@@ -46,13 +38,36 @@ def snapshot(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
     return {**state_dict, "state": state, "param_groups": groups}
 
 
-def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled_lr: bool) -> Loaded:
+@contextmanager
+def loading(optimizer: torch.optim.Optimizer, settings: Settings) -> Iterator[None]:
+    """Have torch's ``load_state_dict`` take our states, since its own casts moments to the parameter's dtype and
+    cannot be told not to."""
+    old = optimizer.param_groups
+    loaded: list[Loaded] = []
+
+    def check(_: torch.optim.Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+        loaded.append(_read(saved, old, settings))
+        return {**saved, "param_groups": loaded[0][0], "state": {}}
+
+    def install(_: torch.optim.Optimizer) -> None:
+        for before, group in zip(old, optimizer.param_groups):  # what was loaded is no outside write
+            schedules = before.get("schedules", {}).items()
+            group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}
+        optimizer.state.update(loaded[0][1])
+
+    with ExitStack() as hooks:
+        hooks.callback(optimizer.register_load_state_dict_pre_hook(check).remove)
+        hooks.callback(optimizer.register_load_state_dict_post_hook(install, prepend=True).remove)
+        yield
+
+
+def _read(saved: dict[str, Any], ours: list[Group], settings: Settings) -> Loaded:
     """Raises a ValueError that names what cannot be loaded; changes nothing."""
-    groups = [_complete(group, ours, i, decoupled_lr) for i, group in enumerate(saved["param_groups"])]
+    groups = [_complete(g, ours, i, settings.decoupled_lr) for i, g in enumerate(saved["param_groups"])]
     _warn_of_names(groups, ours)
-    states: dict[Tensor, dict[str, Any]] = {}
+    states: dict[Tensor, State] = {}
     steps: dict[Any, Tensor] = {}
-    keys, numbers = settings.rule.states, [0]
+    numbers = [0]
     for i, (group, our) in enumerate(zip(groups, ours)):
         decays = group["weight_decay_mask"] or [True] * len(our["params"])
         for name, key, p, decay in zip(names_of(ours, i), group["params"], our["params"], decays):
@@ -62,18 +77,10 @@ def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled
             state = {k: v for k, v in saved["state"].get(key, {}).items() if not isinstance(v, dict)}
             if not state:
                 continue
-            state = {k: own(v if k == "step" else shard_of(p, v)) for k, v in state.items()}
-            state = with_exponent_keys({"step": group.get("step"), **state}, keys)
-            state = with_remainder_bits(state, settings.formats_of(p).param)
-            check_saved(name, local(p), state, keys, settings.rule.name)
-            state = in_formats(state, local(p), keys, settings.formats_of(p), settings.dense_like(p))
-            states[p] = settings.placed(p, state)
-            numbers.append(checked_step(name, state["step"], ValueError))
+            states[p] = state = fitted(name, p, {"step": group.get("step"), **state}, settings)
+            numbers.append(int(state["step"]))
             # Equal numbers are one tensor: see plan.py, of what is stepped together.
-            together = (i, p.device, numbers[-1], decay)
-            if together not in steps:
-                steps[together] = torch.tensor(numbers[-1], dtype=torch.int64, device=p.device)
-            states[p]["step"] = steps[together]
+            state["step"] = steps.setdefault((i, p.device, numbers[-1], decay), state["step"])
     # Version 1 had both beside the groups.
     first = {**(saved["param_groups"][0] if saved["param_groups"] else {}), **saved}
     count = whole_number("the saved 'count'", first.get("count", max(numbers)), MAX_COUNT + 1)
@@ -86,16 +93,33 @@ def read(saved: dict[str, Any], ours: list[Group], settings: Settings, decoupled
     return groups, states
 
 
+def fitted(name: str, p: Tensor, saved: State, settings: Settings) -> State:
+    """What this optimizer keeps of a saved state of ``p``; a ValueError names what is wrong."""
+    keys, formats = settings.rule.states, settings.formats_of(p)
+    state = {k: own(v if k == "step" else shard_of(p, v)) for k, v in saved.items()}
+    state = from_saved(state, keys, formats.param)
+    step = check_saved(name, local(p), state, keys, settings.rule.name)
+    made = in_formats(state, local(p), keys, formats, settings.dense_like(p))
+    return {**settings.placed(p, made), "step": torch.tensor(step, dtype=torch.int64, device=p.device)}
+
+
+def asks_for_states(groups: list[Group]) -> bool:
+    """Whether a first step is none but how ``torch.distributed.checkpoint`` asks for states that a checkpoint can
+    be read into: learning rates of 0, and all gradients there and zero."""
+    if not all(lr_value(group["lr"]) == 0 for group in groups):
+        return False
+    params = [p for group in groups for p in group["params"] if p.requires_grad]
+    return all(p.grad is not None for p in params) and not any(map(has_nonzero_gradient, params))
+
+
 def _complete(group: Group, ours: list[Group], index: int, decoupled_lr: bool) -> Group:
     """A saved group, with what another optimizer's lacks taken from ours."""
     our = ours[index] if index < len(ours) else {}
     complete = {**{k: v for k, v in our.items() if k not in ("params", "param_names", "schedules")}, **group}
     if decoupled_lr and "reference_lr" not in group and "initial_lr" in group:
         complete["reference_lr"] = float(group["initial_lr"])
-    mask, n = complete.get("weight_decay_mask"), len(group["params"])
     where = f" of saved group {index}"
-    if mask is not None and len(mask) != n:
-        raise ValueError(f"weight_decay_mask{where} has {len(mask)} entries for {n} parameters")
+    check_entries(complete.get("weight_decay_mask"), len(group["params"]), where)
     check_group(complete, where)
     version = whole_number(f"version{where}", group.get("version", 1), 2**31)
     if version > VERSION:
@@ -139,10 +163,3 @@ def _warn_of_differences(group: Group, our: Group, index: int) -> None:
         )
     for text in texts:
         warnings.warn(f"saved group {index} {text}", UserWarning, stacklevel=8)
-
-
-def keep_schedules(old: list[Group], new: list[Group]) -> None:
-    """Give loaded groups the callables of those that they replace; loaded values are no outside writes."""
-    for before, group in zip(old, new):
-        schedules = before.get("schedules", {}).items()
-        group["schedules"] = {key: [schedule, group[key]] for key, (schedule, _) in schedules}

@@ -1,9 +1,9 @@
 """Clipping inside the step: the norm of all gradients, and the coefficient that it gives.
 
-Every 4,096 elements of a parameter, in the order in which they lie in its memory, have a sum of squares. These
-sums lie one after another in the order of parameters, whatever batch and device steps them, and are added up by
-:func:`~.reference.tree_sum`. So the norm has the same bits in every backend, list or flat. The processes that
-have shards of DTensors add up their totals likewise, in the order of their places in the mesh.
+Every 4,096 elements of a parameter, in logical order, have a sum of squares. These sums lie one after another
+in the order of parameters, whatever batch and device steps them, and are added up by
+:func:`~.reference.tree_sum`. So the norm has the same bits in every backend and layout. The processes that have
+shards of DTensors add up their totals likewise, in the order of their places in the mesh.
 """
 
 import math

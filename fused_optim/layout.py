@@ -62,7 +62,7 @@ def shard_of(p: Any, t: Any) -> Any:
     have a part of either must ask."""
     if is_distributed(t) and not placed_alike(p, t):
         t = t.redistribute(p.device_mesh, p.placements) if is_distributed(p) else t.full_tensor()
-    elif is_distributed(p) and not is_distributed(t) and t.shape == p.shape:
+    elif is_distributed(p) and not is_distributed(t) and isinstance(t, Tensor) and t.shape == p.shape:
         from torch.distributed.tensor import distribute_tensor
 
         t = distribute_tensor(t, p.device_mesh, p.placements, src_data_rank=None)

@@ -8,6 +8,7 @@ is the optimizer's: ``count`` (of ``step()`` calls, which schedules see), ``seed
 
 import math
 import pickle
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from numbers import Real
@@ -29,15 +30,10 @@ _NOT_HERE = {
 }
 TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
 VERSION = 2  # of state dicts; those of 0.1 have none
-_TORCHS_WORDS = {
-    "lr": "Invalid learning rate",
-    "betas[0]": "Invalid beta parameter at index 0",
-    "betas[1]": "Invalid beta parameter at index 1",
-}
 
 
-def number(name: str, value: Any, where: str = "", below: float = math.inf) -> float:
-    """``value`` as a float, checked to lie in [0, below)."""
+def number(name: str, value: Any, where: str = "", below: float = math.inf, words: str = "") -> float:
+    """``value`` as a float, checked to lie in [0, below); ``words`` are torch's for one that does not."""
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name}{where} must be a number, got {value!r} of type {type(value).__name__}")
     result = math.inf
@@ -45,7 +41,7 @@ def number(name: str, value: Any, where: str = "", below: float = math.inf) -> f
         result = float(value)
     if not 0 <= result < below:
         limits = "finite and not negative" if below == math.inf else f"in [0, {below:g})"
-        words = _TORCHS_WORDS.get(name, f"Invalid {name} value")
+        words = words or f"Invalid {name} value"
         raise ValueError(f"{words}: {result}; {name}{where} must be {limits}")
     return result
 
@@ -90,6 +86,11 @@ def check_max_grad_norm(value: Any) -> float | None:
     return checked
 
 
+def of_all(groups: list[Group], key: str) -> int:
+    """``"count"`` or ``"seed"``. All groups have the same, since all that saves optimizers saves groups."""
+    return int(groups[0].get(key, 0)) if groups else 0
+
+
 def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
     return f" of group {index}" if index else ""
 
@@ -100,14 +101,26 @@ def names_of(groups: list[Group], index: int) -> list[str]:
     return [repr(name) for name in names] if len(names) == n else [f"{j} of group {index}" for j in range(n)]
 
 
+def check_entries(mask: Any, n: int, where: str = "") -> None:
+    if mask is not None and len(mask) != n:
+        raise ValueError(f"weight_decay_mask{where} has {len(mask)} entries for {n} parameters")
+
+
 def numbered(groups: list[Group]) -> Iterator[tuple[str, Tensor, int]]:
     """Every parameter: its name for error texts, itself, and its row in :class:`HyperparameterTable`."""
     for i, group in enumerate(groups):
-        mask, n = group["weight_decay_mask"], len(group["params"])
-        if mask is not None and len(mask) != n:
-            raise ValueError(f"weight_decay_mask of group {i} has {len(mask)} entries for {n} parameters")
+        mask = group["weight_decay_mask"]
+        check_entries(mask, len(group["params"]), f" of group {i}")
         for j, (name, p) in enumerate(zip(names_of(groups, i), group["params"])):
             yield name, p, 2 * i + (mask is not None and not mask[j])
+
+
+def name_of(param: Tensor, groups: list[Group]) -> str:
+    """What error texts call a parameter; a ValueError where no group holds it."""
+    for name, p, _ in numbered(groups):
+        if p is param:
+            return name
+    raise ValueError(f"the parameter of shape {tuple(param.shape)} is in no group of this optimizer")
 
 
 def lr_value(lr: Any, where: str = "") -> float | None:
@@ -121,7 +134,7 @@ def lr_value(lr: Any, where: str = "") -> float | None:
         if lr.device.type != "cpu":
             return None
         lr = lr.item()
-    return number("lr", lr, where)
+    return number("lr", lr, where, words="Invalid learning rate")
 
 
 def check_group(group: Group, where: str = "") -> None:
@@ -132,7 +145,7 @@ def check_group(group: Group, where: str = "") -> None:
         kind = ValueError if isinstance(betas, (tuple, list)) else TypeError
         raise kind(f"betas{where} must be two numbers, got {betas!r}")
     for i, beta in enumerate(betas):
-        number(f"betas[{i}]", beta, where, below=1)
+        number(f"betas[{i}]", beta, where, 1, f"Invalid beta parameter at index {i}")
     for key in ("eps", "eps_root", "weight_decay", "reference_lr"):
         if key in group:
             number(key, group[key], where)
@@ -141,8 +154,7 @@ def check_group(group: Group, where: str = "") -> None:
     for key in ("maximize", "nesterov"):
         if key in group:
             flag(f"{key}{where}", group[key])
-    if group.get("differentiable"):
-        raise ValueError(f"differentiable=True is not supported: {_NOT_HERE['differentiable']}")
+    check_torchs({"differentiable": group.get("differentiable")})
 
 
 def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
@@ -153,10 +165,9 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
     return number(f"{key} at count {count}", value)
 
 
-def complete_group(
-    group: Group, index: int, count: int, decoupled_lr: bool, settings: dict[str, Any]
-) -> None:
+def complete_group(group: Group, others: list[Group], settings: dict[str, Any]) -> None:
     """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
+    index, count = len(others), of_all(others, "count")
     for key, value in settings.items():
         if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's here too
             raise ValueError(
@@ -164,18 +175,19 @@ def complete_group(
                 "constructor, or make another optimizer for that group"
             )
     check_torchs(group)
-    schedules = {key: group[key] for key in ("lr", "weight_decay") if callable(group[key])}
+    lr = group["lr"]
     # All keys are there always: checkpoints are read by the keys that groups have.
-    group.update(schedules={}, count=count, version=VERSION)
-    for key, schedule in schedules.items():
-        group[key] = _scheduled_value(key, schedule, count)
-        group["schedules"][key] = [schedule, group[key]]
+    group.update(schedules={}, count=count, seed=of_all(others, "seed"), version=VERSION)
+    for key in ("lr", "weight_decay"):
+        if callable(schedule := group[key]):
+            group[key] = _scheduled_value(key, schedule, count)
+            group["schedules"][key] = [schedule, group[key]]
     check_group(group, where_of(index))
-    if decoupled_lr:
-        if "lr" in schedules or float(group["lr"]) == 0:
+    if settings["decoupled_lr"]:
+        if callable(lr) or float(lr) == 0:
             raise ValueError(
                 "decoupled_lr=True scales weight decay by lr / reference_lr: lr must be a number or tensor "
-                f"other than 0, got {schedules.get('lr', group['lr'])!r}"
+                f"other than 0, got {lr!r}"
             )
         group.setdefault("reference_lr", float(group["lr"]))
     params = group["params"]
@@ -208,10 +220,9 @@ def mask_of(mask: Any, group: Group, earlier: int) -> list[bool] | None:
     if callable(mask):
         mask = [mask(name, p) for name, p in zip(names, group["params"])]
     elif isinstance(mask, Mapping):
-        missing = [name for name in names if name not in mask]
-        if missing:
+        for name in (name for name in names if name not in mask):
             hint = "names are those of model.named_parameters()"
-            raise ValueError(f"weight_decay_mask has no entry for parameter {missing[0]!r}; {hint}")
+            raise ValueError(f"weight_decay_mask has no entry for parameter {name!r}; {hint}")
         mask = [mask[name] for name in names]
     elif isinstance(mask, (list, tuple)):
         mask = mask[earlier : earlier + n]
@@ -220,16 +231,14 @@ def mask_of(mask: Any, group: Group, earlier: int) -> list[bool] | None:
             "weight_decay_mask must be a callable of (name, parameter), a mapping from name to "
             f"bool or a list of bools, got {type(mask).__name__}"
         )
-    if len(mask) != n:
-        raise ValueError(f"weight_decay_mask has {len(mask)} entries for {n} parameters")
+    check_entries(mask, n)
     return [bool(m) for m in mask]
 
 
 def check_mask(mask: Any, groups: list[Group]) -> None:
     """Raise a ValueError where the optimizer's mask has entries that are no parameter's."""
-    n = sum(len(group["params"]) for group in groups)
-    if isinstance(mask, (list, tuple)) and len(mask) != n:
-        raise ValueError(f"weight_decay_mask has {len(mask)} entries for {n} parameters")
+    if isinstance(mask, (list, tuple)):
+        check_entries(mask, sum(len(group["params"]) for group in groups))
     names = {name for group in groups for name in group.get("param_names", ())}
     for name in sorted(set(mask) - names) if isinstance(mask, Mapping) else []:
         raise ValueError(f"weight_decay_mask names {name!r}, which is no parameter's name")
@@ -256,7 +265,7 @@ class HyperparameterTable:
 
     def __init__(self) -> None:
         self._read: list[Any] = []
-        self._rows: list[Hyperparameters] = []
+        self._rows = torch.empty(0, device="cpu")
         self.on_device: dict[torch.device, Tensor] = {}
         self._device_lrs: list[tuple[int, Tensor]] = []
 
@@ -270,20 +279,18 @@ class HyperparameterTable:
         if read != self._read:
             for i, group in enumerate(groups):
                 check_group(group, where_of(i))
-            self._rows = [
+            rows = [
                 Hyperparameters(*(number or 0.0 for number in (lr, decay, *betas, *others)))
                 for lr, betas, weight_decay, *others, _ in read
                 for decay in (weight_decay, 0.0)
             ]
+            self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self._read, self.on_device = read, {}
         self._device_lrs = [(2 * i, groups[i]["lr"]) for i, (lr, *_) in enumerate(read) if lr is None]
 
     def on(self, device: torch.device) -> Tensor:
         """The table in the memory of ``device``, uploaded where it changed."""
-        rows = self._rows
-        table = uploaded(
-            self.on_device, device, device, lambda: torch.tensor(rows, dtype=torch.float64, device="cpu")
-        )
+        table = uploaded(self.on_device, device, device, lambda: self._rows)
         for row, lr in self._device_lrs:
             table[row : row + 2, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
         return table
@@ -300,3 +307,14 @@ def check_capture(groups: list[Group]) -> None:
                 f"{frozen[0]} of group {i} would freeze at its value in the CUDA graph that is captured; "
                 "give lr as a tensor on the GPU and fill it between replays, and weight_decay as a number"
             )
+
+
+def warn_of_graphs(captured: list[Any], what: str) -> None:
+    """Say that ``what`` was called, which captured steps do not notice."""
+    if captured:
+        warnings.warn(
+            f"a CUDA graph has captured a step of this optimizer, and {what} made new tensors for it: "
+            "replays go on with the old ones; make a step, and capture it again",
+            RuntimeWarning,
+            stacklevel=3,
+        )

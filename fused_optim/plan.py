@@ -2,7 +2,7 @@
 
 import warnings
 from collections import defaultdict
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -47,6 +47,8 @@ class Settings:
     backend: str | None
     max_grad_norm: float | None = None
     skip_nonfinite: bool = False
+    decoupled_lr: bool = False
+    unscale_in_step: bool = False
 
     @property
     def clips(self) -> bool:
@@ -55,14 +57,14 @@ class Settings:
     @property
     def by_name(self) -> dict[str, Any]:  # as the constructor's arguments
         formats = zip(("state_format", "master_weights", "stochastic_rounding"), self.formats)
-        names = ("flatten", "backend", "max_grad_norm", "skip_nonfinite")
+        names = (f.name for f in fields(self) if f.name not in ("rule", "formats"))
         return dict(formats) | {name: getattr(self, name) for name in names}
 
     def formats_of(self, p: Tensor) -> Formats:
         return formats_of(p.dtype, *self.formats)
 
     def dense_like(self, p: Tensor) -> Tensor:
-        return dense_like(local(p), self.formats_of(p).index_dependent)
+        return dense_like(local(p), self.formats_of(p).index_dependent or self.clips)
 
     def offset_of(self, name: str, p: Tensor) -> int:
         return first_index(name, p) if self.formats_of(p).index_dependent else 0

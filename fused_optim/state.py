@@ -28,10 +28,10 @@ def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> list[Part]:
     return [*parts, formats.param.aux] if formats.param.aux else parts
 
 
-def exponents_key(key: str, state: State) -> str | None:
-    """Where the block exponents of an 8-bit moment are; None of a moment in another format."""
-    found = (key + suffix for suffix in BLOCK_FORMATS if key + suffix in state)
-    return next(found, None) if state[key].dtype == torch.uint8 else None
+def _in_blocks(key: str, state: State) -> tuple[str, Format] | None:
+    """Where the block exponents of an 8-bit moment are, and its format; None of a moment in another format."""
+    found = ((key + suffix, f) for suffix, f in BLOCK_FORMATS.items() if key + suffix in state)
+    return next(found, None) if key in state and state[key].dtype == torch.uint8 else None
 
 
 def portable(state: State, keys: Keys) -> State:
@@ -41,10 +41,8 @@ def portable(state: State, keys: Keys) -> State:
     dtype."""
     saved = dict(state)
     for key in keys:
-        exponents = exponents_key(key, state) if key in state else None
-        if exponents is not None:
-            format = BLOCK_FORMATS[exponents.removeprefix(key)]
-            values = format.decode(local(state[key]).contiguous(), saved.pop(exponents))
+        if block := _in_blocks(key, state):
+            values = block[1].decode(local(state[key]).contiguous(), saved.pop(block[0]))
             saved[key] = placed_like(state[key], values.to(torch.bfloat16))
     remainder = state.get("remainder")
     if remainder is not None:
@@ -53,29 +51,26 @@ def portable(state: State, keys: Keys) -> State:
     return saved
 
 
-def with_remainder_bits(state: State, format: Format) -> State:
-    """A saved state with the remainder as it is in memory, of ``format`` where that has all of its bits."""
-    remainder = state.get("remainder")
-    if not isinstance(remainder, Tensor) or remainder.dtype != torch.bfloat16:
-        return state
-    bits = remainder.view(torch.int16)
-    narrow = (bits >> 8).to(torch.int8)
-    wanted = format.aux is not None and format.aux.dtype == torch.int8
-    exact = wanted and torch.equal(bits, narrow.to(torch.int16) << 8)
-    return {**state, "remainder": narrow if exact else bits}
-
-
-def with_exponent_keys(state: State, keys: Keys) -> State:
-    """A saved state with the keys of today: up to version 0.1 block exponents did not name their format."""
+def from_saved(saved: State, keys: Keys, format: Format) -> State:
+    """The inverse of :func:`portable`, with a remainder of ``format`` where that has all of its bits. Up to
+    version 0.1 the keys of block exponents did not name their format."""
     suffixes = {f.operands[0]: suffix for suffix, f in BLOCK_FORMATS.items()}
     renamed = {key + "_base": key + suffixes[operand] for key, operand in zip(keys, (MU, NU))}
-    return {renamed.get(k, k): v for k, v in state.items()}
+    state = {renamed.get(k, k): v for k, v in saved.items()}
+    remainder = state.get("remainder")
+    if isinstance(remainder, Tensor) and remainder.dtype == torch.bfloat16:
+        bits = remainder.view(torch.int16)
+        narrow = (bits >> 8).to(torch.int8)
+        wanted = format.aux is not None and format.aux.dtype == torch.int8
+        exact = wanted and torch.equal(bits, narrow.to(torch.int16) << 8)
+        state["remainder"] = narrow if exact else bits
+    return state
 
 
-def _empty_part(part: Part, dense: Tensor) -> Tensor:
+def _zeros(part: Part, dense: Tensor) -> Tensor:
     if part.block == 1:
-        return torch.empty_strided(dense.shape, dense.stride(), dtype=part.dtype, device=dense.device)
-    return torch.empty(part.numel(dense.numel()), dtype=part.dtype, device=dense.device)
+        return torch.empty_strided(dense.shape, dense.stride(), dtype=part.dtype, device=dense.device).zero_()
+    return torch.zeros(part.numel(dense.numel()), dtype=part.dtype, device=dense.device)
 
 
 def _fits(t: Any, part: Part, dense: Tensor) -> bool:
@@ -103,15 +98,11 @@ def _moment(key: str, format: Format, state: State, dense: Tensor) -> dict[str, 
     parts = _moment_parts(key, format, dense.dtype)
     if all(_fits(state.get(part.key), part, dense) for part in parts):
         return {part.key: state[part.key] for part in parts}
-    made = {part.key: _empty_part(part, dense) for part in parts}
-    old = state.get(key)
-    if old is None:
-        for t in made.values():
-            t.zero_()
+    made = {part.key: _zeros(part, dense) for part in parts}
+    if (old := state.get(key)) is None:
         return made
-    exponents = exponents_key(key, state)
-    if exponents is not None:
-        old = BLOCK_FORMATS[exponents.removeprefix(key)].decode(old.contiguous(), state[exponents])
+    if block := _in_blocks(key, state):
+        old = block[1].decode(old.contiguous(), state[block[0]])
     if format.index_dependent:
         old, aux = format.encode(old.to(dense.device, format.working).contiguous(), None)
         if aux is not None:
@@ -129,7 +120,7 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
     if _fits(state.get(key), format.aux, dense):
         return {key: state[key]}
     master = _master(state, param).to(param.device)
-    return {key: _empty_part(format.aux, dense).copy_(format.remainder_of(param.detach(), master))}
+    return {key: _zeros(format.aux, dense).copy_(format.remainder_of(param.detach(), master))}
 
 
 def _master(state: State, param: Tensor) -> Tensor:
@@ -178,8 +169,8 @@ def check_state(name: str, p: Tensor, state: State, keys: Keys, error: type[Exce
 
 
 def _check_exponents(name: str, p: Tensor, state: State, key: str, error: type[Exception]) -> None:
-    found, shape = exponents_key(key, state), (-(-p.numel() // BLOCK),)
-    exponents = state[found] if found else None
+    block, shape = _in_blocks(key, state), (-(-p.numel() // BLOCK),)
+    exponents = state[block[0]] if block else None
     if not isinstance(exponents, Tensor) or (exponents.dtype, exponents.shape) != (torch.uint8, shape):
         names = " or ".join(repr(key + suffix) for suffix in BLOCK_FORMATS)
         raise error(
@@ -188,8 +179,8 @@ def _check_exponents(name: str, p: Tensor, state: State, key: str, error: type[E
         )
 
 
-def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) -> None:
-    """Raise a ValueError where a saved state cannot become that of ``p``, naming both."""
+def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) -> int:
+    """The step number of a saved state. A ValueError where it cannot become that of ``p`` names both."""
     missing = [key for key in (*keys, "step") if state.get(key) is None]
     if missing:
         raise ValueError(
@@ -197,13 +188,13 @@ def check_saved(name: str, p: Tensor, state: State, keys: Keys, optimizer: str) 
             f"was it saved by another optimizer than {optimizer}?"
         )
     check_state(name, p, state, keys, ValueError)
-    for found in filter(None, (exponents_key(key, state) for key in keys)):
-        most = next(f.max_exponent for suffix, f in BLOCK_FORMATS.items() if found.endswith(suffix))
-        if (state[found] > most).any():
+    for found, format in filter(None, (_in_blocks(key, state) for key in keys)):
+        if (state[found] > format.max_exponent).any():
             raise ValueError(
-                f"the saved state {found!r} of parameter {name} must be at most {most}, that "
+                f"the saved state {found!r} of parameter {name} must be at most {format.max_exponent}, that "
                 f"of the largest float32, got {int(state[found].max())}"
             )
+    return checked_step(name, state["step"], ValueError)
 
 
 def checked_step(name: str, step: Any, error: type[Exception]) -> int:

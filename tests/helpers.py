@@ -8,6 +8,8 @@ import functools
 import io
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +20,6 @@ import torch
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW, AdamW, reference
-from fused_optim.layout import dense_like
 from fused_optim.reference import MAX_COUNT, Coefficients, Hyperparameters, coefficients
 from fused_optim.rounding import MU, NU, PARAM, Place, random_key
 from fused_optim.rules import RULES as REFERENCES
@@ -47,8 +48,9 @@ RULES = {
 """The rules that every contract is tested of; a new one is a line here."""
 BACKENDS = ["eager", "cpu"]
 """The backends that the tests of bad input and of the optimizer's contract run over."""
-EACH = [(rule, BACKENDS[i % 2]) for i, rule in enumerate(RULES)]
-"""Each rule, and both backends: for what does not depend on their combination."""
+OPTIMIZERS = {rule.optimizer: name for name, rule in RULES.items()}
+EACH = [(name, BACKENDS[(i + 1) % 2]) for i, name in enumerate(OPTIMIZERS.values())]
+"""Each optimizer by one of its rules, and both backends: for what does not depend on their combination."""
 F32, F64, BF16, F16 = torch.float32, torch.float64, torch.bfloat16, torch.float16
 DTYPES = [F32, F64, BF16, F16, torch.complex64, torch.complex128]
 FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
@@ -75,8 +77,13 @@ FORMATS: dict[str, tuple[torch.dtype, torch.dtype, dict[str, Any]]] = {
     "stochastic_grad_fp32+8bit": (BF16, F32, {"stochastic_rounding": True, "state_format": "8bit"}),
 }
 """Dtypes of a parameter and its gradient, and what the optimizer is asked for; a new format is a line."""
+KEPT = {name: (dtype, options) for name, (dtype, grad, options) in FORMATS.items() if grad == dtype}
+"""Those that differ in what is kept from step to step."""
 SHAPES: list[tuple[int, ...]] = [(), (5,), (4, 5)]
 
+interpreted = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")
+"""What NumPy says of overflows and NaN in Triton's interpreter."""
+ROOT = Path(__file__).parent.parent
 Make = Callable[..., Any]
 Parameters = list[torch.nn.Parameter]
 
@@ -287,13 +294,10 @@ class Judge:
         return want
 
     def _clip(self, optimizer: Any, scale: Tensor | None) -> float:
-        """The clip coefficient: of all gradients, each in the order in which its parameter lies in memory."""
+        """The clip coefficient."""
         sums = [torch.zeros(0, dtype=F64)]
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
-            formats = formats_of(p.dtype, *self.formats)
-            strides = dense_like(p, formats.index_dependent).stride()
-            order = sorted(range(p.dim()), key=lambda d: -strides[d])
-            g = plain(p.grad.detach().permute(order)).to(formats.param.working).flatten()
+            g = plain(p.grad).to(formats_of(p.dtype, *self.formats).param.working).flatten()
             sums.append(reference.square_sums(g if scale is None else g / scale.to(g).reshape(())))
         limit = torch.inf if self.max_grad_norm is None else self.max_grad_norm
         limit_tensor = torch.tensor(limit, dtype=F64)
@@ -356,6 +360,17 @@ def built_once(factory: pytest.TempPathFactory, name: str, build: Callable[[Path
             build(folder)
             done.touch()
     return folder
+
+
+def in_a_process(code: str, **environment: str) -> str:
+    """What a new Python prints; it must end by itself, and well."""
+    path = {"PYTHONPATH": os.pathsep.join([*sys.path, str(ROOT), str(ROOT / "tests")])}
+    result = subprocess.run(
+        [sys.executable, "-c", code], env={**os.environ, **path, **environment}, capture_output=True,
+        text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    return result.stdout
 
 
 def generated(check: Callable[..., None], count: int, seed: int, *strategies: Any) -> int:

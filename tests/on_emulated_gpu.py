@@ -106,7 +106,8 @@ def on_gpu(monkeypatch: pytest.MonkeyPatch) -> list[Tensor]:
         GPU.memory = lambda: memory
         TRITON.step(batch, inputs)
 
-    backend = dataclasses.replace(TRITON, why_not=lambda device: None, step=step)
+    norm = {"square_sums": LIBRARY.square_sums, "clip": LIBRARY.clip}
+    backend = dataclasses.replace(TRITON, why_not=lambda device: None, step=step, **norm)
     monkeypatch.setitem(BACKENDS, "triton", backend)
     GPU.launched.clear()
     return params
@@ -127,6 +128,7 @@ OPTIMIZERS: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
     (AdamW, torch.float32, {"nesterov": True, "flatten": True}),
     (AdamW, torch.bfloat16, {"master_weights": "split16", "state_format": "bf16"}),
     (AdaBelief, torch.bfloat16, {"stochastic_rounding": True, "flatten": True}),
+    (AdaBelief, torch.float32, {"max_grad_norm": 0.5}),
 ]
 
 
@@ -134,7 +136,7 @@ OPTIMIZERS: list[tuple[Any, torch.dtype, dict[str, Any]]] = [
 def test_optimizers(
     on_gpu: list[Tensor], optimizer_class: Any, dtype: torch.dtype, options: dict[str, Any]
 ) -> None:
-    """Two launches a step, whatever there is to step, and the bits of eager."""
+    """Two launches a step, whatever there is to step, and two more to clip; and the bits of eager."""
     shapes: list[tuple[int, ...]] = [(5,), (64, 65), (0,), (), (3, 1)]
     both = ours_and_eager(
         on_gpu, optimizer_class, lambda: parameters(shapes, dtype), lr=0.01, weight_decay=0.1, **options
@@ -146,7 +148,8 @@ def test_optimizers(
                 p.grad.copy_(gradient(p, 1000 * seed + i))
             optimizer.step()
     assert_same_bits(*(results(optimizer) for optimizer, _ in both))
-    assert GPU.launched == ["prologue_kernel", "step_kernel"] * 3
+    clipping = ["square_sums_kernel", "clip_kernel"] if "max_grad_norm" in options else []
+    assert GPU.launched == [*clipping, "prologue_kernel", "step_kernel"] * 3
 
 
 @pytest.mark.parametrize(("optimizer_class", "flatten"), [(AdaBelief, False), (AdamaxW, True)])

@@ -239,7 +239,8 @@ gpu_check.main(Path({str(tmp_path / "out")!r}), True, 100, ())
 
 
 def test_gpu_measurements_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_measure, "QUESTIONS", (gpu_measure.Question("3x64", zero_rows=True),))
+    question = plan.Comparison("3x64:zero-rows", rules=("adamw",), peers=(TORCH,))
+    monkeypatch.setattr(gpu_measure, "QUESTIONS", (question,))
     assert gpu_measure.main("cpu", str(tmp_path / "gpu.json")) == 0
     records = json.loads((tmp_path / "gpu.json").read_text())["records"]
-    assert len(records) == 3 and all(r["status"] == "measured" and r["host_us"] > 0 for r in records)
+    assert len(records) == 2 and all(r["status"] == "measured" and r["host_us"] > 0 for r in records)

@@ -53,6 +53,21 @@ def test_every_format_and_layout(backend: str, format: str) -> None:
     model.step()
 
 
+@backends
+def test_every_layout_has_the_same_norm(backend: str, flatten: bool) -> None:
+    """Of parameters and of gradients, for squares are added by the logical index."""
+    layouts = ["", "every third", "columns", "transposed", "last outermost", "channels_last"]
+    for of_gradients in (layouts, layouts[::-1]):
+        norms = []
+        for of_param, of_gradient in zip(layouts, of_gradients):
+            options = {"flatten": flatten, "max_grad_norm": 0.5}
+            model = Model("adamw", backend, [(9, 16, 6, 5)], "fp32", [of_param], **options)
+            model.set_gradients(layouts=[of_gradient])
+            model.step()
+            norms.append(model.optimizer.grad_norm)
+        assert_same_bits(norms[1:], norms[:1] * 5)
+
+
 SIZES = [4095, 4096, 4097, 8192, 8193, 0, *range(1, 60)]
 
 

@@ -2,6 +2,7 @@
 that are read by another number of processes. One start of the processes makes all the checks of a number of
 ranks, since a start takes seconds; each check is a test."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import torch.multiprocessing as mp
 from helpers import (  # isort: skip
     BF16, F32, RULES, assert_same_bits, built_once, gradient, parameters, raises_with,
 )  # fmt: skip
+from recipes import run
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
@@ -32,8 +34,9 @@ from torch.distributed.checkpoint.state_dict import (
 )  # fmt: skip
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel as FSDP1
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
@@ -64,10 +67,10 @@ def check_of_4(function: Check) -> Check:
 def run_checks(rank: int, ranks: int, folder: Path) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder}/init{ranks}"
-    dist.init_process_group("gloo", init, timedelta(seconds=60), rank=rank, world_size=ranks)
+    dist.init_process_group("gloo", init, timedelta(minutes=30), rank=rank, world_size=ranks)
     warnings.simplefilter("error")
     # torch's own, of FSDP1
-    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|Multiple backends)")
+    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|ShardedTensor|Multiple backends)")
     for name, function in CHECKS[ranks].items():
         said = ""
         torch.manual_seed(0)
@@ -129,9 +132,10 @@ def sharded(dtype: torch.dtype = F32, **options: Any) -> nn.Sequential:
 
 
 def backward(model: nn.Module, step: int) -> None:
-    torch.manual_seed(step + dist.get_rank() if dist.is_initialized() else step)
-    dtype = next(model.parameters()).dtype
-    model(torch.randn(4, 9, dtype=dtype)).square().sum().backward()
+    p = next(model.parameters())
+    # Of a mesh of two dimensions the first one has the data.
+    torch.manual_seed(step + (p.device_mesh.get_local_rank(0) if isinstance(p, DTensor) else dist.get_rank()))
+    model(torch.randn(4, 9, dtype=p.dtype)).square().sum().backward()
 
 
 def fill(model: nn.Module, seed: int) -> None:
@@ -139,6 +143,18 @@ def fill(model: nn.Module, seed: int) -> None:
     for i, p in enumerate(model.parameters()):
         g = gradient(torch.empty(p.shape, dtype=p.dtype), 1000 * seed + i)
         p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+
+
+def step_like(single: Any, twin: nn.Module, optimizer: Any, model: nn.Module, what: str) -> None:
+    """Steps with the gradients of backward passes, which must be the single process's."""
+    for step in range(3):
+        optimizer.zero_grad()
+        backward(model, step)
+        for p, q in zip(model.parameters(), twin.parameters()):
+            q.grad = whole(p.grad).clone()
+        optimizer.step()
+        single.step()
+        assert_same_bits(values_of(model), values_of(twin), f"{what}, step {step}")
 
 
 def steps(model: nn.Module, optimizer: Any, count: int, first: int = 0) -> None:
@@ -242,14 +258,7 @@ def mixed_precision(folder: Path) -> None:
     model, twin = sharded(mp_policy=policy), small_model()
     make, _, options = options_of("bf16")
     optimizer, single = make(model.parameters(), **options), make(twin.parameters(), **options)
-    for step in range(3):
-        optimizer.zero_grad()
-        backward(model, step)
-        for p, q in zip(model.parameters(), twin.parameters()):
-            q.grad = whole(p.grad)
-        optimizer.step()
-        single.step()
-    assert_same_bits(values_of(model), values_of(twin))
+    step_like(single, twin, optimizer, model, "bf16")
 
 
 def check_placements(mesh: Any, placements: list[Any], formats: list[str], gradients: Any = None) -> None:
@@ -309,6 +318,36 @@ def what_shards_cannot_have_is_refused(folder: Path) -> None:
         optimizer.step()
 
 
+@check
+def states_of_shards_as_values(folder: Path) -> None:
+    """Taken out they are placed like their parameter. Put back, or whole into another optimizer, they are the
+    same values; and the next steps are the same."""
+    for format in ("fp32", "split16+bf16", "split8+8bit"):
+        make, dtype, options = options_of(format)
+        models = [sharded(dtype) for _ in range(3)]
+        ours, put_back, other = (make(m.parameters(), **options) for m in models)
+        for model, optimizer in zip(models[:2], (ours, put_back)):
+            steps(model, optimizer, 2)
+        for p, q, r in zip(*(m.parameters() for m in models)):
+            state = ours.decoded_state(p)
+            assert ("master" in state) == ("split" in format)
+            for t in (t for key, t in state.items() if key != "step"):
+                placed = (t.shape, t.device_mesh, t.placements)
+                assert placed == (p.shape, p.device_mesh, p.placements), format
+            put_back.set_decoded_state(q, state)
+            with torch.no_grad():
+                r.copy_(p)
+            other.set_decoded_state(r, {key: whole(t) for key, t in state.items()})
+            for copied in (put_back.decoded_state(q), other.decoded_state(r)):
+                assert_same_bits(*({k: whole(t) for k, t in s.items()} for s in (copied, state)), format)
+            with raises_with(ValueError, "'exp_avg'", "of parameter", "shape"):
+                put_back.set_decoded_state(q, {**state, "exp_avg": torch.zeros(99)})
+        for model, optimizer in zip(models, (ours, put_back, other)):
+            steps(model, optimizer, 2, first=2)
+            assert_same_bits(values_of(model), values_of(models[0]), format)
+            assert_same_bits(state_of(optimizer), state_of(ours), format)
+
+
 # Checkpoints
 
 
@@ -326,8 +365,7 @@ OPTIONS = {
     "sharded": StateDictOptions(),
     "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
     "full": StateDictOptions(full_state_dict=True),
-    "full, on the CPU": StateDictOptions(full_state_dict=True, cpu_offload=True),
-    "from rank 0": StateDictOptions(full_state_dict=True, broadcast_from_rank0=True),
+    "from rank 0": StateDictOptions(full_state_dict=True, cpu_offload=True, broadcast_from_rank0=True),
 }
 
 
@@ -343,20 +381,15 @@ def state_dicts_of_checkpoint_helpers(folder: Path) -> None:
         steps(model, optimizer, 2)
         kept = []
         ways = list(OPTIONS) if format in ("bf16", "split8+8bit") else ["flattened", "from rank 0"]
-        for how, given in ((how, OPTIONS[how]) for how in ways):
-            gather = given if "0" not in how else replace(given, broadcast_from_rank0=False)
+        for how in ways:
+            given = OPTIONS[how]
+            gather = replace(given, broadcast_from_rank0=False)
             saved = get_optimizer_state_dict(model, optimizer, options=gather)
-            weights = get_model_state_dict(model, options=StateDictOptions())
-            if how == "full, on the CPU" and dist.get_rank() > 0:
-                assert saved == {}
-                continue
-            if "from rank 0" in how and dist.get_rank() > 0:
-                saved = {}
+            assert how != "from rank 0" or dist.get_rank() == 0 or saved == {}
             again, other = resumed(format, model)
-            set_model_state_dict(again, weights)
-            if how != "full, on the CPU":
-                set_optimizer_state_dict(again, other, saved, options=given)
-                kept.append((how, again, other))
+            set_model_state_dict(again, get_model_state_dict(model))
+            set_optimizer_state_dict(again, other, saved, options=given)
+            kept.append((how, again, other))
         steps(model, optimizer, 2, first=2)
         for how, again, other in kept:
             assert (other.param_groups[0]["count"], other.seed) == (2, 7), (format, how)
@@ -377,7 +410,8 @@ SEEN: list[int] = []
 @check
 def asking_for_a_state_dict_changes_nothing(folder: Path) -> None:
     """Before the first step torch's helpers make one with lr 0 and gradients 0."""
-    for lr, formats in ((0.01, FORMATS), (torch.tensor(0.01), ["fp32"]), (seeing, ["split16+bf16"])):
+    some = ["8bit", "split8", "stochastic"]
+    for lr, formats in ((0.01, some), (torch.tensor(0.01), ["fp32"]), (seeing, ["split16+bf16"])):
         for format in formats:
             make, dtype, options = options_of(format, lr=lr)
             model, twin = sharded(dtype), sharded(dtype)
@@ -412,9 +446,13 @@ def checkpoint_of(model: nn.Module, optimizer: Any, flatten: bool) -> dict[str, 
     }
 
 
+def forms_of(format: str) -> tuple[bool, ...]:
+    """Whether checkpoints are flattened: both in turns, and after one another."""
+    return (True, False) if format == "bf16" else (list(FORMATS).index(format) % 2 == 0,)
+
+
 def read_checkpoint(folder: Path, format: str, model: nn.Module, optimizer: Any) -> None:
-    """Both forms, one after another."""
-    for flatten in (True, False):
+    for flatten in forms_of(format):
         state = checkpoint_of(model, optimizer, flatten)
         dcp.load(state, checkpoint_id=folder / f"{format}{flatten}")
         set_model_state_dict(model, state["model"])
@@ -452,7 +490,7 @@ def checkpoints_are_written_and_read(folder: Path) -> None:
         optimizer = make(model.parameters(), **options)
         optimizer.seed = 7
         steps(model, optimizer, 2)
-        for flatten in (False, True):
+        for flatten in forms_of(format):
             state = checkpoint_of(model, optimizer, flatten)
             dcp.save(state, checkpoint_id=folder / f"{format}{flatten}")
         want = {"values": values_of(model), "state": state_of(optimizer)}
@@ -488,6 +526,29 @@ def meshes_of_two_dimensions(folder: Path) -> None:
     assert_same_bits(values_of(model), values_of(twin))
 
 
+@check_of_4
+def fsdp2_with_tensor_parallelism(folder: Path) -> None:
+    """Rows that both shard are strided: formats that go by the index are refused, others have the bits of one
+    process, with clipping inside the step too."""
+    mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
+    for format, given in (("fp32", {}), ("fp32", {"max_grad_norm": 0.1}), ("bf16", {})):
+        make, _, options = options_of(format, **given)
+        models = []
+        for _ in range(2):
+            torch.manual_seed(1)
+            models.append(nn.Sequential(nn.Linear(9, 16), nn.ReLU(), nn.Linear(16, 4)))
+        model, twin = models
+        parallelize_module(model, mesh["tensor"], {"0": ColwiseParallel(), "2": RowwiseParallel()})
+        fully_shard(model, mesh=mesh["data"])
+        assert any("_StridedShard" in repr(p.placements) for p in model.parameters())
+        if format == "bf16":
+            with raises_with(ValueError, "0.weight", "_StridedShard", "state_format"):
+                make(model.named_parameters(), **options)
+            continue
+        optimizer, single = (make(m.parameters(), **options) for m in models)
+        step_like(single, twin, optimizer, model, format)
+
+
 @pytest.mark.stacks
 def test_the_example(tmp_path: Path) -> None:
     """examples/train_fsdp.py on two processes, resumed by one."""
@@ -501,26 +562,31 @@ def test_the_example(tmp_path: Path) -> None:
     assert "step   20  validation loss" in run.stdout
 
 
+@check
+def the_recipe(folder: Path) -> None:
+    """docs/recipes.md's for FSDP2: states are there, and were read again, before the first step."""
+    model = nn.Sequential()
+    model.blocks = nn.Sequential(nn.Linear(9, 37), nn.ReLU(), nn.Linear(37, 1))
+    optimizer = run("FSDP2", model=model, schedule=seeing, path=folder / "recipe")["optimizer"]
+    assert len(optimizer.state) == 4
+    steps(model, optimizer, 2)
+    assert {int(s["step"]) for s in state_of(optimizer)} == {2}
+
+
 # DDP, ZeRO, FSDP1
+
+VIEWS_AND_FLAT = [(False, False), (False, True), (True, False), (True, True)]
 
 
 @check
 def ddp(folder: Path) -> None:
     """With gradients that are views of DDP's buckets, and not; list and flat."""
-    for views in (False, True):
-        for flatten in (False, True):
-            model, twin = DistributedDataParallel(small_model(), gradient_as_bucket_view=views), small_model()
-            make, _, options = options_of("fp32")
-            optimizer = make(model.parameters(), flatten=flatten, **options)
-            single = make(twin.parameters(), **options)
-            for step in range(3):
-                optimizer.zero_grad()
-                backward(model, step)
-                for p, q in zip(model.parameters(), twin.parameters()):
-                    q.grad = p.grad.clone()
-                optimizer.step()
-                single.step()
-            assert_same_bits(values_of(model), values_of(twin), f"views {views}, flatten {flatten}")
+    make, _, options = options_of("fp32")
+    for views, flatten in VIEWS_AND_FLAT:
+        model, twin = DistributedDataParallel(small_model(), gradient_as_bucket_view=views), small_model()
+        optimizer = make(model.parameters(), flatten=flatten, **options)
+        single = make(twin.parameters(), **options)
+        step_like(single, twin, optimizer, model, f"views {views}, flatten {flatten}")
 
 
 @check
@@ -530,23 +596,24 @@ def zero_redundancy_optimizer(folder: Path) -> None:
         warnings.simplefilter("ignore", DeprecationWarning)  # torch's own, of its import
         from torch.distributed.optim import ZeroRedundancyOptimizer
     make, _, options = options_of("fp32")
-    for views, flatten in ((False, False), (True, False), (False, True), (True, True)):
-        model, twin = small_model(), small_model()
+    for views, flatten in VIEWS_AND_FLAT:
+        model, twin = DistributedDataParallel(small_model()), small_model()
         given = {"parameters_as_bucket_view": views, "flatten": flatten, **options}
         zero = ZeroRedundancyOptimizer(model.parameters(), make, **given)
-        single = make(twin.parameters(), **options)
-        steps(model, zero, 3)
-        steps(twin, single, 3)
-        assert_same_bits(values_of(model), values_of(twin), f"views {views}, flatten {flatten}")
+        single = make(twin.parameters(), backend="eager", **options)
+        step_like(single, twin, zero, model, f"views {views}, flatten {flatten}")
 
 
 @check
 def fsdp1(folder: Path) -> None:
-    """Its own state dicts, full and back, in every format: the next steps are the same. (With
+    """Its own state dicts, full or sharded, in every format: the next steps are the same. (With
     use_orig_params=True torch 2.13 loads other first moments than it saved, of torch.optim.AdamW too.)"""
-    for format in FORMATS:
+    kinds = (StateDictType.FULL_STATE_DICT, StateDictType.SHARDED_STATE_DICT)
+    for format, kind in itertools.product(FORMATS, kinds):
         make, dtype, options = options_of(format)
         models = [FSDP1(small_model(dtype), device_id=torch.device("cpu")) for _ in range(2)]
+        for model in models:
+            FSDP1.set_state_dict_type(model, kind)
         optimizer, other = (make(m.parameters(), **options) for m in models)
         for step in range(2):
             optimizer.zero_grad()
@@ -562,4 +629,4 @@ def fsdp1(folder: Path) -> None:
             backward(model, 2)
             o.step()
         for p, q in zip(models[0].parameters(), models[1].parameters()):
-            assert_same_bits(q.detach(), p.detach(), format)
+            assert_same_bits(q.detach(), p.detach(), f"{format} {kind}")

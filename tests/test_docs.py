@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from recipes import WITH_TORCH_ALONE, run
 
 from bench import report
-from fused_optim import adabelief, adamaxw, adamw, optimizer
+from fused_optim import AdamW, adabelief, adamaxw, adamw, surgery
 from fused_optim.backends import BACKENDS
 from fused_optim.state import state_parts
 from fused_optim.storage import formats_of
@@ -26,7 +27,7 @@ def test_readme_example(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names["loss"].item() < 50  # type: ignore[attr-defined]
 
 
-@pytest.mark.parametrize("module", [adabelief, adamaxw, adamw, optimizer])
+@pytest.mark.parametrize("module", [adabelief, adamaxw, adamw, surgery])
 def test_docstring_examples(module: object) -> None:
     failed, tried = doctest.testmod(module)  # type: ignore[arg-type]
     assert tried > 0 and failed == 0
@@ -43,6 +44,22 @@ def test_each_row_of_the_recipes_names_a_test() -> None:
     for path, word in commands:
         tests = re.findall(r"^def (\w+)", (ROOT / path).read_text(), re.MULTILINE)
         assert any(word in test for test in tests), (path, word)
+
+
+@pytest.mark.parametrize("recipe", WITH_TORCH_ALONE)
+def test_recipe(recipe: str) -> None:
+    """Runs as it is written; tests/stacks/test_recipes.py runs the trainers'."""
+    model = torch.nn.Linear(3, 4)
+    optimizer = AdamW(model.parameters(), state_format="8bit")
+    names = {"model": model, "optimizer": optimizer, "group": optimizer.param_groups[0], "i": 0}
+    scaler, rows = torch.amp.GradScaler("cpu"), torch.tensor([0, 2])
+    loss = model(torch.ones(2, 3)).sum()
+    run(recipe, scaler=scaler, loss=loss, old=model.weight, rows=rows, **names)
+    stepped = recipe == "GradScaler"
+    shape, step = ((4, 3), 1) if stepped else ((2, 3), 0)
+    first = optimizer.param_groups[0]["params"][0]
+    assert optimizer.decoded_state(first)["exp_avg"].shape == first.shape == shape
+    assert int(optimizer.state[first]["step"]) == step
 
 
 def test_the_bytes_of_formats_are_those_of_their_tensors() -> None:

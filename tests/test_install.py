@@ -288,41 +288,39 @@ def test_builds_after_each_other_in_place(builder: Builder, tree: Path, cuda: di
     assert modules() == ["_cpu"], "a wheel is no reason to remove the tree's modules"
 
 
+LACKS = "nvcc does not compile for compute capabilities 90, 13"
+
+
 @needs_compiler
 def test_an_arch_that_nvcc_lacks(builder: Builder, tree: Path, cuda: dict[str, str]) -> None:
-    env = {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "90,13"}
-    log = check_wheel(builder, tree, env, ["_cpu"])
-    said = "nvcc does not compile for compute capabilities 90, 13"
-    assert re.search(f'warning: .*"fused_optim._cuda" failed: {said}', log, re.IGNORECASE), log
-    code, output = builder.hook("build_wheel", tree, {**env, "FUSED_OPTIM_BUILD": "cuda"})
-    assert code != 0 and said in output
+    log = check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "90,13"}, ["_cpu"])
+    assert re.search(f'warning: .*"fused_optim._cuda" failed: {LACKS}', log, re.IGNORECASE), log
 
 
-def test_what_is_misspelt(builder: Builder, tree: Path) -> None:
-    for name, value, said in (
-        ("BUILD", "nonsense", "must be one of ('auto', 'none', 'cpu', 'cuda'), got 'nonsense'"),
-        ("CUDA_ARCHS", "sm_90", "must be numbers such as 80,90, got 'sm_90'"),
-    ):
-        code, output = builder.hook("build_wheel", tree, environment(**{f"FUSED_OPTIM_{name}": value}))
-        assert code != 0 and f"FUSED_OPTIM_{name} {said}" in output, output
-
-
-@pytest.mark.parametrize("mode", ["cpu", "cuda"])
-def test_no_compiler_for_what_was_asked_for(builder: Builder, tree: Path, mode: str) -> None:
-    env = {**without_compilers(tree / "bin"), "FUSED_OPTIM_BUILD": mode}
-    code, output = builder.hook("build_wheel", tree, env)
-    assert code != 0 and re.search(r"needs a C\+\+17 compiler .*'g(cc|\+\+)'", output), output
+NO_NVCC = "error: fused_optim._cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME"
+REFUSED: dict[str, tuple[Callable[[Path, dict[str, str]], dict[str, str]], str]] = {
+    "a mode misspelt": (lambda tree, cuda: environment(FUSED_OPTIM_BUILD="nonsense"),
+                        r"FUSED_OPTIM_BUILD must be one of \('auto', 'none', 'cpu', 'cuda'\), got 'nonsense'"),
+    "archs misspelt": (lambda tree, cuda: environment(FUSED_OPTIM_CUDA_ARCHS="sm_90"),
+                       "FUSED_OPTIM_CUDA_ARCHS must be numbers such as 80,90, got 'sm_90'"),
+    **{f"{mode} without a compiler": (
+        lambda tree, cuda, mode=mode: {**without_compilers(tree / "bin"), "FUSED_OPTIM_BUILD": mode},
+        r"needs a C\+\+17 compiler .*'g(cc|\+\+)'") for mode in ("cpu", "cuda")},
+    "cuda with a compiler that lacks the arch": (
+        lambda tree, cuda: {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "90,13", "FUSED_OPTIM_BUILD": "cuda"}, LACKS),
+    "cuda without nvcc": (
+        lambda tree, cuda: environment(PATH=str(mirror(tree / "bin", lambda name: name != "nvcc")), CUDA_PATH="",
+                                       CUDA_HOME=str(tree), FUSED_OPTIM_BUILD="cuda"), NO_NVCC),
+}  # fmt: skip
 
 
 @needs_compiler
-def test_no_nvcc_for_cuda(builder: Builder, tree: Path) -> None:
-    path = mirror(tree / "bin", lambda name: name != "nvcc")
-    env = environment(PATH=str(path), FUSED_OPTIM_BUILD="cuda", CUDA_HOME=str(tree), CUDA_PATH="")
-    code, output = builder.hook("build_wheel", tree, env)
-    assert code != 0
-    assert "error: fused_optim._cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME" in output
-    # The minute of the CPU backend is not spent first.
-    assert "step_cpu" not in output
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_cannot_be_built_as_asked(builder: Builder, tree: Path, cuda: dict[str, str], what: str) -> None:
+    """Is an error at once: the minute of the CPU backend is not spent first."""
+    steering, said = REFUSED[what]
+    code, output = builder.hook("build_wheel", tree, steering(tree, cuda))
+    assert code != 0 and re.search(said, output) and "step_cpu" not in output, output
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="needs readelf")

@@ -27,7 +27,6 @@ if hasattr(jax, "enable_x64"):
 else:  # JAX 0.6, the last for Python 3.10
     from jax.experimental import enable_x64
 
-pytestmark = pytest.mark.filterwarnings("error")
 # Where JAX sees a GPU, it would compute there.
 jax.config.update("jax_platforms", "cpu")
 
@@ -243,16 +242,6 @@ def test_defaults_and_other_options_have_the_bits_of_optax() -> None:
 
 
 @rules
-def test_maximize_is_optax_on_negated_gradients(rule: str) -> None:
-    grads, start = random_gradients(9, steps=15), first_parameters(10)
-    optimizer = optimizer_of(rule, start, maximize=True)
-    run_ours(optimizer, grads)
-    negated = [{name: -g for name, g in grad.items()} for grad in grads]
-    params, _ = run_optax(ORACLES[rule].whole, start, negated)
-    assert_same_bits(ours(optimizer, 0)["params"], to_torch(params), rule)
-
-
-@rules
 def test_complex_parameters_are_pairs_of_reals(rule: str) -> None:
     real, imaginary = random_gradients(11, steps=15), random_gradients(12, steps=15)
     grads = [
@@ -303,56 +292,28 @@ def test_float64(rule: str) -> None:
             torch.testing.assert_close(ours(optimizer, 0)["params"][name], want, rtol=1e-12, atol=1e-12)
 
 
-def numpy_step(
-    rule: str, state: tuple[np.ndarray, ...], g: np.ndarray, t: int, lr: float, decay: float = 0.0,
-    reciprocal: bool = False,
-) -> tuple[np.ndarray, ...]:  # fmt: skip
-    """One step written out in NumPy float32, with decoupled ``decay`` times the parameter; or with XLA's
-    one change: multiplied by the bias correction's reciprocal in place of the division."""
-    f, (p, m, n) = np.float32, state
-    b1, b2 = f(0.9), f(0.999)
-    c1, c2 = f(1 - 0.9), f(1 - 0.999)
+def step_with_reciprocals(rule: str, p: Any, m: Any, n: Any, g: Any, t: int) -> tuple[Any, Any, Any]:
+    """One step at lr 0.01 in NumPy float32, with XLA's one change: multiplied by the bias correction's
+    reciprocal in place of the division. As it ought to be: ``test_properties.restated``."""
+    f = np.float32
+    b1, b2, c1, c2 = f(0.9), f(0.999), f(1 - 0.9), f(1 - 0.999)
 
     def corrected(x: np.ndarray, b: np.float32, count: int) -> np.ndarray:
-        correction = f(1) - f(np.float64(b) ** count)
-        return x * (f(1) / correction) if reciprocal else x / correction
+        return x * (f(1) / (f(1) - f(np.float64(b) ** count)))
 
     m = c1 * g + b1 * m
+    m_hat = corrected(m, b1, t)
     if rule == "adamaxw":
         n = np.maximum(np.abs(g) + f(1e-8), b2 * n)
-        u = corrected(m, b1, t) / n
-    else:
-        e = g - m
-        n = (c2 * (e * e) + b2 * n) + f(1e-16)
-        m_hat = corrected(m, b1, t)
-        if rule == "adabelief-nesterov":
-            m_hat = b1 * corrected(m, b1, t + 1) + c1 * corrected(g, b1, t)
-        u = m_hat / (np.sqrt(corrected(n, b2, t)) + f(1e-16))
-    new = p + f(-lr) * u
-    return (new - f(decay) * p if decay else new), m, n
+        return p + f(-0.01) * (m_hat / n), m, n
+    e = g - m
+    n = (c2 * (e * e) + b2 * n) + f(1e-16)
+    if rule == "adabelief-nesterov":
+        m_hat = b1 * corrected(m, b1, t + 1) + c1 * corrected(g, b1, t)
+    return p + f(-0.01) * (m_hat / (np.sqrt(corrected(n, b2, t)) + f(1e-16))), m, n
 
 
-in_numpy = pytest.mark.parametrize("rule", ["adabelief", "adabelief-nesterov", "adamaxw"])
-
-
-@in_numpy
-def test_decoupled_lr_is_the_formula(rule: str) -> None:
-    """There is no Optax oracle: Optax multiplies weight decay by the learning rate."""
-    start, grads = first_parameters(18), random_gradients(19, steps=50)
-    optimizer = optimizer_of(rule, start, lr=0.03, decoupled_lr=True, weight_decay_mask=MASK)
-    want = {name: (start[name], np.zeros_like(start[name]), np.zeros_like(start[name])) for name in "ac"}
-    for t, grad in enumerate(grads, 1):
-        lr = 0.03 * 0.97 ** (t - 1)
-        optimizer.param_groups[0]["lr"] = lr
-        run_ours(optimizer, [grad])
-        got = ours(optimizer, 0)
-        for name, state in want.items():
-            want[name] = numpy_step(rule, state, grad[name], t, lr, decay=0.1 * (lr / 0.03))
-            rows = [torch.tensor(np.asarray(x)) for x in want[name]]
-            assert_same_bits([tree[name] for tree in got.values()], rows, f"step {t}, {name}")
-
-
-@in_numpy
+@pytest.mark.parametrize("rule", ["adabelief", "adabelief-nesterov", "adamaxw"])
 def test_a_tree_with_one_leaf_differs_by_the_reciprocal_alone(rule: str) -> None:
     """XLA multiplies by the reciprocal there. Divided, as Optax's source says and we do, the same tree
     with a second leaf has our bits; and the bits of the single leaf are ours but for that."""
@@ -364,27 +325,14 @@ def test_a_tree_with_one_leaf_differs_by_the_reciprocal_alone(rule: str) -> None
     beside, _ = run_optax(oracle, {"a": start, "b": start[:3]}, [{"a": g, "b": g[:3]} for g in grads])
     p = torch.nn.Parameter(torch.tensor(start))
     optimizer = RULES[rule].optimizer([p], lr=0.01, weight_decay=0.0, backend="eager", **RULES[rule].options)
-    divided = multiplied = (start, np.zeros_like(start), np.zeros_like(start))
+    multiplied = (start, np.zeros_like(start), np.zeros_like(start))
     for t, g in enumerate(grads, 1):
         p.grad = torch.tensor(g)
         optimizer.step()
-        divided = numpy_step(rule, divided, g, t, 0.01)
-        multiplied = numpy_step(rule, multiplied, g, t, 0.01, reciprocal=True)
-    assert_same_vector(p.detach().numpy(), np.asarray(beside["a"]), "two leaves")
-    assert_same_vector(p.detach().numpy(), divided[0], "divided")
+        multiplied = step_with_reciprocals(rule, *multiplied, g, t)
+    divided = p.detach().numpy()
+    assert_same_vector(divided, np.asarray(beside["a"]), "two leaves")
     # JAX 0.6.2, the last one for Python 3.10, divides there as well.
-    one_leaf = divided if jax.__version_info__ <= (0, 6, 2) else multiplied
-    assert_same_vector(np.asarray(alone["a"]), one_leaf[0], "one leaf, by reciprocals")
-    assert (divided[0] != multiplied[0]).mean() > 0.1
-
-
-def test_decay_is_selected_by_weight_decay() -> None:
-    """An infinite parameter with weight decay becomes NaN even where the factor of the decay
-    is 0, and one without weight decay stays."""
-    for decay, want in ((0.1, torch.nan), (0.0, torch.inf)):
-        p = torch.nn.Parameter(torch.full((2,), torch.inf))
-        optimizer = AdaBelief([p], lr=0.1, weight_decay=decay, decoupled_lr=True, backend="eager")
-        optimizer.param_groups[0]["lr"] = 0.0
-        p.grad = torch.ones(2)
-        optimizer.step()
-        assert_same_bits(p.detach(), torch.full((2,), want), f"weight_decay {decay}")
+    one_leaf = divided if jax.__version_info__ <= (0, 6, 2) else multiplied[0]
+    assert_same_vector(np.asarray(alone["a"]), one_leaf, "one leaf, by reciprocals")
+    assert (divided != multiplied[0]).mean() > 0.1

@@ -1,13 +1,11 @@
 """What people build around an optimizer with torch alone: averages of weights, containers of several
-optimizers, spawned processes, ZeRO. Trainers by others are in tests/stacks."""
+optimizers, spawned processes. ZeRO is in test_distributed.py, trainers by others are in tests/stacks."""
 
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
-from helpers import RULES, Rule, assert_same_bits, saved_and_loaded, snapshot
+from helpers import Make, assert_same_bits, saved_and_loaded, snapshot
 from torch import Tensor, nn
 from torch.optim.swa_utils import SWALR, AveragedModel, get_ema_multi_avg_fn
 
@@ -31,14 +29,13 @@ def fit(model: Any, optimizer: Any, numbers: range, after: Any = lambda: None) -
         after()
 
 
-@pytest.mark.parametrize("rule", list(RULES.values()), ids=list(RULES))
 @pytest.mark.parametrize("average", [None, "ema", "foreach ema"])
-def test_averaged_model(rule: Rule, average: str | None, flatten: bool) -> None:
+def test_averaged_model(make: Make, average: str | None, flatten: bool) -> None:
     """SWA and EMA read the weights that the step wrote, and training goes on from the average."""
 
     def run(**options: Any) -> Any:
         model = network()
-        optimizer = rule.optimizer(model.parameters(), lr=0.02, **rule.options, **options)
+        optimizer = make(model.parameters(), lr=0.02, **options)
         multi = get_ema_multi_avg_fn(0.9) if average == "foreach ema" else None
         single = (lambda a, p, n: 0.9 * a + 0.1 * p) if average == "ema" else None
         averaged = AveragedModel(model, avg_fn=single, multi_avg_fn=multi, use_buffers=average is None)
@@ -74,16 +71,14 @@ class Container:
             optimizer.zero_grad()
 
 
-@pytest.mark.parametrize("rule", list(RULES.values()), ids=list(RULES))
-def test_containers(rule: Rule, flatten: bool) -> None:
+def test_containers(make: Make, flatten: bool) -> None:
     """Several optimizers, one LambdaLR for each, saved in the middle."""
 
     def run(parts: tuple[range, ...], **options: Any) -> Any:
         model, saved = network(), None
         for numbers in parts:
             container = Container(
-                [model[:2], model[2:]],
-                lambda groups: rule.optimizer(groups, lr=0.02, weight_decay=0.1, **rule.options, **options),
+                [model[:2], model[2:]], lambda groups: make(groups, lr=0.02, weight_decay=0.1, **options)
             )
             schedules = [torch.optim.lr_scheduler.LambdaLR(o, lambda t: 0.9**t) for o in container.optimizers]
             if saved is not None:
@@ -109,31 +104,3 @@ def test_spawned_processes_step_shared_memory() -> None:
     for _ in range(2):
         fit(twin, AdamW(twin.parameters(), lr=0.02, backend="eager"), range(3))
     assert_same_bits(list(model.parameters()), list(twin.parameters()))
-
-
-ZERO = [(views, flat) for views in (False, True) for flat in (False, True)]
-
-
-def zero(rank: int, folder: Path) -> None:
-    from torch.distributed.optim import ZeroRedundancyOptimizer  # which warns when it is imported
-
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 2), rank=rank, world_size=2)
-    for views, flatten in ZERO:
-        model, twin = network(), network()
-        optimizer = ZeroRedundancyOptimizer(
-            model.parameters(), AdamW, parameters_as_bucket_view=views, lr=0.02, flatten=flatten
-        )
-        fit(nn.parallel.DistributedDataParallel(model), optimizer, range(4))
-        fit(twin, AdamW(twin.parameters(), lr=0.02, backend="eager"), range(4))
-        assert_same_bits(
-            list(model.parameters()), list(twin.parameters()), f"bucket views {views}, flat {flatten}"
-        )
-    (folder / f"done {rank}").touch()
-    dist.destroy_process_group()
-
-
-def test_zero_redundancy_optimizer(tmp_path: Path) -> None:
-    """Bucket views and flat buffers are both there: parameters are stepped where ZeRO broadcasts them from."""
-    torch.multiprocessing.spawn(zero, (tmp_path,), nprocs=2)
-    assert len(list(tmp_path.glob("done *"))) == 2

@@ -1,16 +1,16 @@
-"""The code of docs/recipes.md runs as it is written; DeepSpeed's in test_deepspeed.py."""
+"""The code of docs/recipes.md runs as it is written. See recipes.py for what runs elsewhere."""
 
 from pathlib import Path
 
 import pytest
 import timm
-from recipes import RECIPES, run
+from recipes import OF_PROCESSES, RECIPES, WITH_TORCH_ALONE, run
 from test_huggingface import gpt2, rows
 
 pytestmark = [pytest.mark.stacks, pytest.mark.filterwarnings("default")]
 
 
-@pytest.mark.parametrize("recipe", [recipe for recipe in RECIPES if recipe != "DeepSpeed"])
+@pytest.mark.parametrize("recipe", [name for name in RECIPES if name not in WITH_TORCH_ALONE + OF_PROCESSES])
 def test_recipe(recipe: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     dataset = [{"input_ids": row, "labels": row} for row in rows()]
