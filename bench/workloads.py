@@ -90,7 +90,7 @@ def workload(name: str) -> Workload:
         if condition not in CONDITIONS:
             raise argparse.ArgumentTypeError(f"no condition {condition!r}: take {', '.join(CONDITIONS)}")
         full = workload(name)
-        title = f"{full.title}, {condition.replace('-', ' ')}"
+        title = f"{full.title}, {condition}"
         return replace(full, name=f"{name}:{condition}", title=title, condition=condition)
     if match := re.fullmatch(r"2\^(\d+)", name):
         return Workload(name, f"one tensor of {name}", ((2 ** int(match[1]),),))
