@@ -59,13 +59,13 @@ def square_sums_kernel(rows, grads, chunks, grad_scale, sums, GRAD: tl.constexpr
     if chunk >= 0:
         for i in tl.static_range(CHUNK // LANES):
             first = start + i * LANES
-            at = codecs.At(first, first + tl.arange(0, LANES), None, None, working, None, None)
+            at = codecs.At(first, first + tl.arange(0, LANES), None, None, working, None, None, None)
             lanes += _squares(grad, at, divisor, GRAD)
     else:
         end = tl.minimum(start + CHUNK, tl.load(rows + row * ROW_COLUMNS))
         while start < end:
             offset = start + tl.arange(0, LANES)
-            at = codecs.At(start, offset, offset < end, None, working, None, None)
+            at = codecs.At(start, offset, offset < end, None, working, None, None, None)
             lanes += tl.where(offset < end, _squares(grad, at, divisor, GRAD), 0)
             start += LANES
     tl.store(sums + tl.load(entry + 2) + tl.arange(0, 1), _tree_sum(lanes))
