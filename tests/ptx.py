@@ -159,11 +159,12 @@ def _shift_right(a: Array, b: Array) -> Array:
     return kept if a.dtype.kind == "i" else np.where(b < bits, kept, a.dtype.type(0))
 
 
-def _largest(a: Array, b: Array) -> Array:
-    if a.dtype.kind != "f":
-        return np.maximum(a, b)
-    # Of a number and a NaN the number, of zeros of both signs the positive one.
-    return np.where((a > b) | ((a == b) & np.signbit(b)) | np.isnan(b), a, b)
+def _largest(a: Array, *others: Array) -> Array:  # of two, or on sm_100 of three
+    for b in others:
+        # Of a number and a NaN the number, of zeros of both signs the positive one.
+        floating = a.dtype.kind == "f" and ((a == b) & np.signbit(b)) | np.isnan(b)
+        a = np.where((a > b) | floating, a, b)
+    return a
 
 
 def _permute(a: Array, b: Array, selector: Array) -> Array:
@@ -247,7 +248,7 @@ def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Arr
     if result.dtype != values[0].dtype:
         raise Unknown  # a division of integers
     if how == ("NaN",):
-        result = np.where(np.isnan(values[0]) | np.isnan(values[1]), result.dtype.type(np.nan), result)
+        result = np.where(np.isnan(values).any(0), result.dtype.type(np.nan), result)
     return _canonical(result) if how else result
 
 
