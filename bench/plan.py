@@ -65,15 +65,19 @@ HOST = (_HOST, replace(_HOST, workload="148x1"), replace(_HOST, workload="1000x1
 
 def everything(device: str) -> list[Comparison]:
     """What ``all`` measures: what matters most comes first."""
-    large, both = "2^28" if device == "cuda" else "2^26", (("float32", "fp32"), ("bfloat16", "bf16"))
+    large = "2^28" if device == "cuda" else "2^26"
+    main = [
+        Comparison(large, formats=tuple(OPTIONS)),
+        Comparison("gpt2", layouts=LAYOUTS),
+        Comparison("10000x64", layouts=LAYOUTS),
+        Comparison("500-groups"),
+    ]
     return [
-        *(Comparison(large, dtype, tuple(OPTIONS)) for dtype, _ in both),
-        *(Comparison("gpt2", dtype, (states,), LAYOUTS) for dtype, states in both),
-        *(Comparison("10000x64", dtype, (states,), LAYOUTS) for dtype, states in both),
-        *(Comparison("500-groups", dtype, (states,)) for dtype, states in both),
+        *main,
         *HOST,
         *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "2^24", "10x64", "100x64", "1000x64")),
         *(Comparison(n, layouts=LAYOUTS, peers=FAST_PEERS) for n in ("lora", "llama-7b")),
+        *(replace(c, dtype="bfloat16", formats=c.formats if c.workload == large else ("bf16",)) for c in main),
     ]
 
 
