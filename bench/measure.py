@@ -37,9 +37,10 @@ class Effort:
 
 
 def _context() -> Any:
-    """Processes forked from one that has imported torch and started nothing: a third of a second each."""
+    """Processes forked from one that has imported torch and started nothing: a third of a second each. Not
+    fused_optim: the CPU backend gives a forked copy of itself one thread."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["bench.worker"])
+    context.set_forkserver_preload(["torch", "torch._dynamo"])
     return context
 
 

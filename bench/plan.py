@@ -67,16 +67,17 @@ def everything(device: str) -> list[Comparison]:
     """What ``all`` measures: what matters most comes first."""
     large = "2^28" if device == "cuda" else "2^26"
     main = [
-        Comparison(large, formats=tuple(OPTIONS)),
-        Comparison("gpt2", layouts=LAYOUTS),
-        Comparison("10000x64", layouts=LAYOUTS),
-        Comparison("500-groups"),
+        Comparison(large, formats=tuple(OPTIONS), peers=FAST_PEERS),
+        Comparison("gpt2", layouts=LAYOUTS, peers=FAST_PEERS),
+        Comparison("10000x64", layouts=LAYOUTS, peers=FAST_PEERS),
+        Comparison("500-groups", peers=FAST_PEERS),
     ]
     return [
         *main,
         *HOST,
-        *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "2^24", "10x64", "100x64", "1000x64")),
+        *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "10x64", "100x64", "1000x64")),
         *(Comparison(n, layouts=LAYOUTS, peers=FAST_PEERS) for n in ("lora", "llama-7b")),
+        Comparison("2^24"),  # with all peers, of which some take seconds for a large step
         *(replace(c, dtype="bfloat16", formats=c.formats if c.workload == large else ("bf16",)) for c in main),
     ]
 
