@@ -37,8 +37,8 @@ class Effort:
 
 
 def _context() -> Any:
-    """Processes forked from one that has imported torch and started nothing: a third of a second each. Not
-    fused_optim: the CPU backend gives a forked copy of itself one thread."""
+    """Processes forked from one that has imported torch, which takes seconds, and started nothing. It has not
+    imported fused_optim: the CPU backend of a forked child steps with one thread."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch", "torch._dynamo"])
     return context
