@@ -450,7 +450,7 @@ def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
 
 def captured_step(optimizer: Any) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(torch.cuda, "is_initialized", lambda: True)
         patch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
         optimizer.step()
 

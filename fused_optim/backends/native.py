@@ -47,12 +47,12 @@ def extension(name: str) -> tuple[ModuleType | None, str | None]:
 
 
 def _chunks(rows: Tensor, grads: Tensor, chunks: Tensor) -> tuple[int, ...]:
-    return rows.data_ptr(), grads.data_ptr(), chunks.data_ptr(), len(chunks)
+    return rows.data_ptr(), grads.data_ptr(), chunks.data_ptr(), chunks.shape[0]
 
 
 def _table(rows: Tensor, grads: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tuple[int, ...]:
     """The fields of Table in ``csrc/table.h``."""
-    return *_chunks(rows, grads, chunks), counters.data_ptr(), len(counters), hyper.data_ptr()
+    return *_chunks(rows, grads, chunks), counters.data_ptr(), counters.shape[0], hyper.data_ptr()
 
 
 def _cpu_why_not(device: torch.device) -> str | None:
@@ -64,6 +64,7 @@ def _cpu_why_not(device: torch.device) -> str | None:
     return reason
 
 
+@cache
 def instruction_set(cpu: ModuleType) -> str:
     """The one that the CPU backend uses; a ValueError if ``FUSED_OPTIM_ISA`` names none of this machine."""
     isas: list[str] = cpu.isas()
