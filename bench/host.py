@@ -7,6 +7,7 @@ import importlib.util
 import os
 import sys
 from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 from .providers import OUR_RULES, Groups, Provider, make_ours
@@ -43,15 +44,21 @@ class _NullGpu:
 
 
 def _make(backend: str, in_python: bool, groups: Groups) -> Any:
-    """``backend`` "triton" launches nothing. ``in_python``: the package asks in Python where tensors are,
-    as where its C++ was not built; a step on the CPU is C++ all the same."""
-    from fused_optim.backends import BACKENDS
+    """``backend`` "triton" and "cuda" launch nothing. ``in_python``: the package asks in Python where tensors
+    are, as where its C++ was not built; a step on the CPU is C++ all the same."""
+    from fused_optim.backends import BACKENDS, native
 
+    if backend != "cpu":
+        BACKENDS[backend] = dataclasses.replace(BACKENDS[backend], why_not=lambda device: None)
     if backend == "triton":
         import triton
 
-        BACKENDS["triton"] = dataclasses.replace(BACKENDS["triton"], why_not=lambda device: None)
         triton.runtime.driver.set_active(_NullGpu())
+    if backend == "cuda":
+        nothing = SimpleNamespace(load=id, step=lambda *given: 2, chunk_size=4096, coefficients_bytes=128)
+        extension = native.extension
+        vars(native)["extension"] = lambda name: (nothing, None) if name == "_cuda" else extension(name)
+        vars(native)["_stream"] = lambda device: 0
     for name, module in list(sys.modules.items()) if in_python else []:
         if name.startswith("fused_optim.") and ".backends" not in name and hasattr(module, "extension"):
             vars(module)["extension"] = lambda name: (None, "hidden by the benchmark")
@@ -64,7 +71,10 @@ def _variant(backend: str, in_python: bool, what: str, rule: str = "") -> Provid
     return Provider(f"{OUR_RULES[RULE][0]} {what}", rule, make, "", ("cpu",), ("float32",), 1e-4, None, *kind)
 
 
-HOST_VARIANTS = [_variant("cpu", True, "cpu fp32 list, addresses in Python", RULE)]
+HOST_VARIANTS = [
+    _variant("cpu", True, "cpu fp32 list, addresses in Python", RULE),
+    _variant("cuda", False, "cuda, launches nothing"),
+]
 if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
     HOST_VARIANTS.append(_variant("triton", False, "triton, launches nothing"))
     HOST_VARIANTS.append(_variant("triton", True, "triton, launches nothing, addresses in Python"))

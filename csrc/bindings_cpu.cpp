@@ -3,6 +3,7 @@
 #include <omp.h>
 #endif
 
+#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
@@ -127,14 +128,15 @@ void without_interpreter(Body body) {
   if (thrown) std::rethrow_exception(thrown);
 }
 
-void step_cpu(const std::string& isa, const NameStrings& strings, const std::array<int64_t, 7>& table,
-              int64_t chunk_size, double grad_scale, double grad_factor, int threads) {
+void step_cpu(const std::string& isa, const NameStrings& strings, int64_t chunk_size,
+              const std::array<int64_t, 6>& table, int64_t hyper, double grad_scale, double grad_factor, int threads) {
   const Names names = names_of(strings);
   const StepElements step_elements = isa_named(isa).find(names);
   if (step_elements == nullptr) throw std::invalid_argument("no CPU code for " + text_of(names));
   const bool grad_is_own = !same(names.grad, Fp32::name);
-  const Task task{bit_cast<Table>(table), step_elements, grad_is_own, chunk_size,
-                  grad_scale,             grad_factor,   threads};
+  std::array<int64_t, 7> fields;
+  *std::copy(table.begin(), table.end(), fields.begin()) = hyper;
+  const Task task{bit_cast<Table>(fields), step_elements, grad_is_own, chunk_size, grad_scale, grad_factor, threads};
   without_interpreter([&] { same(names.mu, Fp64::name) ? run<double>(task) : run<float>(task); });
 }
 
@@ -177,8 +179,9 @@ PYBIND11_MODULE(_cpu, m) {
       },
       "Instruction sets that this machine has, best first.");
   m.def("step", &step_cpu,
-        "One step of every row of a table. Takes an instruction set, the names of rule and formats, the fields of "
-        "Table, the elements of a chunk, what gradients are divided and multiplied by, and the number of threads.");
+        "One step of every row of a table. Takes an instruction set, the names of rule and formats, the elements of a "
+        "chunk, the fields of Table, the last on its own, what gradients are divided and multiplied by, and the number "
+        "of threads.");
   m.def("square_sums", &square_sums,
         "The sums of squares of a batch's gradients. Takes an instruction set, the gradients' format, the fields of "
         "NormTask, and the number of threads.");

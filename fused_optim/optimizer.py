@@ -142,7 +142,8 @@ class FusedOptimizer(StateAccess):
         if count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
             self.init_state()
             return loss
-        capturing = torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
+        has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        capturing = has_gpu and torch.cuda.is_current_stream_capturing()
         if capturing:
             options.check_capture(self.param_groups)
         options.run_schedules(self.param_groups, count)

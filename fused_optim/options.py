@@ -28,6 +28,9 @@ _NOT_HERE = {
     "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
+_NUMBERS = (
+    "lr", "betas", "weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable",
+)  # fmt: skip
 TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
 VERSION = 2  # of state dicts; those of 0.1 have none
 
@@ -267,15 +270,15 @@ class HyperparameterTable:
         self._read: list[Any] = []
         self._rows = torch.empty(0, device="cpu")
         self.on_device: dict[torch.device, Tensor] = {}
-        self._device_lrs: list[tuple[int, Tensor]] = []
+        self._device_lrs: list[Tensor | None] = []  # of each group, if there are any
 
     def read(self, groups: list[Group]) -> None:
         """Take the groups' numbers as they are now; they are checked where they have changed."""
-        keys = ("weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable")
         read: list[tuple[Any, ...]] = []
         for i, group in enumerate(groups):
-            betas = tuple(given) if isinstance(given := group["betas"], list) else given
-            read.append((lr_value(group["lr"], where_of(i)), betas, *map(group.get, keys)))
+            lr, betas, *others = map(group.get, _NUMBERS)
+            lr = lr if type(lr) is float else lr_value(lr, where_of(i))
+            read.append((lr, tuple(betas) if isinstance(betas, list) else betas, *others))
         if read != self._read:
             for i, group in enumerate(groups):
                 check_group(group, where_of(i))
@@ -286,13 +289,21 @@ class HyperparameterTable:
             ]
             self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
             self._read, self.on_device = read, {}
-        self._device_lrs = [(2 * i, groups[i]["lr"]) for i, (lr, *_) in enumerate(read) if lr is None]
+        self._device_lrs = []
+        if any(lr is None for lr, *_ in read):
+            self._device_lrs = [group["lr"] if lr is None else None for group, (lr, *_) in zip(groups, read)]
 
     def on(self, device: torch.device) -> Tensor:
         """The table in the memory of ``device``, uploaded where it changed."""
-        table = uploaded(self.on_device, device, device, lambda: self._rows)
-        for row, lr in self._device_lrs:
-            table[row : row + 2, Hyperparameters._fields.index("lr")] = lr.reshape(()).to(device)
+        table = self._rows
+        if device.type != "cpu":
+            table = uploaded(self.on_device, device, device, lambda: self._rows)
+        if self._device_lrs:  # all at once: a copy of each is a launch of each
+            column = table[:, Hyperparameters._fields.index("lr")].view(-1, 2)
+            lrs = [
+                column[i, 0] if lr is None else lr.reshape(()).to(device) for i, lr in enumerate(self._device_lrs)
+            ]
+            column.copy_(torch.stack(lrs)[:, None])
         return table
 
 

@@ -121,6 +121,7 @@ class Batch:
     def __init__(self, key: BatchKey, items: list[Operands], merged: bool = True) -> None:
         """``merged``: neighbours in a flat buffer share a row, if no format goes by the logical index."""
         self.key = key
+        self.names = key.names
         self.items = items
         self._copied = [o for o in items if o.dense is not local(o.source)]
         self._copied_grads = [o for o in items if o.grad_copy is not None]
@@ -149,6 +150,7 @@ class Batch:
         self._chunks: dict[int, Tensor] = {}
         self.norm_chunks = torch.empty(0, 3, dtype=torch.int32, device="cpu")  # see clip.py
         self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
+        self.prepared: tuple[Any, ...] = ()  # what the CPU backend has worked out
 
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:

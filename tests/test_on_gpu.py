@@ -102,6 +102,22 @@ def test_capture_and_replay_with_a_learning_rate_on_the_gpu(backend: str, flatte
     pair.check()
 
 
+def test_learning_rates_of_many_kinds(backend: str) -> None:
+    """On the GPU, of any dtype, beside numbers: the same bits as numbers."""
+    lrs = [
+        torch.tensor(1e-2, device="cuda"), 1e-3, torch.tensor([0.1], dtype=torch.bfloat16, device="cuda"),
+        torch.tensor(0.1, dtype=torch.float64),
+    ]  # fmt: skip
+    made = []
+    for device, rates, name in (("cuda", lrs, backend), ("cpu", list(map(float, lrs)), "eager")):
+        groups = [{"params": parameters(device), "lr": lr} for lr in rates]
+        made.append(AdaBelief(groups, weight_decay=0.1, backend=name))
+        made[-1].step()
+    for ours, eager in zip(*(optimizer.param_groups for optimizer in made)):
+        for p, q in zip(ours["params"], eager["params"]):
+            assert_same_bits(p.detach().cpu(), q.detach())
+
+
 def test_a_graph_must_be_captured_again_after_a_load(backend: str, flatten: bool) -> None:
     """That is said, and the new one steps what was loaded."""
     pair, graphs = Pair(backend, flatten=flatten), [torch.cuda.CUDAGraph() for _ in range(2)]

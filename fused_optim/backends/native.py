@@ -74,19 +74,27 @@ def instruction_set(cpu: ModuleType) -> str:
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
-    cpu = extension("_cpu")[0]
-    assert cpu is not None
     if any(t is not None and t.item() != 0 for t in (inputs.found_inf, inputs.skip)):
         return
-    cpu.step(
-        instruction_set(cpu),
-        batch.key.names,
-        _table(batch.rows, batch.grads, batch.chunks(CPU_CHUNK), batch.counters, inputs.hyper),
-        CPU_CHUNK,
+    step, *fixed = batch.prepared or _prepared(batch)
+    step(
+        *fixed,
+        inputs.hyper.data_ptr(),
         1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
         1.0 if inputs.clip is None else inputs.clip[2].item(),
         _threads(batch),
     )
+
+
+def _prepared(batch: Batch) -> tuple[Any, ...]:
+    """What stays the same while a batch lives: asked for once, since between two steps of a training all of it
+    falls out of the caches."""
+    cpu = extension("_cpu")[0]
+    assert cpu is not None
+    chunks = _chunks(batch.rows, batch.grads, batch.chunks(CPU_CHUNK))
+    counters = batch.counters.data_ptr(), batch.counters.shape[0]
+    batch.prepared = cpu.step, instruction_set(cpu), batch.names, CPU_CHUNK, (*chunks, *counters)
+    return batch.prepared
 
 
 def _threads(batch: Batch) -> int:
@@ -153,7 +161,7 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     table = _table(*table_on(batch, cuda.chunk_size), inputs.hyper)
     task = (*table, coefficients.data_ptr(), *map(_address, inputs[1:]))
     with _current(device):
-        cuda.step(batch.key.names, task, _stream(device))
+        cuda.step(batch.names, task, _stream(device))
 
 
 def _cuda_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
