@@ -72,7 +72,7 @@ def test_memory_runs_out(
     library = built_once(tmp_path_factory, "failing_allocations", build) / "failing.so"
     code = f"import test_faults; test_faults.fail_every_allocation(*{case!r})"
     failed = int(in_a_process(code, LD_PRELOAD=str(library)))
-    assert failed > 10
+    assert failed > 5
     record_property("allocations failed", failed)
 
 
