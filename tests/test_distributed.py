@@ -65,7 +65,8 @@ def check_of_4(function: Check) -> Check:
 
 
 def run_checks(rank: int, ranks: int, folder: Path) -> None:
-    os.environ.pop("TRITON_INTERPRET", None)  # else it would be the backend that is taken, and take ten times as long
+    # Else that would be the backend which is taken, and take ten times as long.
+    os.environ.pop("TRITON_INTERPRET", None)
     torch.set_num_threads(1)
     init = f"file://{folder}/init{ranks}"
     dist.init_process_group("gloo", init, timedelta(minutes=30), rank=rank, world_size=ranks)
