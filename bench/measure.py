@@ -47,11 +47,12 @@ def _context() -> Any:
 class Worker:
     """A case's process, checked and ready or with a reason why not."""
 
-    def __init__(self, case: Case, effort: Effort) -> None:
+    def __init__(self, case: Case, effort: Effort, times: list[float] | None = None) -> None:
+        """``times``: of this case's processes before, to which this one's are added."""
         self.case, self.effort = case, effort
         self.pool = ProcessPoolExecutor(1, mp_context=_context())
         self.pid = self.pool.submit(os.getpid).result()
-        self.times: list[float] = []
+        self.times = [] if times is None else times
         self.spent = 0.0
         self.said: Record = {"status": "measured"}
         self.said = self._ask(prepare, case) or self.said
@@ -113,23 +114,26 @@ def lots(cases: Sequence[Case]) -> list[list[Case]]:
     return [[*loops, *others[i : i + at_once]] for i in range(0, max(1, len(others)), at_once)]
 
 
-def compare(cases: Sequence[Case], effort: Effort) -> list[Record]:
-    """Measure cases of one comparison against each other."""
+def compare(cases: Sequence[Case], effort: Effort, starts: int = 1) -> list[Record]:
+    """Measure cases of one comparison against each other. With several ``starts`` each case has as many
+    processes, one after another: the pages of memory that one gets make up to 10% of a large step."""
     lines: dict[str, Record] = {}
     rng = random.Random(0)
     for lot in lots(cases) if cases else []:
-        workers: list[Worker] = []
-        try:
-            for case in lot:
-                workers.append(Worker(case, effort))
-            for _ in range(effort.rounds):
-                rng.shuffle(workers)
+        times: dict[str, list[float]] = {case.provider: [] for case in lot}
+        for _ in range(starts):
+            workers: list[Worker] = []
+            try:
+                for case in lot:
+                    workers.append(Worker(case, effort, times[case.provider]))
+                for _ in range(effort.rounds):
+                    rng.shuffle(workers)
+                    for worker in workers:
+                        if worker.well:
+                            worker.take_turn()
+            finally:
                 for worker in workers:
-                    if worker.well:
-                        worker.take_turn()
-        finally:
-            for worker in workers:
-                worker.stop()
+                    worker.stop()
         found = {w.case.provider: record(w) for w in workers}
         for line in found.values():
             loop = found.get(roofline_for(line.get("state_bytes_each", 0)), {})

@@ -24,7 +24,8 @@ FAST_PEERS = (TORCH, "torch AdamW foreach", DEEPSPEED)
 @dataclass(frozen=True)
 class Comparison:
     """Providers on one workload. ``formats``, ``layouts`` and ``rules`` are those of ours; ``peers`` names, or
-    None for all; ``only``: parts of names, one of which a provider must have if there are any."""
+    None for all; ``only``: parts of names, one of which a provider must have if there are any; ``starts``: of
+    processes, see :func:`.measure.compare`."""
 
     workload: str
     dtype: str = "float32"
@@ -34,6 +35,7 @@ class Comparison:
     measure: str = "step"
     only: tuple[str, ...] = ()
     rules: tuple[str, ...] = tuple(OUR_RULES)
+    starts: int = 1
 
     def providers(self) -> list[Provider]:
         ours = [p for p in OURS if p.format in self.formats and p.layout in self.layouts]
@@ -56,7 +58,7 @@ class Comparison:
                 cases.append(case)
             elif self.dtype in provider.dtypes and device in provider.devices:
                 absent.append({**head(case), "status": "absent", "why": why_not})
-        return compare(cases, effort) + absent
+        return compare(cases, effort, self.starts) + absent
 
 
 _HOST = Comparison("1x1", layouts=LAYOUTS, peers=(TORCH,), measure="host")
@@ -67,8 +69,8 @@ def everything(device: str) -> list[Comparison]:
     """What ``all`` measures: what matters most comes first."""
     large = "2^28" if device == "cuda" else "2^26"
     main = [
-        Comparison(large, formats=tuple(OPTIONS), peers=FAST_PEERS),
-        Comparison("gpt2", layouts=LAYOUTS, peers=FAST_PEERS),
+        Comparison(large, peers=FAST_PEERS, starts=3),
+        Comparison("gpt2", layouts=LAYOUTS, peers=FAST_PEERS, starts=3),
         Comparison("10000x64", layouts=LAYOUTS, peers=FAST_PEERS),
         Comparison("500-groups", peers=FAST_PEERS),
     ]
@@ -76,9 +78,10 @@ def everything(device: str) -> list[Comparison]:
         *main,
         *HOST,
         *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "10x64", "100x64", "1000x64")),
-        *(Comparison(n, layouts=LAYOUTS, peers=FAST_PEERS) for n in ("lora", "llama-7b")),
-        Comparison("2^24"),  # with all peers, of which some take seconds for a large step
-        *(replace(c, dtype="bfloat16", formats=c.formats if c.workload == large else ("bf16",)) for c in main),
+        Comparison("lora", layouts=LAYOUTS, peers=FAST_PEERS),
+        Comparison("llama-7b", layouts=LAYOUTS, peers=FAST_PEERS, starts=3),
+        Comparison("2^24", formats=tuple(OPTIONS)),  # with all peers, of which some take seconds for a large step
+        *(replace(c, dtype="bfloat16", formats=tuple(OPTIONS) if c.workload == large else ("bf16",)) for c in main),
     ]
 
 
