@@ -104,12 +104,14 @@ def head(case: Case) -> Record:
 
 
 def lots(cases: Sequence[Case]) -> list[list[Case]]:
-    """Cases in lots that fit into memory together: parameter, gradient, states, and as much again that
-    some peers take for a moment. Each lot has the loops."""
+    """Cases in lots whose parameters, gradients and states fit into memory together, those of one algorithm
+    in one lot if they do, AdamW's before others. Each lot has the loops."""
     loops = [case for case in cases if PROVIDERS[case.provider].loop]
     others = [case for case in cases if not PROVIDERS[case.provider].loop]
+    others.sort(key=lambda case: (PROVIDERS[case.provider].algorithm != "adamw", PROVIDERS[case.provider].algorithm))
     element = 4 if cases[0].dtype == "float32" else 2
-    each = cases[0].workload.numel * (2 * element + 16) + 300 * 2**20
+    each = cases[0].workload.numel * (2 * element + 8) + 300 * 2**20
+    # What some peers take for a moment is taken by one at a time.
     at_once = max(1, int(0.7 * free_memory(cases[0].device) / each) - len(loops))
     return [[*loops, *others[i : i + at_once]] for i in range(0, max(1, len(others)), at_once)]
 

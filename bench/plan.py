@@ -18,7 +18,7 @@ from .roofline import ROOFLINES
 from .worker import Case
 from .workloads import BUSY, CONDITIONS, fitted, workload
 
-FAST_PEERS = (TORCH, "torch AdamW foreach", DEEPSPEED)
+FAST_PEERS = (TORCH, DEEPSPEED)
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,10 @@ class Comparison:
         ours = [p for p in ours if p.backend != "eager" or any("eager" in text for text in self.only)]
         peers = [p for p in PEERS if self.peers is None or p.name in self.peers]
         chosen = [p for p in (*ours, *peers) if not self.only or any(text in p.name for text in self.only)]
-        return [*HOST_VARIANTS, *chosen] if self.measure == "host" else [*ROOFLINES.values(), *chosen]
+        if self.measure == "host":
+            return [*HOST_VARIANTS, *chosen]
+        of_float32 = self.formats == ("fp32",) and self.peers is not None
+        return [*([ROOFLINES[4]] if of_float32 else ROOFLINES.values()), *chosen]
 
     def run(self, device: str, effort: Effort) -> list[Record]:
         """Measure; a record for what cannot be measured here, too."""
