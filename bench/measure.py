@@ -108,7 +108,8 @@ def lots(cases: Sequence[Case]) -> list[list[Case]]:
     in one lot if they do, AdamW's before others. Each lot has the loops."""
     loops = [case for case in cases if PROVIDERS[case.provider].loop]
     others = [case for case in cases if not PROVIDERS[case.provider].loop]
-    others.sort(key=lambda case: (PROVIDERS[case.provider].algorithm != "adamw", PROVIDERS[case.provider].algorithm))
+    algorithm = {case: PROVIDERS[case.provider].algorithm for case in others}
+    others.sort(key=lambda case: (algorithm[case] != "adamw", algorithm[case]))
     element = 4 if cases[0].dtype == "float32" else 2
     each = cases[0].workload.numel * (2 * element + 8) + 300 * 2**20
     # What some peers take for a moment is taken by one at a time.

@@ -70,7 +70,7 @@ HOST = (_HOST, replace(_HOST, workload="148x1"), replace(_HOST, workload="1000x1
 
 def everything(device: str) -> list[Comparison]:
     """What ``all`` measures: what matters most comes first."""
-    large = "2^28" if device == "cuda" else "2^26"
+    large, formats = "2^28" if device == "cuda" else "2^26", tuple(OPTIONS)
     main = [
         Comparison(large, peers=FAST_PEERS, starts=3),
         Comparison("gpt2", layouts=LAYOUTS, peers=FAST_PEERS, starts=3),
@@ -83,8 +83,9 @@ def everything(device: str) -> list[Comparison]:
         *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "10x64", "100x64", "1000x64")),
         Comparison("lora", layouts=LAYOUTS, peers=FAST_PEERS),
         Comparison("llama-7b", layouts=LAYOUTS, peers=FAST_PEERS, starts=3),
-        Comparison("2^24", formats=tuple(OPTIONS)),  # with all peers, of which some take seconds for a large step
-        *(replace(c, dtype="bfloat16", formats=tuple(OPTIONS) if c.workload == large else ("bf16",)) for c in main),
+        Comparison("2^24", formats=formats),  # with all peers, of which some take seconds for a large step
+        replace(main[0], dtype="bfloat16", formats=formats),
+        *(replace(c, dtype="bfloat16", formats=("bf16",)) for c in main[1:]),
     ]
 
 
