@@ -12,7 +12,7 @@ from .measure import Record
 from .providers import DEEPSPEED, OUR_RULES, TORCH
 
 RESULTS = ROOT / "bench" / "results"
-SHOWN = re.compile(r"2\^(26|28|30)|gpt2|10000x64|500-groups|llama-7b")
+SHOWN = re.compile(r"2\^(26|28|30)|gpt2|10000x64|500-groups")
 """Workloads in the README."""
 
 

@@ -78,7 +78,7 @@ class Operands:
     random_key: int
     offset: int = 0  # the index of its first element in the whole parameter; 0 where formats do not ask
     number: int = 0  # among the parameters that are stepped
-    slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
+    slot: tuple[int, int] = (0, -1)  # with flatten: start and end in its flat buffers, in real elements
 
     @property
     def grad(self) -> Tensor:
