@@ -150,7 +150,7 @@ class Batch:
         self._chunks: dict[int, Tensor] = {}
         self.norm_chunks = torch.empty(0, 3, dtype=torch.int32, device="cpu")  # see clip.py
         self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
-        self.prepared: tuple[Any, ...] = ()  # what its backend has worked out
+        self.prepared: tuple[Any, ...] = ()  # what the CPU backend has worked out
 
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:
