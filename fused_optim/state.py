@@ -3,7 +3,6 @@ which format they are: an 8-bit moment has block exponents beside it, under a ke
 name, a ``remainder`` of int16 or int8 is split16's or split8's."""
 
 from contextlib import suppress
-from functools import cache
 from typing import Any
 
 import torch
@@ -23,7 +22,6 @@ def _moment_parts(key: str, format: Format, dtype: torch.dtype) -> list[Part]:
     return [Part(key, dtype if dtype.is_complex else format.dtype), *([aux] if aux else [])]
 
 
-@cache
 def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> list[Part]:
     """All that a parameter of this dtype keeps in its state, but for ``step``."""
     parts = [*_moment_parts(keys[0], formats.mu, dtype), *_moment_parts(keys[1], formats.nu, dtype)]

@@ -27,7 +27,7 @@ class Part(NamedTuple):
         return -(-parameter_numel // self.block)
 
 
-@dataclass(frozen=True, eq=False)  # each is there once; to hash all that it says takes a microsecond
+@dataclass(frozen=True)
 class Format:
     """One way to store values. All that Python knows of a format is said here."""
 

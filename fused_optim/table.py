@@ -78,7 +78,7 @@ class Operands:
     random_key: int
     offset: int = 0  # the index of its first element in the whole parameter; 0 where formats do not ask
     number: int = 0  # among the parameters that are stepped
-    slot: tuple[int, int] = (0, -1)  # with flatten: start and end in its flat buffers, in real elements
+    slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
 
     @property
     def grad(self) -> Tensor:
@@ -150,7 +150,7 @@ class Batch:
         self._chunks: dict[int, Tensor] = {}
         self.norm_chunks = torch.empty(0, 3, dtype=torch.int32, device="cpu")  # see clip.py
         self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
-        self.prepared: tuple[Any, ...] = ()  # what the CPU backend has worked out
+        self.prepared: tuple[Any, ...] = ()  # what its backend has worked out
 
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:

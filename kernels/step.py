@@ -324,6 +324,7 @@ def loaded(kernel: Any, *arguments: Any, **options: Any) -> Any:
     return compiled
 
 
+@cache
 def _prologue_constants(working: torch.dtype) -> tuple[Any, ...]:
     return getattr(tl, str(working).removeprefix("torch.")), PROLOGUE_LANES
 
@@ -333,9 +334,9 @@ def launch_prologue(
     found_inf: torch.Tensor | None, clip: torch.Tensor | None, coefficients: torch.Tensor,
 ) -> None:  # fmt: skip
     """Work out the coefficients of every counter."""
-    n = len(counters)
+    n = counters.shape[0]
     constants = _prologue_constants(coefficients.dtype)
-    grid = (triton.cdiv(n, PROLOGUE_LANES), 1, 1)
+    grid = (-(-n // PROLOGUE_LANES), 1, 1)
     kernel[grid](counters, n, hyper, grad_scale, found_inf, clip, coefficients, *constants)
 
 
@@ -344,5 +345,5 @@ def launch_step(
     coefficients: torch.Tensor, constants: dict[str, Any],
 ) -> None:  # fmt: skip
     """Step every chunk and advance every counter."""
-    grid = (1 + len(chunks), 1, 1)
-    kernel[grid](rows, grads, chunks, counters, len(counters), coefficients, *constants.values())
+    grid = (1 + chunks.shape[0], 1, 1)
+    kernel[grid](rows, grads, chunks, counters, counters.shape[0], coefficients, *constants.values())

@@ -71,12 +71,13 @@ def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> Any:
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
-    kernels, key, device = _kernels(), batch.key, batch.key.device
-    constants = _arguments(key)[0]
-    prologue, step = _load(key, *(t is not None for t in inputs[1:]))
+    kernels, device, given = _kernels(), batch.key.device, tuple(t is not None for t in inputs[1:])
+    if batch.prepared[:1] != (given,):  # not looked up each step: a key's hash is of all that its formats say
+        batch.prepared = given, _arguments(batch.key)[0], *_load(batch.key, *given)
+    _, constants, prologue, step = batch.prepared
     *tables, counters = table_on(batch, constants["CHUNK"])
-    size = len(counters) * kernels.COEFFICIENT_COLUMNS.value
-    coefficients = torch.empty(size, dtype=key.param.working, device=device)
+    size = counters.shape[0] * kernels.COEFFICIENT_COLUMNS.value
+    coefficients = torch.empty(size, dtype=batch.key.param.working, device=device)
     with torch.accelerator.device_index(device.index):
         kernels.launch_prologue(prologue, counters, *inputs, coefficients)
         kernels.launch_step(step, *tables, counters, coefficients, constants)
