@@ -149,7 +149,7 @@ class Model(World):
         group["weight_decay_mask"] = other["weight_decay_mask"] = None
 
     def load_an_older_one(self) -> None:
-        """What does not fit changes nothing, nor does one of parameters with other names, of which a warning tells."""
+        """What does not fit changes nothing; nor does what a warning, an error here, says of other names."""
         self.kept.append(self.optimizer.state_dict())
         before = snapshot(self.optimizer)
         try:
