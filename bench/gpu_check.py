@@ -47,11 +47,12 @@ class Part:
         """Begin, and write to a log in ``work``; ``sites``: where the package was installed."""
         self.took = -time.monotonic()
         paths = [*map(str, sites), str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment = {**os.environ, "PATH": PATH, "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        environment = {**os.environ, "PATH": PATH, "PYTHONPATH": os.pathsep.join(paths)}
+        environment |= {"PYTHONUNBUFFERED": "1", **self.environment}
         with (work / f"{self.name}.log").open("wb") as log:
             how = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True, "cwd": work}
             # Not in the sources' folder, which Python would import from first.
-            self.process = subprocess.Popen(self.command, env=environment | self.environment, **how)
+            self.process = subprocess.Popen(self.command, env=environment, **how)
 
     def finish(self, end: float, save: Callable[[], None]) -> None:
         """Wait, until ``end`` at most; ``save`` is called every few seconds."""
@@ -89,8 +90,8 @@ def _install(kind: str, site: Path) -> tuple[str, ...]:
 
 
 def _tests(file: str, *chosen: str) -> tuple[str, ...]:
-    """Tests by the installed package, not by the sources, which have no compiled part. What other libraries warn
-    of turns none red."""
+    """Tests of the installed package, not of the sources, which have no compiled part. Warnings of other
+    libraries turn none red."""
     command = (sys.executable, "-m", "pytest", "-v", "-Wdefault", "-p", "no:cacheprovider")
     command += (f"--rootdir={ROOT}", f"-opythonpath={ROOT}/tests", f"-c{ROOT}/pyproject.toml")
     return *command, *(f"{ROOT}/tests/{file}{test}" for test in chosen or ("",))

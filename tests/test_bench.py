@@ -68,6 +68,14 @@ def test_host_times() -> None:
     assert TORCH in names and any("addresses in Python" in name for name in names)
 
 
+def test_bad_conditions() -> None:
+    names = ("3x64", "3x64:busy-cores", "3x64:unaligned")
+    cases = [worker.Case(workload(name), "float32", "cpu", TORCH) for name in names]
+    found = plan.in_turns(cases, 1, TINY)
+    assert [r["status"] for r in found] == ["measured"] * 3 and found[0]["of_ordinary"] == 1
+    assert all(r["provider"].startswith("3 x 64") and r["p99_of_ordinary"] > 0 for r in found)
+
+
 # Measuring
 
 
@@ -242,4 +250,5 @@ def test_gpu_measurements_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_measure, "QUESTIONS", (question,))
     assert gpu_measure.main("cpu", str(tmp_path / "gpu.json")) == 0
     records = json.loads((tmp_path / "gpu.json").read_text())["records"]
-    assert len(records) == 2 and all(r["status"] == "measured" and r["host_us"] > 0 for r in records)
+    assert len(records) in (2, 3)  # Triton's interpreter, where it is chosen
+    assert all(r["status"] == "measured" and r["host_us"] > 0 for r in records)
