@@ -16,7 +16,7 @@ import torch
 
 from . import cuda_report, environment, gpu_check, kernels, plan, report
 from .measure import Effort, Record
-from .workloads import MODELS, known_name
+from .workloads import KNOWN, known_name
 
 
 def measure(given: argparse.Namespace, runs: Sequence[Callable[[str, Effort], list[Record]]]) -> int:
@@ -69,9 +69,8 @@ def parser() -> argparse.ArgumentParser:
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
     measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
     commands.add_parser("all", parents=[measuring], help="everything that is timed")
-    known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")
-    command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=known)
+    command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=KNOWN)
     command.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     command.add_argument("--only", action="append", default=[], help="a part of providers' names")
     commands.add_parser("host", parents=[measuring], help="the time until step() returns")

@@ -40,8 +40,6 @@ class Comparison:
     def providers(self) -> list[Provider]:
         ours = [p for p in OURS if p.format in self.formats and p.layout in self.layouts]
         ours = [p for p in ours if p.rule in self.rules]
-        # eager is the judge and slow by purpose: only where it is asked for.
-        ours = [p for p in ours if p.backend != "eager" or any("eager" in text for text in self.only)]
         peers = [p for p in PEERS if self.peers is None or p.name in self.peers]
         chosen = [p for p in (*ours, *peers) if not self.only or any(text in p.name for text in self.only)]
         if self.measure == "host":

@@ -85,7 +85,7 @@ OUR_RULES: dict[str, tuple[str, dict[str, Any]]] = {
 """By the reference's name: the optimizer's class, and options beside the common ones."""
 # Triton's interpreter, where it is chosen, runs on the CPU: to rehearse, not to be timed.
 _TRITON = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",), "eager": ("cpu", "cuda")}
+BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",)}
 LAYOUTS = ("list", "flat")
 
 
@@ -99,10 +99,9 @@ def make_ours(rule: str, backend: str, format: str, layout: str, groups: Groups,
 
 
 def _ours(rule: str, backend: str, format: str, layout: str) -> Provider:
-    kind = (rule, backend, format, layout)
-    name = f"{OUR_RULES[rule][0]} {backend} {format} {layout}"
-    make, devices, dtypes = partial(make_ours, *kind), BACKENDS[backend], OPTIONS[format][1]
-    return Provider(name, rule, make, "", devices, dtypes, 1e-4, None, *kind)
+    name, make = f"{OUR_RULES[rule][0]} {backend} {format} {layout}", partial(make_ours, rule, backend, format, layout)
+    of = {"devices": BACKENDS[backend], "dtypes": OPTIONS[format][1]}
+    return Provider(name, rule, make, **of, rule=rule, backend=backend, format=format, layout=layout)
 
 
 OURS = tuple(_ours(r, b, f, l) for r in OUR_RULES for b in BACKENDS for f in OPTIONS for l in LAYOUTS)

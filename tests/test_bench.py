@@ -43,13 +43,13 @@ def test_bad_options_are_named(arguments: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_run_writes_results(tmp_path: Path) -> None:
-    chosen = ["--only", TORCH, "--only", "AdaBelief eager fp32 list", "--only", "AdaBelief cpu fp32 flat"]
+    chosen = ["--only", TORCH, "--only", "AdaBelief cpu fp32 flat"]
     assert main(["step", "2^10", *chosen, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "step.json").read_text())
     assert {"device_name", "versions", "commit", "date", "threads"} <= results["environment"].keys()
     records = {r["provider"]: r for r in results["records"]}
     measured = {name: r for name, r in records.items() if "median" in r}
-    assert {TORCH, "AdaBelief eager fp32 list"} <= measured.keys()
+    assert TORCH in measured
     for record in measured.values():
         assert 0 < record["p20"] <= record["median"] <= record["p80"] and record["checked"]
         assert record["loop"] or record["of_roofline"] > 0
