@@ -7,7 +7,6 @@ the others, on random data. Results go to a folder as JSON and Markdown.
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,7 @@ import torch
 
 from . import cuda_report, environment, gpu_check, kernels, plan, report
 from .measure import Effort, Record
-from .workloads import KNOWN, known_name
+from .workloads import KNOWN, workload
 
 
 def measure(given: argparse.Namespace, runs: Sequence[Callable[[str, Effort], list[Record]]]) -> int:
@@ -24,11 +23,7 @@ def measure(given: argparse.Namespace, runs: Sequence[Callable[[str, Effort], li
     ends this."""
     about, effort, records = environment.describe(given.device), Effort(), list[Record]()
     path = given.out / f"{given.device if given.command == 'all' else given.command}.json"
-    end = time.monotonic() + given.seconds
-    for i, run in enumerate(runs):
-        if time.monotonic() > end:
-            print(f"no time was left for {len(runs) - i} of {len(runs)} comparisons")
-            break
+    for run in runs:
         records += (found := run(given.device, effort))
         report.write(path, about, records)
         print(report.tables(found), flush=True)
@@ -67,10 +62,9 @@ def parser() -> argparse.ArgumentParser:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
-    measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
     commands.add_parser("all", parents=[measuring], help="everything that is timed")
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")
-    command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=KNOWN)
+    command.add_argument("workloads", nargs="+", type=workload, metavar="WORKLOAD", help=KNOWN)
     command.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     command.add_argument("--only", action="append", default=[], help="a part of providers' names")
     commands.add_parser("host", parents=[measuring], help="the time until step() returns")
@@ -99,12 +93,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.command == "cliffs":
         return measure(given, [plan.cliffs])
-    if given.command in ("all", "host"):
-        chosen = plan.HOST if given.command == "host" else plan.everything(given.device)
-        return measure(given, [c.run for c in chosen])
+    if given.command == "host":
+        return measure(given, [c.run for c in plan.HOST])
+    if given.command == "all":
+        return measure(given, [c.run for c in plan.everything(given.device)])
     every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))
     dtypes = given.dtype or ("float32",)
-    return measure(given, [replace(every, workload=w, dtype=d).run for w in given.workloads for d in dtypes])
+    chosen = [replace(every, workload=w.name, dtype=dtype) for w in given.workloads for dtype in dtypes]
+    return measure(given, [c.run for c in chosen])
 
 
 if __name__ == "__main__":

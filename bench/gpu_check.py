@@ -159,13 +159,12 @@ def summary(tried: Sequence[Part], device: str, work: Path) -> str:
 
 def _archive(work: Path, folder: Path) -> None:
     """All logs and results in one file, which is whole at every moment."""
-    unfinished = work / "results.part"
+    unfinished = folder / "results.new"
     with tarfile.open(unfinished, "w:gz") as archive:
         for path in sorted(work.iterdir()):
             if path.suffix in (".log", ".json", ".md"):
                 archive.add(path, path.name)
-    shutil.copyfile(unfinished, folder / "results.new")
-    (folder / "results.new").replace(folder / "results.tar.gz")
+    unfinished.replace(folder / "results.tar.gz")
 
 
 def main(folder: Path, dry: bool, seconds: float, only: Sequence[str]) -> int:

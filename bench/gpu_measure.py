@@ -21,12 +21,11 @@ from .providers import LAYOUTS, TORCH
 from .worker import PROVIDERS, Case, Clock, checked_and_made, failure
 
 FOREACH, FLASH = "torch AdamW foreach", "flashoptim AdamW"
-LOW = ("bf16", "split16", "split8-8bit")
 ADAMW, ADABELIEF = ("adamw",), ("adabelief",)
 QUESTIONS = (
     Comparison("2^30", peers=(TORCH,), rules=ADAMW + ADABELIEF),
     Comparison("gpt2", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
-    Comparison("2^30", "bfloat16", LOW, peers=(TORCH, FLASH), rules=ADABELIEF),
+    Comparison("2^30", "bfloat16", ("bf16", "split16", "split8-8bit"), peers=(TORCH, FLASH), rules=ADABELIEF),
     Comparison("llama-7b", "bfloat16", ("bf16",), peers=(TORCH, FLASH), rules=ADAMW),
     Comparison("10000x64", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
     Comparison("2^27:zero-rows", peers=(TORCH,), rules=ADAMW),

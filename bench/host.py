@@ -49,7 +49,7 @@ def _make(backend: str, in_python: bool, groups: Groups) -> Any:
     for name, module in list(sys.modules.items()) if in_python else []:
         if name.startswith("fused_optim.") and ".backends" not in name and hasattr(module, "extension"):
             vars(module)["extension"] = lambda name: (None, "hidden by the benchmark")
-    return make_ours(RULE, backend, "fp32", "list", groups)
+    return make_ours(groups, RULE, backend, "fp32", "list")
 
 
 def _variant(what: str, backend: str, in_python: bool = False, rule: str = "") -> Provider:

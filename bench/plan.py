@@ -66,8 +66,8 @@ class Comparison:
         return compare(cases, effort, self.starts) + absent
 
 
-_HOST = Comparison("1x1", layouts=LAYOUTS, peers=(TORCH,), measure="host")
-HOST = (_HOST, replace(_HOST, workload="148x1"), replace(_HOST, workload="1000x1"))
+_HOST = Comparison("", layouts=LAYOUTS, peers=(TORCH,), measure="host")
+HOST = [replace(_HOST, workload=name) for name in ("1x1", "148x1", "1000x1")]
 
 
 def everything(device: str) -> list[Comparison]:
@@ -131,8 +131,8 @@ def in_turns(cases: Sequence[Case], processes: int, effort: Effort) -> list[Reco
 
 
 def cliffs(device: str, effort: Effort) -> list[Record]:
-    """Steps of one tensor in every condition, and of one huge and many tiny ones; and the host's time for a step
-    of small ones beside more processes than there are cores."""
+    """Steps of one tensor in every condition, and of one huge and many tiny ones; and the host's time for a
+    step of small ones beside more processes than there are cores."""
     backend = "cpu" if device == "cpu" else "triton"
     large = [*(workload(f"2^24:{condition}") for condition in CONDITIONS), workload("huge-and-tiny")]
     small, records = [workload("291x64"), workload(f"291x64:{BUSY}")], []

@@ -89,19 +89,18 @@ BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",)}
 LAYOUTS = ("list", "flat")
 
 
-def make_ours(rule: str, backend: str, format: str, layout: str, groups: Groups, **more: Any) -> Any:
+def make_ours(groups: Groups, rule: str, backend: str, format: str, layout: str) -> Any:
     import fused_optim
 
     title, options = OUR_RULES[rule]
-    options = {**DECAYED, **options, **OPTIONS[format][0], **more}
-    optimizer = getattr(fused_optim, title)
-    return optimizer(_groups(groups), **options, flatten=layout == "flat", backend=backend)
+    options = {**DECAYED, **options, **OPTIONS[format][0], "flatten": layout == "flat", "backend": backend}
+    return getattr(fused_optim, title)(_groups(groups), **options)
 
 
 def _ours(rule: str, backend: str, format: str, layout: str) -> Provider:
-    name, make = f"{OUR_RULES[rule][0]} {backend} {format} {layout}", partial(make_ours, rule, backend, format, layout)
-    of = {"devices": BACKENDS[backend], "dtypes": OPTIONS[format][1]}
-    return Provider(name, rule, make, **of, rule=rule, backend=backend, format=format, layout=layout)
+    kind = {"rule": rule, "backend": backend, "format": format, "layout": layout}
+    name, make = f"{OUR_RULES[rule][0]} {backend} {format} {layout}", partial(make_ours, **kind)
+    return Provider(name, rule, make, devices=BACKENDS[backend], dtypes=OPTIONS[format][1], **kind)
 
 
 OURS = tuple(_ours(r, b, f, l) for r in OUR_RULES for b in BACKENDS for f in OPTIONS for l in LAYOUTS)

@@ -104,10 +104,6 @@ def workload(name: str) -> Workload:
     return Workload(name, title, shapes(), groups)
 
 
-def known_name(name: str) -> str:
-    return workload(name).name
-
-
 def fitted(full: Workload, most: int) -> Workload:
     """The workload with its dimensions divided until it has no more than ``most`` elements."""
     by, small = 1, full
