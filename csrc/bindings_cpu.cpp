@@ -3,6 +3,8 @@
 #include <omp.h>
 #endif
 
+#include <pybind11/stl.h>
+
 #include <algorithm>
 #include <atomic>
 #include <exception>
@@ -11,7 +13,6 @@
 #include <vector>
 
 #include "addresses.h"
-#include "bindings.h"
 #include "cpu_task.h"
 
 namespace {

@@ -14,18 +14,11 @@ struct Finite : Codec {
 
   template <class X, class E>
   static FUSED_OPTIM_HD auto load(X x, E aux) {
-    if constexpr (kAuxEach<Codec>)
-      return Codec::load_finite(x, aux);
-    else
-      return Codec::load(x, aux);
+    return Codec::template load<true>(x, aux);
   }
-
   template <class X, class E>
   static FUSED_OPTIM_HD auto store(X x, uint32_t random, E& aux) {
-    if constexpr (Codec::low_precision)
-      return Codec::store_finite(x, random, aux);
-    else
-      return Codec::store(x, random, aux);
+    return Codec::template store<true>(x, random, aux);
   }
 };
 
@@ -56,7 +49,7 @@ template <>
 struct Finite<E5M3> : E5M3 {
   static FUSED_OPTIM_HD uint32_t magnitude(float x) { return bits_of(x); }
 
-  static FUSED_OPTIM_HD float load(uint32_t code, uint32_t exponent) { return load_finite(code, exponent); }
+  static FUSED_OPTIM_HD float load(uint32_t code, uint32_t exponent) { return E5M3::load<true>(code, exponent); }
 
   static FUSED_OPTIM_HD uint32_t store(float x, uint32_t random, uint32_t exponent) {
     return finite_code(bits_of(x), random, exponent);

@@ -1,12 +1,12 @@
 // Rules and codecs by their names.
 #pragma once
 
+#include <array>
 #include <cstring>
 #include <string>
-#include <type_traits>
 
 #include "codecs.h"
-#include "rules/all.h"
+#include "rules.h"
 
 namespace fused_optim {
 
@@ -14,6 +14,12 @@ namespace fused_optim {
 struct Names {
   const char *rule, *param, *grad, *mu, *nu;
 };
+
+using NameStrings = std::array<std::string, 5>;  // in their order, as Python gives them
+
+inline Names names_of(const NameStrings& s) {
+  return {s[0].c_str(), s[1].c_str(), s[2].c_str(), s[3].c_str(), s[4].c_str()};
+}
 
 inline std::string text_of(const Names& names) {
   return std::string(names.rule) + " for parameters in " + names.param + ", gradients in " + names.grad +
@@ -38,7 +44,7 @@ bool with_names(const Names& names, Use use) {
       return with_name(ParamCodecs{}, names.param, [&](auto param) {
         using Param = std::decay_t<decltype(param)>;
         return with_name(GradCodecs{}, names.grad, [&](auto grad) {
-          constexpr bool together = kSameWorking<Param, Mu> && kNativeGrad<Param, decltype(grad)>;
+          constexpr bool together = kTogether<Param, decltype(grad), Mu>;
           if constexpr (together) use(rule, param, grad, mu, NuOf<Mu>{});
           return together;
         });

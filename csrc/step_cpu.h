@@ -143,7 +143,7 @@ struct Tile {
   FUSED_OPTIM_HD Vector read(int64_t i, Count n) const {
     const auto from = read_vector<Codec::is_upper_half>(stored + i, n);
     if constexpr (kBlocked<Codec>)
-      return finite_codes ? Codec::load_finite(from, exponent) : Codec::load(from, exponent);
+      return finite_codes ? Codec::template load<true>(from, exponent) : Codec::load(from, exponent);
     else if constexpr (kAuxEach<Codec>)
       return Codec::load(from, read_vector(aux + i, n));
     else
@@ -199,10 +199,7 @@ struct Tile {
       }
       std::conditional_t<kBlocked<Codec>, uint32_t, VectorOf<Aux>> part{};
       if constexpr (kBlocked<Codec>) part = exponent;
-      if constexpr (finite && Codec::low_precision)
-        write_vector<Codec::is_upper_half>(stored + i, Codec::store_finite(x, bits, part), n);
-      else
-        write_vector<Codec::is_upper_half>(stored + i, Codec::store(x, bits, part), n);
+      write_vector<Codec::is_upper_half>(stored + i, Codec::template store<finite>(x, bits, part), n);
       if constexpr (kAuxEach<Codec>) write_vector(aux + i, part, n);
     }
   }

@@ -39,12 +39,10 @@ constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many
 void load_cuda(const Names& names);
 void check_cuda();  // loads some kernel: whether the driver and the GPU take what was built
 
-// Launches one step, waits for nothing, and returns the number of kernels launched.
-int step_cuda(const Names& names, const CudaTask& task, int64_t stream);
-
-// Each launches one kernel, as step_cuda does.
-int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream);
-int clip_cuda(const ClipTask& task, int64_t stream);
+// Each of these launches kernels and waits for nothing.
+void step_cuda(const Names& names, const CudaTask& task, int64_t stream);
+void square_sums_cuda(const char* grad, const NormTask& task, int64_t stream);
+void clip_cuda(const ClipTask& task, int64_t stream);
 
 std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"
 std::string cuda_compiler();
