@@ -49,14 +49,10 @@ struct Codec {
 constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
 
 template <class F>
-FUSED_OPTIM_HD auto magnitude_bits(F x) {
-  return bits_of(x) & kMagnitude;
-}
+FUSED_OPTIM_HD auto magnitude_bits(F x) { return bits_of(x) & kMagnitude; }
 
 template <class F>
-FUSED_OPTIM_HD auto canonical_bits(F x) {
-  return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x));
-}
+FUSED_OPTIM_HD auto canonical_bits(F x) { return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x)); }
 
 // Stored as it is.
 template <class T>
@@ -64,13 +60,9 @@ struct Plain : Codec {
   using Stored = T;
   using Working = T;
   template <bool = false, class F>
-  static FUSED_OPTIM_HD F load(F x, NoAux) {
-    return x;
-  }
+  static FUSED_OPTIM_HD F load(F x, NoAux) { return x; }
   template <bool = false, class F, class R, class E>
-  static FUSED_OPTIM_HD F store(F x, R, E&) {
-    return x;
-  }
+  static FUSED_OPTIM_HD F store(F x, R, E&) { return x; }
 };
 
 struct Fp32 : Plain<float> {
@@ -95,9 +87,7 @@ struct Bf16 : UpperHalf {
   static constexpr const char* name = "bf16";
 
   template <bool = false, class W>
-  static FUSED_OPTIM_HD auto load(W x, NoAux) {
-    return float_of(x);
-  }
+  static FUSED_OPTIM_HD auto load(W x, NoAux) { return float_of(x); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   // One instruction, where integers take three; a NaN stays one.
@@ -147,13 +137,9 @@ struct Fp16 : Codec {
 
 #if defined(__CUDA_ARCH__)
   template <bool = false>
-  static FUSED_OPTIM_HD float load(uint16_t x, NoAux) {
-    return __half2float(__ushort_as_half(x));
-  }
+  static FUSED_OPTIM_HD float load(uint16_t x, NoAux) { return __half2float(__ushort_as_half(x)); }
   template <bool = false, class R, class E>
-  static FUSED_OPTIM_HD uint16_t store(float x, R, E&) {
-    return __half_as_ushort(__float2half_rn(x));
-  }
+  static FUSED_OPTIM_HD uint16_t store(float x, R, E&) { return __half_as_ushort(__float2half_rn(x)); }
 #else
   // Integers and selects alone, since a processor may lack F16C.
   template <bool = false, class W>

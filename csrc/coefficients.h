@@ -73,9 +73,7 @@ FUSED_OPTIM_HD T bias_correction(double beta, int64_t count) {
   return static_cast<T>(1) - static_cast<T>(integer_power(rounded, count));
 }
 
-FUSED_OPTIM_HD int64_t next_count(int64_t count) {
-  return count < kMaxCount ? count + 1 : kMaxCount;
-}
+FUSED_OPTIM_HD int64_t next_count(int64_t count) { return count < kMaxCount ? count + 1 : kMaxCount; }
 
 // The coefficients of step number `count`, 1 at the first step. `grad_scale` and `grad_factor` are 1 for none.
 template <class T>

@@ -13,9 +13,7 @@ struct Finite : Codec {
   static_assert(!kBlocked<Codec>, "a blocked codec needs a magnitude that infinities and NaN have too");
 
   template <class X, class E>
-  static FUSED_OPTIM_HD auto load(X x, E aux) {
-    return Codec::template load<true>(x, aux);
-  }
+  static FUSED_OPTIM_HD auto load(X x, E aux) { return Codec::template load<true>(x, aux); }
   template <class X, class E>
   static FUSED_OPTIM_HD auto store(X x, uint32_t random, E& aux) {
     return Codec::template store<true>(x, random, aux);

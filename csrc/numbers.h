@@ -61,17 +61,11 @@ FUSED_OPTIM_HD To bit_cast(From from) {
 }
 
 template <class T>
-FUSED_OPTIM_HD auto bits_of(T x) {
-  return bit_cast<typename Traits<T>::Word>(x);
-}
+FUSED_OPTIM_HD auto bits_of(T x) { return bit_cast<typename Traits<T>::Word>(x); }
 template <class T>
-FUSED_OPTIM_HD auto float_of(T bits) {
-  return bit_cast<typename Traits<T>::Float>(bits);
-}
+FUSED_OPTIM_HD auto float_of(T bits) { return bit_cast<typename Traits<T>::Float>(bits); }
 template <class T>
-FUSED_OPTIM_HD auto int_of(T bits) {
-  return bit_cast<typename Traits<T>::Int>(bits);
-}
+FUSED_OPTIM_HD auto int_of(T bits) { return bit_cast<typename Traits<T>::Int>(bits); }
 
 // Of integers, for each element; a number counts for all elements of a vector.
 template <class Condition, class A, class B>

@@ -11,6 +11,7 @@
 
 // The headers of others come before an instruction set is chosen: none of their functions may be compiled for one
 // that the machine may lack.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -323,7 +324,7 @@ void step_elements(const Row& row, int64_t grad, int64_t begin, int64_t end, boo
 
 bool convert(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
              int64_t stored, int64_t aux) {
-  return with_name(EncodedCodecs{}, format, [&](auto codec) {
+  return with_name<bool>(EncodedCodecs{}, format, [&](auto codec) {
     using Codec = decltype(codec);
     alignas(Words) float updated[kTile];
     for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
@@ -345,11 +346,9 @@ bool convert(const char* format, Operand operand, bool encode, int64_t values, c
 }
 
 StepElements find(const Names& names) {
-  StepElements found = nullptr;
-  with_names(names, [&](auto rule, auto param, auto, auto mu, auto nu) {
-    found = step_elements<decltype(rule), decltype(param), decltype(mu), decltype(nu)>;
+  return with_names<StepElements>(names, [](auto rule, auto param, auto, auto mu, auto nu) -> StepElements {
+    return step_elements<decltype(rule), decltype(param), decltype(mu), decltype(nu)>;
   });
-  return found;
 }
 
 template <class Grad>
@@ -373,12 +372,8 @@ double square_sum(int64_t grad, int64_t begin, int64_t end, double grad_scale) {
 }
 
 SquareSum find_square_sum(const char* grad) {
-  SquareSum found = nullptr;
-  with_name(GradCodecs{}, grad, [&](auto codec) {
-    found = square_sum<decltype(codec)>;
-    return true;
-  });
-  return found;
+  return with_name<SquareSum>(
+      GradCodecs{}, grad, [](auto codec) -> SquareSum { return square_sum<decltype(codec)>; });
 }
 
 const Isa isa = {find, find_square_sum, convert};

@@ -29,11 +29,9 @@ cudaError_t load(void (*kernel)(Task)) {
 }
 
 Kernel step_of(const Names& names) {
-  Kernel kernel = nullptr;
   for (const auto find : {find_step<1>, find_step<2>, find_step<4>, find_step<8>})
-    if (kernel == nullptr) kernel = find(names);
-  if (kernel == nullptr) throw std::invalid_argument("no CUDA code for " + text_of(names));
-  return kernel;
+    if (const Kernel kernel = find(names)) return kernel;
+  throw std::invalid_argument("no CUDA code for " + text_of(names));
 }
 
 Kernel prologue_of(const Names& names) {
@@ -62,11 +60,9 @@ void step_cuda(const Names& names, const CudaTask& task, int64_t stream) {
 }
 
 void square_sums_cuda(const char* grad, const NormTask& task, int64_t stream) {
-  void (*kernel)(NormTask) = nullptr;
-  with_name(GradCodecs{}, grad, [&](auto codec) {
-    kernel = square_sums_kernel<decltype(codec)>;
-    return true;
-  });
+  using NormKernel = void (*)(NormTask);
+  const auto kernel = with_name<NormKernel>(
+      GradCodecs{}, grad, [](auto codec) -> NormKernel { return square_sums_kernel<decltype(codec)>; });
   if (kernel == nullptr) throw std::invalid_argument(std::string("no CUDA code for gradients in ") + grad);
   if (task.n_chunks == 0) return;
   const int64_t blocks = (task.n_chunks + kNormWarps - 1) / kNormWarps;

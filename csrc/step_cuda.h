@@ -11,6 +11,7 @@ namespace fused_optim {
 // What a kernel is given: addresses in the device's memory. `coefficients` has kCoefficientsBytes for each
 // counter; `grad_scale` and `found_inf` are null for none.
 struct CudaTask : Table {
+  const Hyperparameters* hyper;
   void* coefficients;
   const float *grad_scale, *found_inf;
   const double* clip;  // what clip_cuda gives, null for none
