@@ -1,6 +1,9 @@
 // fused_optim._cpu: addresses and sizes come in as integers; no torch header anywhere.
 #if defined(_OPENMP)
 #include <omp.h>
+constexpr bool kOpenMP = true;
+#else
+constexpr bool kOpenMP = false;
 #endif
 
 #include <pybind11/stl.h>
@@ -157,14 +160,6 @@ void square_sums(const std::string& isa, const std::string& grad, const std::arr
   without_interpreter([&] { in_portions(task.n_chunks, threads, sum_chunks); });
 }
 
-// Values into a format that is not the working precision's own, or back.
-void convert(const std::string& isa, const std::string& format, int operand, bool encode, int64_t values, int64_t n,
-             uint32_t step, uint64_t key, int64_t stored, int64_t aux) {
-  const auto of = static_cast<Operand>(operand);
-  if (!isa_named(isa).convert(format.c_str(), of, encode, values, Place{step, key}, n, stored, aux))
-    throw std::invalid_argument("no CPU code for format '" + format + "'");
-}
-
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
@@ -176,7 +171,6 @@ PYBIND11_MODULE(_cpu, m) {
   });
   m.def("step", &step_cpu);
   m.def("square_sums", &square_sums);
-  m.def("convert", &convert);
   // None where it does not work. Not a class of pybind11's, which ends the process where memory for an instance
   // runs out.
   m.def("addresses", [](py::list params, py::list held, int64_t grads) -> py::object {
@@ -186,14 +180,10 @@ PYBIND11_MODULE(_cpu, m) {
     made.release();
     return std::move(kept);
   });
-  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list keys, py::list states,
-                  py::list names, py::list values, py::list param_lists, py::dict state) {
-    return addresses.get_pointer<Addresses>()->ask(params, held, keys, states, names, values, param_lists, state);
+  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list objects,
+                  py::list param_lists, py::dict state) {
+    return addresses.get_pointer<Addresses>()->ask(params, held, objects, param_lists, state);
   });
-#if defined(_OPENMP)
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
+  m.attr("openmp") = kOpenMP;
   m.attr("compiler") = __VERSION__;
 }

@@ -19,7 +19,6 @@
 #include <cstdint>
 
 #include "numbers.h"
-#include "rounding.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -27,8 +26,45 @@
 
 namespace fused_optim {
 
-struct NoAux {};
+// Random bits for rounding: fused_optim/rounding.py in C++.
+enum Operand { kParam, kMu, kNu };
 
+// What a rounding may depend on beside the value and the element's logical index.
+struct Place {
+  uint32_t count;  // the parameter's step number
+  uint64_t key;    // fused_optim.rounding.random_key
+};
+
+// `index`: the element's logical index, whose low 32 bits are enough; one or a vector of them.
+template <class W>
+FUSED_OPTIM_HD W dither(W index, const Place& place, Operand operand) {
+  const uint32_t factor = operand == kParam ? 0xA54FF53Bu : operand == kMu ? 0x6A09E667u : 0xBB67AE85u;
+  return index * factor + place.count * 0x9E3779B9u;
+}
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// Philox 4x32-10 for eight neighbours: 16 bits for each, the low half of a word first.
+FUSED_OPTIM_HD PhiloxWords philox(uint64_t group, const Place& place) {
+  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
+  uint32_t c2 = place.count, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(place.key), k1 = static_cast<uint32_t>(place.key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+struct NoAux {};
 enum Random { kNearest, kDither, kPhilox };
 
 constexpr int64_t kBlockElements = 128;  // that share one exponent in the 8-bit formats
@@ -36,8 +72,7 @@ constexpr int64_t kBlockElements = 128;  // that share one exponent in the 8-bit
 // Values from here on are infinite, NaN or about to be rounded to infinity.
 constexpr uint32_t kFiniteLimit = 0x7f000000u;
 
-// What most codecs have in common.
-struct Codec {
+struct Codec {  // what most have in common
   using Working = float;
   using Aux = NoAux;
   static constexpr int64_t block = 1;
@@ -69,7 +104,6 @@ struct Fp32 : Plain<float> {
   using PlainCodec = Fp32;
   static constexpr const char* name = "fp32";
 };
-
 struct Fp64 : Plain<double> {
   using PlainCodec = Fp64;
   static constexpr const char* name = "fp64";
@@ -113,19 +147,14 @@ struct Bf16AtOdds : Bf16 {
 
   template <bool finite = false, class F, class R, class E>
   static FUSED_OPTIM_HD auto store(F x, R random, E&) {
-    if constexpr (finite) {
-      return bits_of(x) + (random >> shift);
-    } else {
-      const auto b = canonical_bits(x);
-      return b + select((b & kMagnitude) >= 0x7f7f0000u, 0x8000u, random >> shift);
-    }
+    const auto b = finite ? bits_of(x) : canonical_bits(x), more = random >> shift;
+    return b + (finite ? more : select((b & kMagnitude) >= 0x7f7f0000u, 0x8000u, more));
   }
 };
 
 struct Bf16Stochastic : Bf16AtOdds<kPhilox, 0> {
   static constexpr const char* name = "bf16_stochastic";
 };
-
 struct Bf16Dither : Bf16AtOdds<kDither, 16> {
   static constexpr const char* name = "bf16_dither";
 };
@@ -195,7 +224,6 @@ struct Split : UpperHalf {
 struct Split16 : Split<int16_t> {
   static constexpr const char* name = "split16";
 };
-
 struct Split8 : Split<int8_t> {
   static constexpr const char* name = "split8";
 };
@@ -238,14 +266,11 @@ struct Blocked : Codec {
   static FUSED_OPTIM_HD auto store(F x, R random, uint32_t exponent) {
     const auto m = magnitude_bits(x), sign = (bits_of(x) >> 24) & Format::sign_bit;
     const auto code = Format::finite_code(m, random, exponent);
-    if constexpr (finite) {
-      return code | sign;
-    } else {
-      // No finite value is rounded to infinity, of which 2040 is the code under exponent 0.
-      const auto special = select(m > kInfinity, Format::infinity + 1, Format::infinity);
-      // A NaN has no sign here: devices give the NaN of an operation different ones.
-      return select(m < kInfinity, smaller(code, 2039 - 8 * exponent), special) | select(m > kInfinity, 0u, sign);
-    }
+    const auto special = select(m > kInfinity, Format::infinity + 1, Format::infinity);
+    // No finite value is rounded to infinity, of which 2040 is the code under exponent 0.
+    const auto any = select(m < kInfinity, smaller(code, 2039 - 8 * exponent), special);
+    // A NaN has no sign here: devices give the NaN of an operation different ones.
+    return finite ? code | sign : any | select(m > kInfinity, 0u, sign);
   }
 };
 
@@ -297,8 +322,7 @@ struct E5M3 : Blocked<E5M3> {
 template <class Codec>
 constexpr bool kBlocked = Codec::block > 1;
 
-// Whether each element has an aux of its own.
-template <class Codec>
+template <class Codec>  // whether each element has an aux of its own
 constexpr bool kAuxEach = !kBlocked<Codec> && !std::is_same<typename Codec::Aux, NoAux>::value;
 
 // Whether kernels take these together. Gradients are read as they are in the parameter's plain format and in the
@@ -311,7 +335,6 @@ constexpr bool kTogether = std::is_same<typename Param::Working, typename Mu::Wo
 using GradCodecs = Types<Fp32, Fp64, Bf16, Fp16>;
 using ParamCodecs = Types<Fp32, Fp64, Bf16, Fp16, Split16, Split8, Bf16Stochastic>;
 using MuCodecs = Types<Fp32, Fp64, Bf16Dither, E4M3>;
-using EncodedCodecs = Types<Bf16, Fp16, Split16, Split8, Bf16Stochastic, Bf16Dither, E4M3, E5M3>;
 
 // The second moment's format, which goes with the first's.
 template <class Mu>

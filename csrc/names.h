@@ -16,7 +16,6 @@ struct Names {
 };
 
 using NameStrings = std::array<std::string, 5>;  // in their order, as Python gives them
-
 inline Names names_of(const NameStrings& s) {
   return {s[0].c_str(), s[1].c_str(), s[2].c_str(), s[3].c_str(), s[4].c_str()};
 }

@@ -11,8 +11,7 @@
 
 namespace fused_optim {
 
-template <class... T>
-struct Types {};  // a list of rules or codecs
+template <class... T> struct Types {};  // a list of rules or codecs
 
 // What has the size of a number or of a vector of 32-bit ones.
 template <class T>
@@ -30,10 +29,8 @@ struct Traits<float> {
   using Word = uint32_t;
   using Int = int32_t;
 };
-template <>
-struct Traits<uint32_t> : Traits<float> {};
-template <>
-struct Traits<int32_t> : Traits<float> {};
+template <> struct Traits<uint32_t> : Traits<float> {};
+template <> struct Traits<int32_t> : Traits<float> {};
 
 FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
 FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }

@@ -5,8 +5,7 @@
 //   update(g, m, v, c)   the update that these make, before weight decay and learning rate;
 //                        g may be used where c.nesterov is set alone
 //
-// T is a number or a vector of them, S the number. Each line is one correctly rounded operation after another; the
-// compiler may not contract them (-ffp-contract=off, -fmad=false).
+// T is a number or a vector of them, S the number. Operations are rounded once each; compilers may not contract them.
 #pragma once
 
 #include "numbers.h"

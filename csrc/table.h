@@ -35,9 +35,8 @@ struct Table {
 // What the gradients' norm is made of, in the order that fused_optim.reference.tree_sum says.
 constexpr int64_t kNormChunk = 4096, kNormLanes = 256;
 
-struct NormChunk {
-  int32_t row, chunk;  // as in Chunk
-  int32_t place;       // of its sum of squares
+struct NormChunk : Chunk {
+  int32_t place;  // of its sum of squares
 };
 
 struct NormTask {

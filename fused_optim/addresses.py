@@ -29,7 +29,7 @@ class Addresses:
 
     def __init__(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> None:
         self._objects = _objects(param_lists, state)
-        self._params, *dicts, values = self._objects
+        self._params, values = self._objects[0], self._objects[-1]
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
         self._fixed = [*(p for p in self._params if p.grad is not None), *held]
         # A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
@@ -39,7 +39,8 @@ class Addresses:
         self.grads = int64_tensor(self._seen[-1])  # of the gradients that there are; kept up to date
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
-        self._known = (self._params, held, *dicts, values)
+        items = ((k, s, *chain.from_iterable(s.items() if isinstance(s, dict) else ())) for k, s in state.items())
+        self._known = (self._params, held, [*self._params, *chain.from_iterable(items)])
         native = None
         if cpu and not self._distributed:
             native = cpu.addresses(self._params, held, self.grads.data_ptr())
