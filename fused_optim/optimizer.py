@@ -176,8 +176,9 @@ class FusedOptimizer(StateAccess):
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             torch.autograd.graph.increment_version(plan.versioned)
         if capturing:
-            # The graph reads these at each replay.
+            # The graph uses these at each replay, and what parameters' memory is now.
             self._captured += [plan, self._hyper.on_device, *(batch.on_device for _, batch in plan.batches)]
+            self._captured += [p.detach() for p in plan.versioned]
             self._hyper.on_device = {}
             for _, batch in plan.batches:
                 batch.on_device = valid_now(batch.on_device)
