@@ -153,7 +153,7 @@ class FusedOptimizer(StateAccess):
             given = (self.seed, scale is not None, found_inf is not None)
             # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
             plan, self._plan = self._plan, None
-            if plan is None or not plan.refresh(self.param_groups, self.state, given):
+            if plan is None or not plan.refresh(self.param_groups, self.state, given, capturing):
                 if capturing:
                     raise RuntimeError(
                         "a step that a CUDA graph captures must be like the one before it: make one before with "
@@ -162,13 +162,13 @@ class FusedOptimizer(StateAccess):
                 plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
             self._plan = plan
             inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
-            for _, batch in plan.batches:
+            for _, batch in plan.live:
                 batch.load_copies()
             if plan.clipping is not None:
                 self.skipped = plan.clipping.skipped
                 inputs, self.grad_norm = plan.clipping(inputs)
             try:
-                for backend, batch in plan.batches:
+                for backend, batch in plan.live:
                     try:
                         backend.step(batch, inputs[batch.key.device])
                     finally:
@@ -178,10 +178,10 @@ class FusedOptimizer(StateAccess):
                 torch.autograd.graph.increment_version(plan.versioned)
             if capturing:
                 # The graph uses these at each replay, and what parameters' memory is now.
-                self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.batches)]
+                self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
                 self._captured += [p.detach() for p in plan.versioned]
                 self._hyper.on_device = {}
-                for _, batch in plan.batches:
+                for _, batch in plan.live:
                     batch.on_device = valid_now(batch.on_device)
             for group in self.param_groups:
                 group["count"] = min(count + 1, MAX_COUNT)
