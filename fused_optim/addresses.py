@@ -88,8 +88,9 @@ class Addresses:
         places = [old % 16 if gone else new for gone, new, old in zip(missing, places, before)]
         if places == before and missing == was_missing:
             return SAME
-        grads = (local(p.grad) for p in self._stepped if p.grad is not None)
-        if any((a ^ b) % 16 for a, b in zip(places, before)) or any(map(freed, grads)):
+        if any((a ^ b) % 16 for a, b in zip(places, before)):
+            return CHANGED
+        if any(p.grad.device != p.device or freed(local(p.grad)) for p in self._stepped if p.grad is not None):
             return CHANGED
         self._seen = [*seen, missing, places]
         self.grads.copy_(int64_tensor(places))

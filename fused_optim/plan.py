@@ -154,7 +154,8 @@ class Plan:
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
-        if answer == addresses.CHANGED or (toggled := answer == addresses.GRADS_TOGGLED) and capturing:
+        toggled = answer == addresses.GRADS_TOGGLED
+        if answer == addresses.CHANGED or (toggled and capturing):
             return False
         if answer == addresses.SAME:
             return True
@@ -179,9 +180,6 @@ def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and whi
 def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int) -> list[Operands]:
     """What is stepped, in order, with states as they will be; nothing is changed yet. A parameter with a state and
     no gradient now is among them, as if it had one like itself: so one that comes needs no other plan."""
-    for name, p in [(name, p) for name, p, _ in numbered(groups) if p.grad is not None]:
-        check_stepped(name, p)
-        check_formats(name, p.dtype, *settings.formats)
     items: list[Operands] = []
     for k, (name, p, hyper_row) in enumerate(numbered(groups)):
         old, random = state.get(p, {}), random_key(seed, k)
@@ -189,8 +187,6 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
             items.append(_operands_of(name, p, old, settings, hyper_row, random, len(items)))
         elif p.requires_grad and "step" in old and not settings.clips:
             with suppress(ValueError, TypeError, RuntimeError):  # raised when it has a gradient
-                check_stepped(name, p)
-                check_formats(name, p.dtype, *settings.formats)
                 o = _operands_of(name, p, old, settings, hyper_row, random, len(items))
                 same = o.state.keys() == old.keys() and all(o.state[key] is old[key] for key in old)
                 items += [o] if same and o.grad_optional else []
@@ -206,7 +202,9 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
 def _operands_of(
     name: str, p: Tensor, old: State, settings: Settings, hyper_row: int, random: int, number: int
 ) -> Operands:
-    """One parameter's, with ``old`` made into a state as it will be."""
+    """One parameter's, with ``old`` made into a state as it will be; raises what is wrong with any of it."""
+    check_stepped(name, p)
+    check_formats(name, p.dtype, *settings.formats)
     dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), local(p if p.grad is None else p.grad)
     assert plain is not None
     grad_copy = None
