@@ -158,7 +158,7 @@ class Batch:
         self._steps = self.counters[:, 0].clone()
         self._counter_of, self._numbers = int64_tensor(counter_of), int64_tensor([o.number for o in items])
         self._needed = torch.tensor([not o.grad_optional for o in items], device="cpu")
-        self._unread = torch.zeros((), dtype=torch.int64, device=key.device)  # counts steps of missing gradients
+        self.unread = torch.zeros((), dtype=torch.int64, device=key.device)  # counts steps of missing gradients
         followed = [(row, o.number) for row, o in enumerate(firsts) if o.grad_copy is None]
         self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
@@ -198,7 +198,7 @@ class Batch:
         n = len(self._steps)
         all_of = self._counter_of.bincount(minlength=n)
         present_of = self._counter_of[present].bincount(minlength=n)
-        self.counters[:, 0] = torch.where(present_of > 0, self._steps, self._unread.data_ptr())
+        self.counters[:, 0] = torch.where(present_of > 0, self._steps, self.unread.data_ptr())
         return bool(((present_of == 0) | (present_of == all_of)).all())
 
     def tensors(self) -> list[Tensor]:
