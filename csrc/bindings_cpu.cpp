@@ -163,7 +163,6 @@ void square_sums(const std::string& isa, const std::string& grad, const std::arr
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The CPU step of fused_optim.";
   m.def("isas", [] {
     std::vector<std::string> names;
     for (const NamedIsa& isa : isas()) names.emplace_back(isa.first);
@@ -173,8 +172,8 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("square_sums", &square_sums);
   // None where it does not work. Not a class of pybind11's, which ends the process where memory for an instance
   // runs out.
-  m.def("addresses", [](py::list params, py::list held, int64_t grads) -> py::object {
-    auto made = std::make_unique<Addresses>(std::move(params), std::move(held), grads);
+  m.def("addresses", [](py::list params, py::list held, std::string kinds, int64_t grads) -> py::object {
+    auto made = std::make_unique<Addresses>(std::move(params), std::move(held), std::move(kinds), grads);
     if (!made->works()) return py::none();
     py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
     made.release();

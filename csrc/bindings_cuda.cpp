@@ -1,4 +1,4 @@
-// fused_optim._cuda: addresses, sizes and the stream come in as integers; no torch header.
+// fused_optim._cuda: the functions of step_cuda.h; addresses, sizes and the stream come in as integers.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -7,7 +7,6 @@
 PYBIND11_MODULE(_cuda, m) {
   using namespace fused_optim;
   const pybind11::call_guard<pybind11::gil_scoped_release> released;
-  m.doc() = "The CUDA step of fused_optim: the functions of step_cuda.h.";
   m.def("step", [](const NameStrings& names, const std::array<int64_t, 11>& task, int64_t stream) {
     step_cuda(names_of(names), bit_cast<CudaTask>(task), stream);
   }, released);

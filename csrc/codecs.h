@@ -89,7 +89,6 @@ FUSED_OPTIM_HD auto magnitude_bits(F x) { return bits_of(x) & kMagnitude; }
 template <class F>
 FUSED_OPTIM_HD auto canonical_bits(F x) { return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x)); }
 
-// Stored as it is.
 template <class T>
 struct Plain : Codec {
   using Stored = T;
@@ -109,7 +108,6 @@ struct Fp64 : Plain<double> {
   static constexpr const char* name = "fp64";
 };
 
-// 16 bits that are the upper halves of words.
 struct UpperHalf : Codec {
   using PlainCodec = struct Bf16;
   using Stored = uint16_t;

@@ -27,9 +27,7 @@ FUSED_OPTIM_HD T maximum(T x, T y) {
 }
 
 template <class T, class S>
-FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<S>& c) {
-  return c.one_minus_beta1 * g + c.beta1 * m;
-}
+FUSED_OPTIM_HD T first_moment(T g, T m, const Coefficients<S>& c) { return c.one_minus_beta1 * g + c.beta1 * m; }
 
 // Nesterov's look-ahead is a branch that all elements of a row take alike.
 template <class T, class S>

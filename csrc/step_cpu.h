@@ -133,9 +133,7 @@ struct Tile {
     }
   }
 
-  FUSED_OPTIM_HD void begin_block(int64_t block) {
-    if constexpr (kBlocked<Codec>) exponent = aux[block];
-  }
+  FUSED_OPTIM_HD void begin_block(int64_t block) { if constexpr (kBlocked<Codec>) exponent = aux[block]; }
 
   template <class Count>
   FUSED_OPTIM_HD Vector read(int64_t i, Count n) const {

@@ -39,7 +39,7 @@ class FlatBuffers:
 
     def slot(self, part: Part, p: Tensor) -> Tensor:
         """The slot of ``p`` in the buffer of ``self.param``, ``self.grad`` or a part of the state."""
-        shape, stride = (p.shape, p.stride()) if part.block == 1 else ((part.numel(p.numel()),), (1,))
+        shape, stride = part.shape(p), p.stride() if part.block == 1 else (1,)
         with torch.inference_mode(False):
             if part not in self.buffers:
                 end = self._bounds(part, self.params[-1])[1]
@@ -95,12 +95,17 @@ class FlatLayout:
         moves = []
         for p, state in states.items():
             parts = {part.key: part for part in parts_of(p)} if p in self.buffers_of else {}
-            moves += [(p, parts.get(k), t, state, k) for k, t in state.items() if isinstance(t, Tensor)]
+            for k, t in state.items():
+                part = parts.get(k)
+                if isinstance(t, Tensor):
+                    # A state that is not what a step would make of it stays as it is until there is one.
+                    fits = part is not None and (t.dtype, t.shape) == (part.dtype, part.shape(p))
+                    moves.append((p, part if fits else None, t, state, k))
         for (*_, state, key), t in zip(moves, self._placed([move[:3] for move in moves])):
             state[key] = t
 
     def takes_grad(self, p: Tensor) -> bool:
-        return p in self.buffers_of and p.grad is not None and p.grad.dtype == p.dtype
+        return p in self.buffers_of and (p.grad is None or p.grad.dtype == p.dtype)
 
     def take_grads(self, params: list[Tensor]) -> None:
         """Bring gradients into their slots; autograd and users make new ones elsewhere."""

@@ -193,13 +193,14 @@ def check_address(what: str, t: Tensor) -> None:
 
 
 def check_stepped(name: str, p: Any) -> None:
-    """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
+    """Raise what is wrong with a parameter that is stepped, or with the gradient if it has one, naming it."""
     if plain_format(p.dtype) is None:
         supported = "float32, float64, bfloat16, float16, complex64 and complex128"
         raise NotImplementedError(f"parameter {name} has dtype {p.dtype}; supported are {supported}")
     check_address(f"parameter {name}", local(p))
     g, problem = p.grad, None
-    assert g is not None
+    if g is None:
+        return
     if g.layout != torch.strided:
         problem = "is sparse, which is not supported; give a dense one (p.grad.to_dense())"
     elif g.shape != p.shape:

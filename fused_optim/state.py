@@ -70,15 +70,13 @@ def from_saved(saved: State, keys: Keys, format: Format) -> State:
 def _zeros(part: Part, dense: Tensor) -> Tensor:
     if part.block == 1:
         return torch.empty_strided(dense.shape, dense.stride(), dtype=part.dtype, device=dense.device).zero_()
-    return torch.zeros(part.numel(dense.numel()), dtype=part.dtype, device=dense.device)
+    return torch.zeros(part.shape(dense), dtype=part.dtype, device=dense.device)
 
 
 def _fits(t: Any, part: Part, dense: Tensor) -> bool:
-    if not isinstance(t, Tensor) or t.dtype != part.dtype or t.device != dense.device:
+    if not isinstance(t, Tensor) or (t.dtype, t.device) != (part.dtype, dense.device):
         return False
-    if part.block > 1:
-        return t.shape == (part.numel(dense.numel()),) and t.is_contiguous()
-    return t.shape == dense.shape and same_layout(t, dense)
+    return t.shape == part.shape(dense) and (t.is_contiguous() if part.block > 1 else same_layout(t, dense))
 
 
 def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense: Tensor) -> State:

@@ -26,6 +26,9 @@ class Part(NamedTuple):
     def numel(self, parameter_numel: int) -> int:
         return -(-parameter_numel // self.block)
 
+    def shape(self, p: Tensor) -> tuple[int, ...]:
+        return p.shape if self.block == 1 else (self.numel(p.numel()),)
+
 
 @dataclass(frozen=True)
 class Format:
