@@ -1,7 +1,7 @@
 """The flat buffers behind ``flatten=True``, with tensors in slots of them. A parameter in its flat slot is
 like any other to the rest of the package, except that neighbours share one row of the table."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -90,7 +90,7 @@ class FlatLayout:
         self.buffers = [FlatBuffers(members) for members in by_kind.values()]
         self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
-    def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], list[Part]]) -> None:
+    def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], Sequence[Part]]) -> None:
         """Move states into their slots, and out of those of others; ``parts_of`` says what a state has."""
         moves = []
         for p, state in states.items():

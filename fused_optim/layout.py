@@ -103,6 +103,8 @@ def span(t: Tensor) -> int:
 
 def _may_collide(t: Tensor) -> bool:
     """Whether a stride is so small that elements might share memory."""
+    if t.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape)):
         if size > 1:
@@ -114,7 +116,7 @@ def _may_collide(t: Tensor) -> bool:
 
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill their memory with no gaps and no overlap, in any order."""
-    return t.numel() == 0 or (span(t) == t.numel() and not _may_collide(t))
+    return t.is_contiguous() or (span(t) == t.numel() and not _may_collide(t))
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:  # of tensors of one shape

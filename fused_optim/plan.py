@@ -2,6 +2,7 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
@@ -70,7 +71,7 @@ class Settings:
     def offset_of(self, name: str, p: Tensor) -> int:
         return first_index(name, p) if self.formats_of(p).index_dependent else 0
 
-    def parts_of(self, p: Tensor) -> list[Part]:
+    def parts_of(self, p: Tensor) -> Sequence[Part]:
         """What a parameter keeps in its state, but for ``step``."""
         return state_parts(self.rule.states, self.formats_of(p), p.dtype)
 
