@@ -19,7 +19,7 @@ import pytest
 pytest.importorskip("triton", reason="Triton is for Linux only")
 
 from bench.formats import TRIPLES
-from bench.kernels import problems
+from bench.kernels import ordinary_path, problems
 from bench.triton_report import RULES
 
 ROOT = Path(__file__).parents[1]
@@ -83,6 +83,15 @@ def test_contraction_is_caught(target: str) -> None:
     assert all("contracted" in row["problems"] for row in rows if row["kernel"] == "step")
 
 
+def test_the_shortest_way_without_calls_is_counted() -> None:
+    """From the first wide load to the last wide store: 6 of these, after 1."""
+    code = ["S2R R0, SR_TID.X", "LDG.E.128 R4, [R2]", "@P0 BRA 0x50", "CALL.REL.NOINC 0xb0", "FADD R1, R1, R1",
+            "MUFU.RCP R1, R4", "@!P1 BRA P2, 0x90", "FMUL R1, R1, R1", "FMUL R1, R1, R1", "FADD R1, R1, R1",
+            "STG.E.128 [R2], R4", "EXIT"]  # fmt: skip
+    disassembly = "\n".join(f"        /*{16 * i:04x}*/ {line} ;" for i, line in enumerate(code))
+    assert ordinary_path(disassembly) == {"before": 1, "all": 6}
+
+
 ALIGNED = "pointer = tl.multiple_of(pointer, 16)"
 MASKED = "codecs.At(start, offset, offset < tl.load(row),"
 LOSSES = {
@@ -109,7 +118,7 @@ def test_losses_are_caught(loss: str, tmp_path: Path) -> None:
     assert any(expected in problem for problem in row["problems"]), row
 
 
-SOME = "optimizers or sizes and (fp32-fp32-fp32 or split8-bf16-e4m3)"
+SOME = "optimizers or edges and adabelief or sizes and (fp32-fp32-fp32 or split8-bf16-e4m3)"
 EMULATED = [
     ("installed", "90", "sizes"),
     ("installed", "90", "not sizes"),
