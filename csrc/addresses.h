@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <string>
 #include <vector>
 
 namespace fused_optim {
@@ -34,12 +35,13 @@ struct DLPackExchangeAPI {
 // objects are in lists that Python keeps, where its garbage collector sees them, and gives to each call.
 class Addresses {
  public:
-  enum Answer { kChanged = 0, kSame = 1, kGradsMoved = 2 };
+  enum Answer { kChanged = 0, kSame = 1, kGradsMoved = 2, kGradsToggled = 3 };
+  enum Kind : char { kNotStepped = 0, kGradNeeded = 1, kGradOptional = 2 };
 
-  // `grads`: where the gradients' addresses are kept, int64 each.
-  // `held`: the tensors in the state, each once.
-  Addresses(py::list params, py::list held, int64_t grads)
-      : grads_(reinterpret_cast<int64_t*>(grads)) {
+  // `held`: the tensors in the state, each once. `kinds`: a Kind for each parameter.
+  // `grads`: where the gradients' addresses are kept, int64 for each parameter that is stepped.
+  Addresses(py::list params, py::list held, std::string kinds, int64_t grads)
+      : kinds_(std::move(kinds)), grads_(reinterpret_cast<int64_t*>(grads)) {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
     api_ = py::capsule(tensor.attr("__dlpack_c_exchange_api__"));
@@ -91,21 +93,24 @@ class Addresses {
 
   Answer ask_tensors(PyObject* params, PyObject* held) {
     Answer answer = kSame;
-    size_t live = 0;
+    size_t stepped = 0;
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
       PyObject* const p = PyList_GET_ITEM(params, i);
       const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, grad_.ptr()));
       if (!grad) throw py::error_already_set();
-      if (!same(grad.is_none())) return kChanged;
-      if (grad.is_none()) continue;
+      const bool missing = grad.is_none();
+      if (kinds_[i] == kNotStepped ? !missing : missing && kinds_[i] != kGradOptional) return kChanged;
+      if (kinds_[i] == kNotStepped) continue;
       int64_t address = 0, elements = 0;
       if (!same_tensor(p, address, elements) || !same(address)) return kChanged;
-      if (!same_tensor(grad.ptr(), address, elements)) return kChanged;
-      int64_t& known = grads_[live++];
+      // A gradient that is missing is like its parameter, and of its address the lowest bits stay.
+      if (!same_tensor(missing ? p : grad.ptr(), address, elements)) return kChanged;
+      int64_t& known = grads_[stepped++];
+      if (missing) address = known % 16;
       if (remembering_ || address == known) continue;
-      if ((address ^ known) % 16 != 0 || (elements != 0 && freed(grad, address))) return kChanged;
+      if ((address ^ known) % 16 != 0 || (!missing && elements != 0 && freed(grad, address))) return kChanged;
+      if (answer != kGradsToggled) answer = missing || known < 16 ? kGradsToggled : kGradsMoved;
       known = address;
-      answer = kGradsMoved;
     }
     for (Py_ssize_t i = 0; i < PyList_GET_SIZE(held); ++i) {
       int64_t address = 0, elements = 0;
@@ -151,6 +156,7 @@ class Addresses {
     return next_ < numbers_.size() && numbers_[next_++] == number;
   }
 
+  const std::string kinds_;
   int64_t* grads_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_ = nullptr;

@@ -189,8 +189,8 @@ PYBIND11_MODULE(_cpu, m) {
   // Not a class of pybind11's, which ends the process where memory for an instance runs out.
   m.def(
       "addresses",
-      [](py::list params, py::list held, int64_t grads) -> py::object {
-        auto made = std::make_unique<Addresses>(std::move(params), std::move(held), grads);
+      [](py::list params, py::list held, std::string kinds, int64_t grads) -> py::object {
+        auto made = std::make_unique<Addresses>(std::move(params), std::move(held), std::move(kinds), grads);
         if (!made->works()) return py::none();
         py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
         made.release();

@@ -4,7 +4,7 @@ where it was built (``csrc/addresses.h``), else here."""
 
 from functools import partial
 from itertools import chain
-from operator import is_
+from operator import gt, is_
 from typing import Any
 
 from torch import Tensor
@@ -13,7 +13,8 @@ from .backends import extension
 from .layout import freed, is_distributed, is_lazy, local
 from .table import int64_tensor
 
-CHANGED, SAME, GRADS_MOVED = range(3)  # what Addresses.ask found, here and in csrc/addresses.h
+# What Addresses.ask found, here and in csrc/addresses.h; the last: that gradients came or went.
+CHANGED, SAME, GRADS_MOVED, GRADS_TOGGLED = range(4)
 
 
 def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]]:
@@ -27,28 +28,40 @@ def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[lis
 class Addresses:
     """The tensors in an optimizer's lists of parameters and in its state, and where they are."""
 
-    def __init__(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> None:
+    def __init__(
+        self, param_lists: list[list[Tensor]], state: dict[Any, Any], stepped: dict[Tensor, bool]
+    ) -> None:
+        """``stepped``: the parameters that have a gradient, or may have one like themselves: True for these."""
         self._objects = _objects(param_lists, state)
-        self._params, *dicts, values = self._objects
+        params, *dicts, values = self._objects
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
-        self._fixed = [*(p for p in self._params if p.grad is not None), *held]
+        self._stepped, self._optional = list(stepped), list(stepped.values())
+        self._unstepped = [p for p in params if p not in stepped]
+        self._fixed = [*stepped, *held]
         # A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
         self._distributed = any(map(is_distributed, self._fixed))
         self._may_be_lazy = [t for t in self._fixed if t.is_complex() or t.dim() == 0]
         self._seen = self._look()
-        self.grads = int64_tensor(self._seen[-1])  # of the gradients that there are; kept up to date
+        self._seen[-1] = [0 if gone else place for gone, place in zip(*self._seen[-2:])]
+        # Where gradients are, kept up to date. Of one that is missing: the remainder by 16 of where it was.
+        self.grads = int64_tensor(self._seen[-1])
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
-        self._known = (self._params, held, *dicts, values)
+        self._known = (params, held, *dicts, values)
         native = None
         if cpu and not self._distributed:
-            native = cpu.addresses(self._params, held, self.grads.data_ptr())
+            kinds = bytes(1 + stepped[p] if p in stepped else 0 for p in params)
+            native = cpu.addresses(params, held, kinds, self.grads.data_ptr())
         self._ask_native = partial(cpu.ask, native, *self._known) if cpu and native else None
 
     def _look(self) -> list[Any]:
-        """What parameters, states and gradients are like and where they are; last, where gradients are."""
-        grads = [p.grad for p in self._params]
-        tensors, placements = [*self._fixed, *(g for g in grads if g is not None)], []
+        """What parameters, states and gradients are like and where they are; last, where gradients are. A
+        gradient that is missing is like its parameter."""
+        grads = [p.grad for p in self._stepped]
+        missing = [g is None for g in grads]
+        like = [p if g is None else g for p, g in zip(self._stepped, grads)]
+        tensors: list[Any] = [*self._fixed, *like]
+        placements = []
         if self._distributed:
             placements = [t.placements for t in tensors if is_distributed(t)]
             tensors = list(map(local, tensors))
@@ -57,9 +70,9 @@ class Addresses:
         except RuntimeError:  # a sparse gradient has none
             return []
         kinds = [[t.dtype for t in tensors], [t.shape for t in tensors], strides]
-        lazy = [is_lazy(local(t)) for p in self._may_be_lazy for t in (p, p.grad) if t is not None]
+        lazy = [is_lazy(local(t)) for p in self._may_be_lazy for t in (p, p if p.grad is None else p.grad)]
         n = len(self._fixed)
-        return [[g is None for g in grads], *kinds, lazy, placements, places[:n], places[n:]]
+        return [*kinds, lazy, placements, places[:n], missing, places[n:]]
 
     def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
@@ -68,15 +81,17 @@ class Addresses:
         for now, before in zip(_objects(param_lists, state), self._objects):
             if len(now) != len(before) or not all(map(is_, now, before)):
                 return CHANGED
-        seen = self._look()
-        if seen[:-1] != self._seen[:-1]:
+        *seen, missing, places = self._look() or [None, [], []]
+        *known, was_missing, before = self._seen
+        if seen != known or any(p.grad is not None for p in self._unstepped) or any(map(gt, missing, self._optional)):
             return CHANGED
-        places, before = seen[-1], self._seen[-1]
-        if places == before:
+        places = [old % 16 if gone else new for gone, new, old in zip(missing, places, before)]
+        if places == before and missing == was_missing:
             return SAME
-        grads = (local(p.grad) for p in self._params if p.grad is not None)
-        if any((a ^ b) % 16 for a, b in zip(places, before)) or any(map(freed, grads)):
+        if any((a ^ b) % 16 for a, b in zip(places, before)):
             return CHANGED
-        self._seen = seen
+        if any(p.grad.device != p.device or freed(local(p.grad)) for p in self._stepped if p.grad is not None):
+            return CHANGED
+        self._seen = [*seen, missing, places]
         self.grads.copy_(int64_tensor(places))
-        return GRADS_MOVED
+        return GRADS_MOVED if missing == was_missing else GRADS_TOGGLED

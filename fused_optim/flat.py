@@ -1,7 +1,7 @@
 """The flat buffers behind ``flatten=True``, with tensors in slots of them. A parameter in its flat slot is
 like any other to the rest of the package, except that neighbours share one row of the table."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -39,7 +39,7 @@ class FlatBuffers:
 
     def slot(self, part: Part, p: Tensor) -> Tensor:
         """The slot of ``p`` in the buffer of ``self.param``, ``self.grad`` or a part of the state."""
-        shape, stride = (p.shape, p.stride()) if part.block == 1 else ((part.numel(p.numel()),), (1,))
+        shape, stride = part.shape(p), p.stride() if part.block == 1 else (1,)
         with torch.inference_mode(False):
             if part not in self.buffers:
                 end = self._bounds(part, self.params[-1])[1]
@@ -90,17 +90,22 @@ class FlatLayout:
         self.buffers = [FlatBuffers(members) for members in by_kind.values()]
         self.buffers_of = {p: b for b in self.buffers for p in b.params}
 
-    def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], list[Part]]) -> None:
+    def take_states(self, states: dict[Any, Any], parts_of: Callable[[Tensor], Sequence[Part]]) -> None:
         """Move states into their slots, and out of those of others; ``parts_of`` says what a state has."""
         moves = []
         for p, state in states.items():
             parts = {part.key: part for part in parts_of(p)} if p in self.buffers_of else {}
-            moves += [(p, parts.get(k), t, state, k) for k, t in state.items() if isinstance(t, Tensor)]
+            for k, t in state.items():
+                part = parts.get(k)
+                if isinstance(t, Tensor):
+                    # A state that is not what a step would make of it stays as it is until there is one.
+                    fits = part is not None and (t.dtype, t.shape) == (part.dtype, part.shape(p))
+                    moves.append((p, part if fits else None, t, state, k))
         for (*_, state, key), t in zip(moves, self._placed([move[:3] for move in moves])):
             state[key] = t
 
     def takes_grad(self, p: Tensor) -> bool:
-        return p in self.buffers_of and p.grad is not None and p.grad.dtype == p.dtype
+        return p in self.buffers_of and (p.grad is None or p.grad.dtype == p.dtype)
 
     def take_grads(self, params: list[Tensor]) -> None:
         """Bring gradients into their slots; autograd and users make new ones elsewhere."""

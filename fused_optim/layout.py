@@ -103,6 +103,8 @@ def span(t: Tensor) -> int:
 
 def _may_collide(t: Tensor) -> bool:
     """Whether a stride is so small that elements might share memory."""
+    if t.is_contiguous():
+        return False
     reach = 0
     for stride, size in sorted(zip(t.stride(), t.shape)):
         if size > 1:
@@ -114,7 +116,7 @@ def _may_collide(t: Tensor) -> bool:
 
 def is_dense(t: Tensor) -> bool:
     """Whether the elements fill their memory with no gaps and no overlap, in any order."""
-    return t.numel() == 0 or (span(t) == t.numel() and not _may_collide(t))
+    return t.is_contiguous() or (span(t) == t.numel() and not _may_collide(t))
 
 
 def same_layout(a: Tensor, b: Tensor) -> bool:  # of tensors of one shape
@@ -193,13 +195,14 @@ def check_address(what: str, t: Tensor) -> None:
 
 
 def check_stepped(name: str, p: Any) -> None:
-    """Raise what is wrong with a parameter that has a gradient, or with the gradient, naming it."""
+    """Raise what is wrong with a parameter that is stepped, or with the gradient if it has one, naming it."""
     if plain_format(p.dtype) is None:
         supported = "float32, float64, bfloat16, float16, complex64 and complex128"
         raise NotImplementedError(f"parameter {name} has dtype {p.dtype}; supported are {supported}")
     check_address(f"parameter {name}", local(p))
     g, problem = p.grad, None
-    assert g is not None
+    if g is None:
+        return
     if g.layout != torch.strided:
         problem = "is sparse, which is not supported; give a dense one (p.grad.to_dense())"
     elif g.shape != p.shape:

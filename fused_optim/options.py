@@ -287,8 +287,9 @@ class HyperparameterTable:
                 for lr, betas, weight_decay, *others, _ in read
                 for decay in (weight_decay, 0.0)
             ]
+            self._read, self.on_device = [], {}  # forgotten until it is whole: it may be interrupted
             self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
-            self._read, self.on_device = read, {}
+            self._read = read
         self._device_lrs = []
         if any(lr is None for lr, *_ in read):
             self._device_lrs = [group["lr"] if lr is None else None for group, (lr, *_) in zip(groups, read)]

@@ -2,6 +2,8 @@
 
 import warnings
 from collections import defaultdict
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -69,7 +71,7 @@ class Settings:
     def offset_of(self, name: str, p: Tensor) -> int:
         return first_index(name, p) if self.formats_of(p).index_dependent else 0
 
-    def parts_of(self, p: Tensor) -> list[Part]:
+    def parts_of(self, p: Tensor) -> Sequence[Part]:
         """What a parameter keeps in its state, but for ``step``."""
         return state_parts(self.rule.states, self.formats_of(p), p.dtype)
 
@@ -122,37 +124,54 @@ class Plan:
         if settings.flatten:
             flat.hold(p for group in groups for p in group["params"] if settings.can_be_flat(p))
             flat.take_states({**others, **made}, settings.parts_of)
-            flat.take_grads(list(made))
+            flat.take_grads([p for p in made if p.grad is not None])
             for o in items:
                 if flat.takes_grad(o.source):
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
-        self.devices = set(backends)
         clips = settings.clips
         self.batches = [
             (backends[key.device], Batch(key, batch, merged=not clips)) for key, batch in by_key.items()
         ]
         self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped, mesh) if clips else None
-        self.addresses = addresses.Addresses([group["params"] for group in groups], state)
+        self._stepped = {o.source: o.grad_optional for o in items}
+        self.addresses = addresses.Addresses([group["params"] for group in groups], state, self._stepped)
         self._depends_on = (given, _shape_of(groups))
         self._flat = flat if settings.flatten else None
-        self._live = list(made)
-        self.versioned = [p for p in made if not p.is_inference()]  # whose versions autograd counts
+        self._find_present()
 
-    def refresh(self, groups: list[Group], state: dict[Any, Any], given: Given) -> bool:
+    def _find_present(self) -> None:
+        """Which batches have a gradient to step with now, and which parameters."""
+        self.live = [x for x in self.batches if any(o.grad is not None for o in x[1].items)]
+        self.devices = {batch.key.device for _, batch in self.live}
+        self._present = [p for p in self._stepped if p.grad is not None]
+        self.versioned = [p for p in self._present if not p.is_inference()]  # whose versions autograd counts
+
+    def refresh(self, groups: list[Group], state: dict[Any, Any], given: Given, capturing: bool) -> bool:
         """Whether this plan still describes the optimizer. Gradients that have moved are followed: in
-        the table, or into their slots in a flat buffer."""
+        the table, or into their slots in a flat buffer. Those that came or went are, unless a CUDA graph
+        captures the step: the tables that change then would be made at each replay."""
         if self._depends_on != (given, _shape_of(groups)):
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
-        if answer == addresses.GRADS_MOVED:
-            if self._flat is not None:
-                self._flat.take_grads(self._live)
-                answer = self.addresses.ask(params, state)
-            for _, batch in self.batches:
+        toggled = answer == addresses.GRADS_TOGGLED
+        if answer == addresses.CHANGED or (toggled and capturing):
+            return False
+        if answer == addresses.SAME:
+            return True
+        if toggled:
+            self._find_present()
+        if self._flat is not None:
+            self._flat.take_grads(self._present)
+            if self.addresses.ask(params, state) == addresses.CHANGED:
+                return False
+        for _, batch in self.batches:
+            if not toggled:
                 batch.follow(self.addresses.grads)
-        return answer != addresses.CHANGED
+            elif not batch.toggle(self.addresses.grads):
+                return False
+        return True
 
 
 def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and which of them decay
@@ -160,35 +179,51 @@ def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and whi
 
 
 def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int) -> list[Operands]:
-    """What is stepped, in order, with states as they will be; nothing is changed yet."""
-    live = [(k, *x) for k, x in enumerate(numbered(groups)) if x[1].grad is not None]
-    for _, name, p, _ in live:
-        check_stepped(name, p)
-        check_formats(name, p.dtype, *settings.formats)
-    check_no_overlap([(f"parameter {name}", p) for _, name, p, _ in live])
+    """What is stepped, in order, with states as they will be; nothing is changed yet. A parameter with a state and
+    no gradient now is among them, as if it had one like itself: so one that comes needs no other plan."""
     items: list[Operands] = []
-    for k, name, p, hyper_row in live:
-        dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), local(p.grad)
-        assert plain is not None
-        grad_copy = None
-        if not placed_alike(p.grad, p) or not gradient_is_native(grad, local(p), dense):
-            dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else plain.working
-            grad = grad_copy = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=p.device)
-        param, mu, nu = settings.formats_of(p)
-        grad_format = plain_format(grad.dtype)
-        assert grad_format is not None
-        key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
-        made = _state_of(name, p, dense, state.get(p, {}), settings)
-        random = random_key(seed, k)
-        offset = settings.offset_of(name, p)
-        operands = Operands(name, p, dense, grad_copy, made, key, hyper_row, random, offset, len(items))
-        items.append(operands)
-    stepped = {o.source for o in items}
+    for k, (name, p, hyper_row) in enumerate(numbered(groups)):
+        old, random = state.get(p, {}), random_key(seed, k)
+        if p.grad is not None:
+            items.append(_operands_of(name, p, old, settings, hyper_row, random, len(items)))
+        elif p.requires_grad and "step" in old and not settings.clips:
+            with suppress(ValueError, TypeError, RuntimeError):  # raised when it has a gradient
+                o = _operands_of(name, p, old, settings, hyper_row, random, len(items))
+                same = o.state.keys() == old.keys() and all(o.state[key] is old[key] for key in old)
+                items += [o] if same and o.grad_optional else []
+    check_no_overlap([(f"parameter {o.name}", o.source) for o in items])
+    stepped = {o.source: o for o in items}
     states = [(f" of parameter {o.name}", o.state) for o in items]
     states += [("", s) for p, s in state.items() if isinstance(s, dict) and p not in stepped]
     tensors = [(f"state {k!r}{of}", t) for of, s in states for k, t in s.items() if k != "step"]
     check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)])
     return items
+
+
+def _operands_of(
+    name: str, p: Tensor, old: State, settings: Settings, hyper_row: int, random: int, number: int
+) -> Operands:
+    """One parameter's, with ``old`` made into a state as it will be; raises what is wrong with any of it."""
+    check_stepped(name, p)
+    check_formats(name, p.dtype, *settings.formats)
+    dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), local(p if p.grad is None else p.grad)
+    assert plain is not None
+    grad_copy = None
+    if not placed_alike(p if p.grad is None else p.grad, p) or not gradient_is_native(grad, local(p), dense):
+        dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else plain.working
+        grad = grad_copy = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=p.device)
+    param, mu, nu = settings.formats_of(p)
+    grad_format = plain_format(grad.dtype)
+    assert grad_format is not None
+    key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
+    made = _state_of(name, p, dense, old, settings)
+    offset = settings.offset_of(name, p)
+    # With copies of the parameter, or a norm, a missing gradient would have to be known in more places than tables.
+    like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
+    optional = like_param and dense is local(p) and dense.numel() > 0 and not settings.clips
+    return Operands(
+        name, p, dense, grad_copy, made, key, hyper_row, random, offset, number, grad_optional=optional
+    )
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:
@@ -242,9 +277,10 @@ def _share_steps(items: list[Operands], others: list[State], backends: dict[torc
     """Let parameters share a step number from their first step on, if one launch steps them with the same
     hyperparameters. Who shares one with a parameter that is left out, or of another launch, gets a copy."""
     # A backend that steps one parameter after another may be interrupted between two of them.
-    cohorts: list[tuple[State, Any]] = [
-        (o.state, (o.key, o.hyper_row if backends[o.key.device].steps_all_at_once else o.name)) for o in items
-    ]
+    cohorts: list[tuple[State, Any]] = []
+    for o in items:
+        group = o.hyper_row if backends[o.key.device].steps_all_at_once else o.name
+        cohorts.append((o.state, (o.key, o.grad is None, group)))
     cohorts += [(s, "left out") for s in others if isinstance(s.get("step"), Tensor)]
     shared: dict[Any, Tensor] = {}
     kept = set()

@@ -3,6 +3,7 @@ which format they are: an 8-bit moment has block exponents beside it, under a ke
 name, a ``remainder`` of int16 or int8 is split16's or split8's."""
 
 from contextlib import suppress
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,15 +18,17 @@ State = dict[str, Any]
 Keys = tuple[str, str]
 
 
-def _moment_parts(key: str, format: Format, dtype: torch.dtype) -> list[Part]:
+@cache
+def _moment_parts(key: str, format: Format, dtype: torch.dtype) -> tuple[Part, ...]:
     aux = format.aux_of(key)
-    return [Part(key, dtype if dtype.is_complex else format.dtype), *([aux] if aux else [])]
+    return Part(key, dtype if dtype.is_complex else format.dtype), *([aux] if aux else [])
 
 
-def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> list[Part]:
+@cache
+def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> tuple[Part, ...]:
     """All that a parameter of this dtype keeps in its state, but for ``step``."""
-    parts = [*_moment_parts(keys[0], formats.mu, dtype), *_moment_parts(keys[1], formats.nu, dtype)]
-    return [*parts, formats.param.aux] if formats.param.aux else parts
+    parts = *_moment_parts(keys[0], formats.mu, dtype), *_moment_parts(keys[1], formats.nu, dtype)
+    return (*parts, formats.param.aux) if formats.param.aux else parts
 
 
 def _in_blocks(key: str, state: State) -> tuple[str, Format] | None:
@@ -70,15 +73,13 @@ def from_saved(saved: State, keys: Keys, format: Format) -> State:
 def _zeros(part: Part, dense: Tensor) -> Tensor:
     if part.block == 1:
         return torch.empty_strided(dense.shape, dense.stride(), dtype=part.dtype, device=dense.device).zero_()
-    return torch.zeros(part.numel(dense.numel()), dtype=part.dtype, device=dense.device)
+    return torch.zeros(part.shape(dense), dtype=part.dtype, device=dense.device)
 
 
 def _fits(t: Any, part: Part, dense: Tensor) -> bool:
-    if not isinstance(t, Tensor) or t.dtype != part.dtype or t.device != dense.device:
+    if not isinstance(t, Tensor) or (t.dtype, t.device) != (part.dtype, dense.device):
         return False
-    if part.block > 1:
-        return t.shape == (part.numel(dense.numel()),) and t.is_contiguous()
-    return t.shape == dense.shape and same_layout(t, dense)
+    return t.shape == part.shape(dense) and (t.is_contiguous() if part.block > 1 else same_layout(t, dense))
 
 
 def in_formats(state: State, param: Tensor, keys: Keys, formats: Formats, dense: Tensor) -> State:

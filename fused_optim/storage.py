@@ -26,8 +26,11 @@ class Part(NamedTuple):
     def numel(self, parameter_numel: int) -> int:
         return -(-parameter_numel // self.block)
 
+    def shape(self, p: Tensor) -> tuple[int, ...]:
+        return p.shape if self.block == 1 else (self.numel(p.numel()),)
 
-@dataclass(frozen=True)
+
+@dataclass(frozen=True, eq=False)  # there is one object of each, and dicts by them are asked often
 class Format:
     """One way to store values. All that Python knows of a format is said here."""
 

@@ -8,6 +8,8 @@
 - ``chunks``, int32 ``[n, 2]``: row and chunk number, one for each program of a launch.
 - ``counters``, int64 ``[n, 2]``: the address of a step number, and the row of hyperparameters that
   goes with it. Parameters that have always stepped together share a step number, and so a counter.
+
+A row whose gradient is missing has no chunks, and its counter counts in memory that nobody reads.
 """
 
 from array import array
@@ -79,10 +81,12 @@ class Operands:
     offset: int = 0  # the index of its first element in the whole parameter; 0 where formats do not ask
     number: int = 0  # among the parameters that are stepped
     slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
+    grad_optional: bool = False  # whether the same batch serves for steps in which the gradient is missing
 
     @property
-    def grad(self) -> Tensor:
-        return _real(local(self.source.grad) if self.grad_copy is None else self.grad_copy)
+    def grad(self) -> Tensor | None:
+        grad = local(self.source.grad) if self.grad_copy is None else self.grad_copy
+        return None if grad is None else _real(grad)
 
     @property
     def stored(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -115,6 +119,11 @@ def _real(t: Tensor) -> Tensor:
     return torch.view_as_real(t) if t.is_complex() else t
 
 
+def _n_chunks(rows: Tensor, grads: Tensor, size: int) -> Tensor:
+    """The number of chunks in each row: none where the gradient is missing."""
+    return torch.where(grads >= VECTOR_BYTES, (rows[:, 0] + size - 1) // size, 0)
+
+
 class Batch:
     """All operands of one launch, and their table."""
 
@@ -129,10 +138,12 @@ class Batch:
         grads: list[int] = []
         firsts: list[Operands] = []
         counters: dict[int, tuple[int, int, int]] = {}
+        counter_of: list[int] = []
         merged = merged and not key.formats.index_dependent
         for i, o in enumerate(items):
             step = o.state["step"]
             counter = counters.setdefault(id(step), (len(counters), step.data_ptr(), o.hyper_row))[0]
+            counter_of.append(counter)
             numel = o.stored[0].numel()
             if i and merged and o.continues(items[i - 1]):
                 rows[-1][0] = o.slot[0] - firsts[-1].slot[0] + numel
@@ -144,6 +155,10 @@ class Batch:
         self.grads = int64_tensor(grads)
         self.rows = int64_tensor([x for row in rows for x in row]).view(-1, len(ROW_COLUMNS))
         self.counters = int64_tensor([x for _, *pair in counters.values() for x in pair]).view(-1, 2)
+        self._steps = self.counters[:, 0].clone()
+        self._counter_of, self._numbers = int64_tensor(counter_of), int64_tensor([o.number for o in items])
+        self._needed = torch.tensor([not o.grad_optional for o in items], device="cpu")
+        self.unread = torch.zeros((), dtype=torch.int64, device=key.device)  # counts steps of missing gradients
         followed = [(row, o.number) for row, o in enumerate(firsts) if o.grad_copy is None]
         self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
@@ -151,6 +166,7 @@ class Batch:
         self.norm_chunks = torch.empty(0, 3, dtype=torch.int32, device="cpu")  # see clip.py
         self.on_device: dict[str, Tensor] = {}  # a GPU backend's copies of the table
         self.prepared: tuple[Any, ...] = ()  # what its backend has worked out
+        self._count_with(torch.tensor([o.grad is not None for o in items], device="cpu"))
 
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:
@@ -170,6 +186,21 @@ class Batch:
             self.grads[rows] = grads[numbers]
             self.on_device.pop("grads", None)
 
+    def toggle(self, grads: Tensor) -> bool:
+        """As :meth:`follow` where gradients came or went. False, and a new batch is needed, where some did of
+        parameters that share a step number, and others not."""
+        self.follow(grads)
+        self._chunks, self.on_device, self.prepared = {}, {}, ()
+        return self._count_with(self._needed | (grads[self._numbers] >= VECTOR_BYTES))
+
+    def _count_with(self, present: Tensor) -> bool:
+        """Advance the step numbers of the items whose gradients are ``present``, and no others."""
+        n = len(self._steps)
+        all_of = self._counter_of.bincount(minlength=n)
+        present_of = self._counter_of[present].bincount(minlength=n)
+        self.counters[:, 0] = torch.where(present_of > 0, self._steps, self.unread.data_ptr())
+        return bool(((present_of == 0) | (present_of == all_of)).all())
+
     def tensors(self) -> list[Tensor]:
         """The table, on the host and on the device, and the dense copies."""
         copies = [o.dense for o in self._copied]
@@ -187,8 +218,8 @@ class Batch:
         and ``grads``, for which nothing waits. A tail chunk, which is short or has an address in its row that is
         not a multiple of 16 bytes, is ``~chunk``, negative; so is one of a row whose offset splits the eight
         neighbours that share random bits."""
-        device, counts = rows.device, (rows[:, 0] + size - 1) // size
-        total = int(((self.rows[:, 0] + size - 1) // size).sum())
+        device, counts = rows.device, _n_chunks(rows, grads, size)
+        total = int(_n_chunks(self.rows, self.grads, size).sum())
         row = torch.arange(len(rows), dtype=torch.int32, device=device)
         row = torch.repeat_interleave(row, counts, output_size=total)
         aligned = (rows[:, ADDRESSES] % VECTOR_BYTES == 0).all(1) & (grads % VECTOR_BYTES == 0)

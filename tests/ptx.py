@@ -391,9 +391,10 @@ class GlobalMemory:
         return np.where(inside, self.bases[owner] + offset, 0), inside, self.constant[owner]
 
     def write_back(self) -> None:
-        for t, base in zip(self.tensors, self.bases):
-            contents = self._bytes(t)
-            contents[:] = self.space.contents[base : base + len(contents)]
+        """What was written, and nothing beside it: that memory may have changed since it was copied."""
+        written = self.space.writers[1] >= 0
+        for t, base, end in zip(self.tensors, self.bases, self.bases[1:]):
+            np.copyto(self._bytes(t), self.space.contents[base:end], where=written[base:end])
 
 
 # Threads.

@@ -135,6 +135,18 @@ CHANGES: dict[str, str] = {
     "all gradients absent": "w.new_gradients('')",
     "gradients of one group": "w.new_gradients('defg')",
     "gradient of an empty one alone": "w.new_gradients('g')",
+    "absent, then of another layout": "b.grad = None; w.step(); b.grad = gradient(b, 9).mT.contiguous().mT",
+    "absent, then at another alignment": "d.grad = None; w.step(); d.grad = gradient(torch.cat([d, d[:1]]), 9)[1:]",
+    "absent, then of another dtype": "x, d.grad = d.grad, None; w.step(); d.grad = x; recast(d, torch.float64)",
+    "absent, its state moved": "b.grad = None; w.step(); s[b] = {k: t.clone() for k, t in s[b].items()}; w.step(); "
+    "s[b]['exp_avg'] = s[b]['exp_avg'].flip(0); w.step(); b.grad = gradient(b, 9)",
+    "absent, its state removed": "d.grad = None; w.step(); del s[d]; w.step(); d.grad = gradient(d, 9)",
+    "absent, its memory elsewhere": "a.grad = None; w.step(); x, a.data = a.data, a.data[:0]; w.step(); "
+    "a.data = x.clone(); w.step(); a.grad = gradient(a, 9)",
+    "absent, its data another dtype": "f.grad = None; w.step(); f.data, x = f.data.double(), f.data; w.step(); "
+    "f.data = x; f.grad = gradient(f, 9)",
+    "absent by turns": "a.grad = None; w.step(); a.grad, b.grad = gradient(a, 9), None; w.step(); d.grad = None; w.step(); "
+    "b.grad, d.grad = gradient(b, 9), gradient(d, 9)",
     "zeroed": "o.zero_grad(set_to_none=False)",
     "zeroed, some new": "o.zero_grad(); (a * c).sum().backward()",
     "zeroed by the module": "torch.nn.ParameterDict(w.p).zero_grad(); (a * c).sum().backward()",
@@ -307,8 +319,12 @@ def patterns() -> dict[str, list[str]]:
 
 @pytest.mark.parametrize("pattern", patterns())
 @pytest.mark.parametrize("backward", [False, True], ids=["assigned", "backward"])
-def test_gradients_that_come_and_go(pattern: str, backend: str, flatten: bool, backward: bool) -> None:
+def test_gradients_that_come_and_go(
+    pattern: str, backend: str, flatten: bool, backward: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     turn = len(pattern) + 2 * backward + flatten
+    if turn % 2:
+        hide_the_extension(monkeypatch)
     w = World(list(RULES)[turn % len(RULES)], backend, flatten, list(FORMATS)[turn % len(FORMATS)])
     for i, names in enumerate(patterns()[pattern]):
         if not backward:

@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -19,10 +20,14 @@ from helpers import RULES, Make, assert_same_bits, built_once, in_a_process, lik
 from test_backends import cpu, threads
 from test_histories import Model
 
+import fused_optim
 from examples.train_gpt import History, save_checkpoint
 
 MODEL = [(0, 8, 0, False), (4, 17, 0, False), (2, 9, 1, False), (0, 12, 1, True)]
 """Parameters as :class:`Model` takes them: dtype, shape with layout, group, and whether in shared memory."""
+
+
+PACKAGE = str(Path(fused_optim.__file__).parent)
 
 
 # Memory
@@ -114,6 +119,45 @@ def test_interrupted_at_any_time(
         w.new_gradients()
         interrupted += w.interrupt(alarm((1 + i) * (4e-5 if backend == "cpu" else 1.5e-4)))
         w.step()
+    record_property("steps interrupted", interrupted)
+
+
+class AtLine:
+    """KeyboardInterrupt before the ``n``-th line of the package's that the block comes to, if there are as many."""
+
+    def __init__(self, n: int) -> None:
+        self.n, self.seen = n, set[Any]()
+
+    def trace(self, frame: FrameType, event: str, argument: object) -> Any:
+        if not frame.f_code.co_filename.startswith(PACKAGE):
+            return None
+        if event == "line":
+            self.seen.add((frame.f_code, frame.f_lineno))
+            if len(self.seen) > self.n:
+                sys.settrace(None)
+                raise KeyboardInterrupt
+        return self.trace
+
+    def __enter__(self) -> None:
+        self.before = sys.gettrace()
+        sys.settrace(self.trace)
+
+    def __exit__(self, *_: object) -> None:
+        sys.settrace(self.before)
+
+
+def test_interrupted_at_each_line(flatten: bool, record_property: Callable[[str, object], None]) -> None:
+    """Of a step that has another lr, which is taken back then, and makes states and a plan."""
+    w = Model([(1, 17, 0, False)], 6, "adabelief", "cpu", flatten)
+    group, interrupted = w.optimizer.param_groups[0], 0
+    lr, group["lr"] = group["lr"], 0.3
+    while w.interrupt(AtLine(interrupted)):
+        interrupted, group["lr"] = interrupted + 1, lr
+        w.new_gradients()
+        w.step()
+        w.optimizer.state.clear()
+        group["lr"] = 0.3
+    assert interrupted > 100
     record_property("steps interrupted", interrupted)
 
 

@@ -484,7 +484,7 @@ def test_new_tensors_after_a_capture_are_warned_of(
     params, optimizer = trained(make, 2, flatten=flatten)
     copied = copy.deepcopy(optimizer)
     captured_step(optimizer)
-    captured = [weakref.ref(t) for t in optimizer.state[params[0]].values()]
+    captured = [weakref.ref(t) for t in (*optimizer.state[params[0]].values(), params[0].untyped_storage())]
     with pytest.warns(RuntimeWarning, match=rf"{what} made new tensors.*capture it again"):
         REPLACES[what](optimizer, params[0])
     judge.train(optimizer, 2, first=3)

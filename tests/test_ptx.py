@@ -275,3 +275,13 @@ def test_constants_are_only_read() -> None:
     run("ld.global.nc.b32 %r3, [%rd1];", data, constants=[data])
     with pytest.raises(ptx.Fault, match="writes what is only to be read"):
         run("st.global.b32 [%rd1], %r1;", data, constants=[data])
+
+
+def test_what_is_not_written_stays() -> None:
+    """Not what it was when the kernel began, in memory that something else writes to meanwhile."""
+    data = torch.zeros(THREADS, 4, dtype=torch.int32)
+    writes = kernel("st.global.b32 [%rd1], %r1;")
+    launch = ptx.Launch(writes, 1, [struct.pack("q", data.data_ptr())], [data], [], 0)
+    data.fill_(7)
+    launch.run()
+    assert torch.equal(data[:, 0], torch.arange(THREADS).int()) and bool((data[:, 1:] == 7).all())

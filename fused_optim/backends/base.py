@@ -26,6 +26,8 @@ class Inputs(NamedTuple):
     @classmethod
     def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> "Inputs":
         """With both scalars on ``device``. A copy to the CPU is waited for: there the host reads it."""
+        if amp == (None, None):
+            return cls(hyper, None, None)
         wait = device.type == "cpu"
         scale, found_inf = (
             None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp

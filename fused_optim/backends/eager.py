@@ -12,12 +12,13 @@ from .base import Backend, Inputs, uploaded
 
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
-    key, items = batch.key, batch.items
+    key, items = batch.key, [o for o in batch.items if o.grad is not None]
     rows = uploaded(batch.on_device, "hyper", key.device, lambda: int64_tensor([o.hyper_row for o in items]))
     count = (torch.stack([o.state["step"] for o in items]) + 1).clamp(max=MAX_COUNT)
     columns = coefficients(inputs.hyper[rows], count, key.param.working, inputs.grad_scale, inputs.clip)
     for o, t, *row in zip(items, count, *columns):
         c = Coefficients(*row)
+        assert o.grad is not None
         g = key.grad.decode(o.grad, None) / c.grad_divisor * c.grad_factor
         p, mu, nu = (f.decode(x, a) for f, x, a in zip(key.formats, o.stored, o.aux))
         writes = [(o.state["step"], t)]
@@ -39,6 +40,7 @@ def square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     place = uploaded(batch.on_device, "places", sums.device, lambda: batch.norm_chunks[:, 2].long())
     new = []
     for o in batch.items:
+        assert o.grad is not None  # a plan that clips has none that is missing
         in_memory = o.grad.as_strided((o.grad.numel(),), (1,))
         g = batch.key.grad.decode(in_memory, None)
         new.append(reference.square_sums(g if grad_scale is None else g / grad_scale.to(g.dtype)))

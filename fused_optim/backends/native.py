@@ -74,8 +74,9 @@ def instruction_set(cpu: ModuleType) -> str:
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
-    if any(t is not None and t.item() != 0 for t in (inputs.found_inf, inputs.skip)):
-        return
+    for skip in (inputs.found_inf, inputs.skip):
+        if skip is not None and skip.item() != 0:
+            return
     step, *fixed = batch.prepared or _prepared(batch)
     step(
         *fixed,
