@@ -6,7 +6,7 @@ VENV := .venv
 STACKS := .venv-stacks
 PIP := $(VENV)/bin/pip --disable-pip-version-check
 BIN := $(VENV)/bin
-SOURCES := $(wildcard csrc/* csrc/rules/*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
 
 .PHONY: demo test test-kernels test-stacks test-versions test-long test-exhaustive sanitize sanitize-memory \
 	sanitize-threads lint bench gpu-check \

@@ -7,33 +7,23 @@ the others, on random data. Results go to a folder as JSON and Markdown.
 import argparse
 import json
 import sys
-import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import torch
 
 from . import cuda_report, environment, gpu_check, kernels, plan, report
 from .measure import Effort, Record
-from .workloads import MODELS, known_name
+from .workloads import KNOWN, workload
 
 
-def measure(name: str, given: argparse.Namespace, comparisons: Sequence[plan.Comparison]) -> int:
+def measure(given: argparse.Namespace, runs: Sequence[Callable[[str, Effort], list[Record]]]) -> int:
     """Measure, print and write; after each comparison, so that what was measured is there whatever
     ends this."""
-    about = environment.describe(given.device)
-    effort = Effort()
-    end, path = time.monotonic() + given.seconds, given.out / f"{name}.json"
-    records: list[Record] = []
-    runs = [c.run for c in comparisons]
-    if getattr(given, "busy", 0):
-        runs.append(partial(plan.beside, given.busy))
-    for i, run in enumerate(runs):
-        if time.monotonic() > end:
-            print(f"no time was left for {len(runs) - i} of {len(runs)} comparisons")
-            break
+    about, effort, records = environment.describe(given.device), Effort(), list[Record]()
+    path = given.out / f"{given.device if given.command == 'all' else given.command}.json"
+    for run in runs:
         records += (found := run(given.device, effort))
         report.write(path, about, records)
         print(report.tables(found), flush=True)
@@ -72,17 +62,13 @@ def parser() -> argparse.ArgumentParser:
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
     measuring.add_argument("--device", choices=devices, default=devices[-1])
     measuring.add_argument("--out", type=Path, default=Path("bench_output"), help="folder of the results")
-    measuring.add_argument("--seconds", type=float, default=1e9, help="after which no comparison is begun")
     commands.add_parser("all", parents=[measuring], help="everything that is timed")
-    known = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
     command = commands.add_parser("step", parents=[measuring], help="the time of a step on chosen workloads")
-    command.add_argument("workloads", nargs="+", type=known_name, metavar="WORKLOAD", help=known)
+    command.add_argument("workloads", nargs="+", type=workload, metavar="WORKLOAD", help=KNOWN)
     command.add_argument("--dtype", action="append", choices=("float32", "bfloat16", "float16"))
     command.add_argument("--only", action="append", default=[], help="a part of providers' names")
-    command = commands.add_parser("host", parents=[measuring], help="the time until step() returns")
-    command.add_argument("--busy", type=int, default=0, metavar="N", help="beside N spinning processes, too")
-    command = commands.add_parser("cliffs", parents=[measuring], help="a CPU step in bad conditions, too")
-    command.add_argument("--size", type=known_name, default="2^24", metavar="WORKLOAD")
+    commands.add_parser("host", parents=[measuring], help="the time until step() returns")
+    commands.add_parser("cliffs", parents=[measuring], help="a step in bad conditions, busy cores among them")
     command = commands.add_parser("kernels", help="what the kernels compile to, without a GPU")
     command.add_argument("--target", action="append", choices=kernels.TARGETS)
     command.add_argument("--out", type=Path, default=Path("bench_output"))
@@ -105,19 +91,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
         readme = environment.ROOT / "README.md"
         readme.write_text(report.updated(readme.read_text()))
         return 0
-    if given.command == "all":
-        return measure(given.device, given, plan.everything(given.device))
     if given.command == "cliffs":
-        records = plan.cliffs(given.size, Effort())
-        report.write(given.out / "cliffs.json", environment.describe("cpu"), records)
-        print(report.tables(records))
-        return int(not all("median" in r for r in records))
+        return measure(given, [plan.cliffs])
     if given.command == "host":
-        return measure("host", given, plan.HOST)
+        return measure(given, [c.run for c in plan.HOST])
+    if given.command == "all":
+        return measure(given, [c.run for c in plan.everything(given.device)])
     every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))
     dtypes = given.dtype or ("float32",)
-    chosen = [replace(every, workload=name, dtype=dtype) for name in given.workloads for dtype in dtypes]
-    return measure("step", given, chosen)
+    chosen = [replace(every, workload=w.name, dtype=dtype) for w in given.workloads for dtype in dtypes]
+    return measure(given, [c.run for c in chosen])
 
 
 if __name__ == "__main__":

@@ -36,8 +36,7 @@ def describe(device: str) -> dict[str, Any]:
     """What a figure depends on, as far as it can be told."""
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}
     versions = {name: installed[name] for name in PACKAGES if name in installed}
-    commit = _output("git", "rev-parse", "--short=12", "HEAD") or "unknown"
-    changed = _output("git", "status", "--porcelain", "--untracked-files=no")
+    commit = _output("git", "describe", "--always", "--abbrev=12", "--exclude=*", "--dirty=+changes")
     names = re.findall(r"model name\s*: (.*)", _output("cat", "/proc/cpuinfo")) or [platform.processor()]
     described = {
         "kind": "GPU" if device == "cuda" else "CPU",
@@ -46,7 +45,7 @@ def describe(device: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
         "versions": {"python": platform.python_version(), **versions},
-        "commit": commit + ("+changes" if changed else ""),
+        "commit": commit or "unknown",
         "date": time.strftime("%Y-%m-%d"),
     }
     if device == "cuda":

@@ -2,14 +2,11 @@
 
     python -m bench.gpu_measure cuda results.json
 
-A step is timed behind work that keeps the GPU busy until the host is done with it, so that no host time lies
-in the interval. The results are written anew after each provider. On "cpu" everything is rehearsed on next
-to nothing.
+The results are written anew after each provider. On "cpu" everything is rehearsed on next to nothing.
 """
 
 import gc
 import sys
-import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -20,19 +17,15 @@ import torch
 from . import environment, report
 from .measure import Record, figures, head
 from .plan import Comparison
-from .providers import LAYOUTS, TORCH, Provider
-from .worker import Case, checked_and_made, failure
-from .workloads import fitted, workload
+from .providers import LAYOUTS, TORCH
+from .worker import PROVIDERS, Case, Clock, checked_and_made, failure
 
-BACKENDS = {"cuda": ("triton", "cuda", ""), "cpu": ("cpu", "")}
-"""That are measured on a device; "" is a peer's."""
 FOREACH, FLASH = "torch AdamW foreach", "flashoptim AdamW"
-LOW = ("bf16", "split16", "split8-8bit")
 ADAMW, ADABELIEF = ("adamw",), ("adabelief",)
 QUESTIONS = (
     Comparison("2^30", peers=(TORCH,), rules=ADAMW + ADABELIEF),
     Comparison("gpt2", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
-    Comparison("2^30", "bfloat16", LOW, peers=(TORCH, FLASH), rules=ADABELIEF),
+    Comparison("2^30", "bfloat16", ("bf16", "split16", "split8-8bit"), peers=(TORCH, FLASH), rules=ADABELIEF),
     Comparison("llama-7b", "bfloat16", ("bf16",), peers=(TORCH, FLASH), rules=ADAMW),
     Comparison("10000x64", layouts=LAYOUTS, peers=(TORCH, FOREACH), rules=ADAMW),
     Comparison("2^27:zero-rows", peers=(TORCH,), rules=ADAMW),
@@ -40,67 +33,26 @@ QUESTIONS = (
 """What matters most comes first."""
 
 
-class Clock:
-    """Milliseconds of the device's time for what a call of the host starts."""
-
-    def __init__(self, device: str) -> None:
-        self.cuda = device == "cuda"
-        self.filler = torch.zeros(2**27 if self.cuda else 2**20, dtype=torch.uint8, device=device)
-        self.fill_us = self._time(lambda: self.filler.add_(1), 20)[0] * 1e3
-
-    def _time(self, start: Callable[[], Any], fills: int) -> tuple[float, float]:
-        """The time of the device, and of the host."""
-        if not self.cuda:
-            begin = time.perf_counter()
-            start()
-            return (took := 1e3 * (time.perf_counter() - begin)), took
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        torch.cuda.synchronize()
-        for _ in range(fills):
-            self.filler.add_(1)
-        first.record()
-        begin = time.perf_counter()
-        start()
-        host = 1e3 * (time.perf_counter() - begin)
-        last.record()
-        last.synchronize()
-        return first.elapsed_time(last), host
-
-    def __call__(self, start: Callable[[], Any], n: int) -> tuple[list[float], list[float]]:
-        """``n`` times of the device and of the host."""
-        host = max(self._time(start, 1)[1] for _ in range(2))
-        fills = 2 + int(2e3 * host / self.fill_us)  # also evicts from the caches what a step reads
-        pairs = [self._time(start, fills) for _ in range(n)]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+def replay_of(step: Callable[[], Any]) -> Callable[[], Any]:
+    """The step as a CUDA graph."""
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return graph.replay
 
 
-def replayed(step: Callable[[], Any]) -> Callable[[], Any] | str:
-    """The step as a CUDA graph, or why it cannot be captured."""
-    try:
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            step()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=stream):
-            step()
-        return graph.replay
-    except Exception as error:  # noqa: BLE001 (a peer may raise anything; the others are measured)
-        return f"{type(error).__name__}: {error}"[:200]
-
-
-def answer(question: Comparison, provider: Provider, device: str, clock: Clock, rounds: int) -> Record:
+def answer(case: Case, clock: Clock, rounds: int) -> Record:
     """Time one provider and the triad in turns, then the host until ``step()`` and a replay return."""
-    most = 2**16 if device == "cpu" else int(environment.free_memory(device) // 24)
-    case = Case(fitted(workload(question.workload), most), question.dtype, device, provider.name)
     line = head(case)
-    if why_not := provider.why_not(device, question.dtype, len(case.workload.shapes)):
-        return {**line, "status": "absent", "why": why_not}
     try:
         optimizer, said = checked_and_made(case)
         line |= said
         stored = sum(p.nbytes for group in optimizer.param_groups for p in group["params"])
-        a, b, c = (torch.zeros(min(stored, 2**31) // 4, device=device) for _ in range(3))
+        a, b, c = (torch.zeros(min(stored, 2**31) // 4, device=case.device) for _ in range(3))
         triad, times = list[float](), list[float]()
         for _ in range(3):
             triad += clock(lambda: torch.add(a, b, out=c), max(1, rounds // 3))[0]
@@ -110,12 +62,9 @@ def answer(question: Comparison, provider: Provider, device: str, clock: Clock, 
         line["gb_per_s"] = line["bytes_moved"] / line["median"] / 1e6
         line["triad_gb_per_s"] = 3 * a.numel() * 4 / figures(triad)["median"] / 1e6
         line["of_roofline"] = line["gb_per_s"] / line["triad_gb_per_s"]
-        if device == "cuda" and provider.rule:
-            replay = replayed(optimizer.step)
-            line["replay"] = "captured" if callable(replay) else replay
-            if callable(replay):
-                line["replay_us"] = 1e3 * figures(clock(replay, rounds)[1])["median"]
-    except Exception as error:  # noqa: BLE001
+        if case.device == "cuda" and line["rule"]:
+            line["replay_us"] = 1e3 * figures(clock(replay_of(optimizer.step), rounds)[1])["median"]
+    except Exception as error:  # noqa: BLE001 (a peer may raise anything; the others are measured)
         line |= failure(error)
     return line
 
@@ -123,13 +72,15 @@ def answer(question: Comparison, provider: Provider, device: str, clock: Clock, 
 def main(device: str, path: str) -> int:
     """The exit code is 1 if one of ours failed."""
     about, clock, records = environment.describe(device), Clock(device), list[Record]()
+    rounds = 21 if device == "cuda" else 3
     for question in QUESTIONS:
-        for provider in question.providers():
-            if provider.loop or device not in provider.devices or provider.backend not in BACKENDS[device]:
-                continue
-            records.append(line := answer(question, provider, device, clock, 21 if device == "cuda" else 3))
+        most = environment.free_memory(device) // 24 if device == "cuda" else 2**16
+        cases, absent = question.cases(device, most)
+        records += absent
+        for case in (case for case in cases if not PROVIDERS[case.provider].loop):
+            records.append(line := answer(case, clock, rounds))
             known = (k for k in ("median", "of_roofline", "host_us", "replay_us") if k in line)
-            print(line["title"], question.dtype, provider.name, line["status"], line.get("why", ""),
+            print(line["title"], case.dtype, case.provider, line["status"], line.get("why", ""),
                   *(f"{k} {line[k]:.4g}" for k in known), flush=True)  # fmt: skip
             report.write(Path(path), about, records)
             gc.collect()

@@ -1,7 +1,5 @@
 """Our optimizers as ``bench host`` times them besides: with parts of the host's work replaced."""
 
-from __future__ import annotations
-
 import dataclasses
 import importlib.util
 import os
@@ -15,32 +13,21 @@ from .providers import OUR_RULES, Groups, Provider, make_ours
 RULE = next(iter(OUR_RULES))
 
 
-class _NullGpu:
+def _null_gpu() -> Any:
     """What Triton asks of a driver, for kernels that are compiled for sm_90 and launched nowhere."""
+    from triton.backends.compiler import GPUTarget
 
-    def __init__(self) -> None:
-        from triton.backends.compiler import GPUTarget
-
-        self.target, self.utils = GPUTarget("cuda", 90, 32), self
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> Any:
-        return self.target
-
-    def get_device_properties(self, device: int) -> dict[str, int]:
-        return {"max_shared_mem": 99 * 1024}
-
-    def load_binary(self, *arguments: Any) -> tuple[Any, ...]:
-        registers, spills, most_threads = 0, 0, 1024
-        return "module", "function", registers, spills, most_threads
-
-    def launcher_cls(self, source: Any, metadata: Any) -> Any:
-        return lambda *arguments: None
+    target, registers, spills, most_threads = GPUTarget("cuda", 90, 32), 0, 0, 1024
+    return SimpleNamespace(
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device: 0,
+        get_current_target=lambda: target,
+        launcher_cls=lambda source, metadata: lambda *given: None,
+        utils=SimpleNamespace(
+            get_device_properties=lambda device: {"max_shared_mem": 99 * 1024},
+            load_binary=lambda *given: ("module", "function", registers, spills, most_threads),
+        ),
+    )
 
 
 def _make(backend: str, in_python: bool, groups: Groups) -> Any:
@@ -53,7 +40,7 @@ def _make(backend: str, in_python: bool, groups: Groups) -> Any:
     if backend == "triton":
         import triton
 
-        triton.runtime.driver.set_active(_NullGpu())
+        triton.runtime.driver.set_active(_null_gpu())
     if backend == "cuda":
         nothing = SimpleNamespace(load=id, step=lambda *given: 2, chunk_size=4096, coefficients_bytes=128)
         extension = native.extension
@@ -62,19 +49,19 @@ def _make(backend: str, in_python: bool, groups: Groups) -> Any:
     for name, module in list(sys.modules.items()) if in_python else []:
         if name.startswith("fused_optim.") and ".backends" not in name and hasattr(module, "extension"):
             vars(module)["extension"] = lambda name: (None, "hidden by the benchmark")
-    return make_ours(RULE, backend, "fp32", "list", groups)
+    return make_ours(groups, RULE, backend, "fp32", "list")
 
 
-def _variant(backend: str, in_python: bool, what: str, rule: str = "") -> Provider:
-    make = partial(_make, backend, in_python)
-    kind = (rule, backend, "fp32", "list") if rule else ()
-    return Provider(f"{OUR_RULES[RULE][0]} {what}", rule, make, "", ("cpu",), ("float32",), 1e-4, None, *kind)
+def _variant(what: str, backend: str, in_python: bool = False, rule: str = "") -> Provider:
+    kind = {"rule": rule, "backend": backend, "format": "fp32", "layout": "list"}
+    name, make = f"{OUR_RULES[RULE][0]} {what}", partial(_make, backend, in_python)
+    return Provider(name, rule, make, devices=("cpu",), dtypes=("float32",), **kind)
 
 
 HOST_VARIANTS = [
-    _variant("cpu", True, "cpu fp32 list, addresses in Python", RULE),
-    _variant("cuda", False, "cuda, launches nothing"),
+    _variant("cpu fp32 list, addresses in Python", "cpu", True, RULE),
+    _variant("cuda, launches nothing", "cuda"),
 ]
 if importlib.util.find_spec("triton") and os.environ.get("TRITON_INTERPRET") != "1":
-    HOST_VARIANTS.append(_variant("triton", False, "triton, launches nothing"))
-    HOST_VARIANTS.append(_variant("triton", True, "triton, launches nothing, addresses in Python"))
+    HOST_VARIANTS.append(_variant("triton, launches nothing", "triton"))
+    HOST_VARIANTS.append(_variant("triton, launches nothing, addresses in Python", "triton", True))

@@ -105,11 +105,10 @@ def head(case: Case) -> Record:
 
 def lots(cases: Sequence[Case]) -> list[list[Case]]:
     """Cases in lots whose parameters, gradients and states fit into memory together, those of one algorithm
-    in one lot if they do, AdamW's before others. Each lot has the loops."""
+    one after another, AdamW's first. Each lot has the loops."""
     loops = [case for case in cases if PROVIDERS[case.provider].loop]
     others = [case for case in cases if not PROVIDERS[case.provider].loop]
-    algorithm = {case: PROVIDERS[case.provider].algorithm for case in others}
-    others.sort(key=lambda case: (algorithm[case] != "adamw", algorithm[case]))
+    others.sort(key=lambda case: PROVIDERS[case.provider].algorithm, reverse=True)
     element = 4 if cases[0].dtype == "float32" else 2
     each = cases[0].workload.numel * (2 * element + 8) + 300 * 2**20
     # What some peers take for a moment is taken by one at a time.

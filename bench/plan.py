@@ -5,7 +5,7 @@ import signal
 import statistics
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -40,8 +40,6 @@ class Comparison:
     def providers(self) -> list[Provider]:
         ours = [p for p in OURS if p.format in self.formats and p.layout in self.layouts]
         ours = [p for p in ours if p.rule in self.rules]
-        # eager is the judge and slow by purpose: only where it is asked for.
-        ours = [p for p in ours if p.backend != "eager" or any("eager" in text for text in self.only)]
         peers = [p for p in PEERS if self.peers is None or p.name in self.peers]
         chosen = [p for p in (*ours, *peers) if not self.only or any(text in p.name for text in self.only)]
         if self.measure == "host":
@@ -49,9 +47,8 @@ class Comparison:
         of_float32 = self.formats == ("fp32",) and self.peers is not None
         return [*([ROOFLINES[4]] if of_float32 else ROOFLINES.values()), *chosen]
 
-    def run(self, device: str, effort: Effort) -> list[Record]:
-        """Measure; a record for what cannot be measured here, too."""
-        most = min(2**27 if device == "cpu" else 2**31, free_memory(device) // 40)
+    def cases(self, device: str, most: int) -> tuple[list[Case], list[Record]]:
+        """What can be measured here, with ``most`` elements at most, and a record for each of what cannot."""
         load = fitted(workload(self.workload), most)
         cases, absent = [], []
         for provider in self.providers():
@@ -61,11 +58,16 @@ class Comparison:
                 cases.append(case)
             elif self.dtype in provider.dtypes and device in provider.devices:
                 absent.append({**head(case), "status": "absent", "why": why_not})
+        return cases, absent
+
+    def run(self, device: str, effort: Effort) -> list[Record]:
+        most = min(2**27 if device == "cpu" else 2**31, free_memory(device) // 40)
+        cases, absent = self.cases(device, most)
         return compare(cases, effort, self.starts) + absent
 
 
-_HOST = Comparison("1x1", layouts=LAYOUTS, peers=(TORCH,), measure="host")
-HOST = (_HOST, replace(_HOST, workload="148x1"), replace(_HOST, workload="1000x1"))
+_HOST = Comparison("", layouts=LAYOUTS, peers=(TORCH,), measure="host")
+HOST = [replace(_HOST, workload=name) for name in ("1x1", "148x1", "1000x1")]
 
 
 def everything(device: str) -> list[Comparison]:
@@ -90,65 +92,54 @@ def everything(device: str) -> list[Comparison]:
 
 
 @contextmanager
-def spinning(processes: int) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Processes that use a core each; they go away with the block."""
+def spinning(processes: int) -> Iterator[Callable[[bool], None]]:
+    """Processes that use a core each, or stand still, as they are told; they go away with the block."""
     started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
+
+    def spin(busy: bool) -> None:
+        for process in started:
+            process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
+
     try:
-        yield started
+        yield spin
     finally:
         for process in started:
             process.kill()
             process.wait()
 
 
-def _signal(processes: list[subprocess.Popen[bytes]], what: int) -> None:
-    for process in processes:
-        process.send_signal(what)
-
-
-def beside(processes: int, device: str, effort: Effort) -> list[Record]:
-    """Steps of 291 small tensors with quiet cores, and with ``processes`` spinning ones beside it, in turns."""
-    backend = "cpu" if device == "cpu" else "triton"
-    names = [p.name for p in OURS if (p.backend, p.format) == (backend, "fp32")]
-    records = []
-    with spinning(processes) as others:
-        for name in (*names, TORCH):
-            worker = Worker(Case(workload("291x64"), "float32", device, name, "host"), effort)
-            quiet, busy = [], []
-            for _ in range(8 if worker.well else 0):
-                for times, what in ((quiet, signal.SIGSTOP), (busy, signal.SIGCONT)):
-                    _signal(others, what)
-                    times += worker.run(100)
+def in_turns(cases: Sequence[Case], processes: int, effort: Effort) -> list[Record]:
+    """A provider's steps of several workloads, those of BUSY beside spinning ``processes``, compared with the
+    first."""
+    with spinning(processes) as spin:
+        spin(False)
+        workers = [Worker(case, effort) for case in cases]
+        for _ in range(effort.rounds):
+            for worker in (w for w in workers if w.well):
+                spin(worker.case.workload.condition == BUSY)
+                worker.take_turn()
+        for worker in workers:
             worker.stop()
-            line = {**head(worker.case), **worker.said, "measure": "busy", "processes": processes}
-            if busy:
-                line |= {"quiet": statistics.median(quiet), "median": statistics.median(busy)}
-                line["p99"] = statistics.quantiles(busy, n=100)[98]
-                line |= {f"{name}_of_quiet": line[name] / line["quiet"] for name in ("median", "p99")}
-            records.append(line)
-    return records
+    lines, title = [record(w) for w in workers], f"{cases[0].provider}, {cases[0].workload.title}"
+    for worker, line in zip(workers, lines):
+        line |= {"title": title, "provider": line["title"], "measure": "cliffs"}
+        if worker.well and workers[0].well:
+            p99 = statistics.quantiles(worker.times, n=100, method="inclusive")[98]
+            line["of_ordinary"] = line["median"] / lines[0]["median"]
+            line["p99_of_ordinary"] = p99 / lines[0]["median"]
+    return lines
 
 
-def cliffs(size: str, effort: Effort) -> list[Record]:
-    """Each of our CPU steps of one tensor in every condition, in turns; and of one huge and many tiny ones."""
-    loads = [workload(f"{size}:{condition}" if condition else size) for condition in CONDITIONS]
-    records = []
-    for provider in (p for p in OURS if (p.backend, p.format, p.layout) == ("cpu", "fp32", "list")):
-        with spinning(os.cpu_count() or 1) as others:
-            workers = []
-            for load in (*loads, workload("huge-and-tiny")):
-                _signal(others, signal.SIGSTOP)
-                workers.append(Worker(Case(load, "float32", "cpu", provider.name), effort))
-            for _ in range(effort.rounds):
-                for worker in filter(lambda w: w.well, workers):
-                    _signal(others, signal.SIGCONT if worker.case.workload.condition == BUSY else signal.SIGSTOP)
-                    worker.take_turn()
-            for worker in workers:
-                worker.stop()
-        lines = [record(worker) for worker in workers]
-        for line in lines:
-            line |= {"title": f"{provider.name}, {loads[0].title}", "provider": line["title"], "measure": "cliffs"}
-            if "median" in line and "median" in lines[0]:
-                line["of_ordinary"] = line["median"] / lines[0]["median"]
-        records += lines
+def cliffs(device: str, effort: Effort) -> list[Record]:
+    """Steps of one tensor in every condition, and of one huge and many tiny ones; and the host's time for a
+    step of small ones beside more processes than there are cores."""
+    backend = "cpu" if device == "cpu" else "triton"
+    large = [*(workload(f"2^24:{condition}") for condition in CONDITIONS), workload("huge-and-tiny")]
+    small, records = [workload("291x64"), workload(f"291x64:{BUSY}")], []
+    ours = [p.name for p in OURS if (p.backend, p.format, p.layout) == (backend, "fp32", "list")]
+    for name in (*ours, TORCH):
+        cases = [Case(load, "float32", device, name) for load in large]
+        records += in_turns(cases, os.cpu_count() or 1, effort)
+        cases = [Case(load, "float32", device, name, "host") for load in small]
+        records += in_turns(cases, 8, replace(effort, rounds=40))
     return records

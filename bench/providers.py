@@ -85,24 +85,22 @@ OUR_RULES: dict[str, tuple[str, dict[str, Any]]] = {
 """By the reference's name: the optimizer's class, and options beside the common ones."""
 # Triton's interpreter, where it is chosen, runs on the CPU: to rehearse, not to be timed.
 _TRITON = ("cpu", "cuda") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
-BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",), "eager": ("cpu", "cuda")}
+BACKENDS = {"triton": _TRITON, "cuda": ("cuda",), "cpu": ("cpu",)}
 LAYOUTS = ("list", "flat")
 
 
-def make_ours(rule: str, backend: str, format: str, layout: str, groups: Groups, **more: Any) -> Any:
+def make_ours(groups: Groups, rule: str, backend: str, format: str, layout: str) -> Any:
     import fused_optim
 
     title, options = OUR_RULES[rule]
-    options = {**DECAYED, **options, **OPTIONS[format][0], **more}
-    optimizer = getattr(fused_optim, title)
-    return optimizer(_groups(groups), **options, flatten=layout == "flat", backend=backend)
+    options = {**DECAYED, **options, **OPTIONS[format][0], "flatten": layout == "flat", "backend": backend}
+    return getattr(fused_optim, title)(_groups(groups), **options)
 
 
 def _ours(rule: str, backend: str, format: str, layout: str) -> Provider:
-    kind = (rule, backend, format, layout)
-    name = f"{OUR_RULES[rule][0]} {backend} {format} {layout}"
-    make, devices, dtypes = partial(make_ours, *kind), BACKENDS[backend], OPTIONS[format][1]
-    return Provider(name, rule, make, "", devices, dtypes, 1e-4, None, *kind)
+    kind = {"rule": rule, "backend": backend, "format": format, "layout": layout}
+    name, make = f"{OUR_RULES[rule][0]} {backend} {format} {layout}", partial(make_ours, **kind)
+    return Provider(name, rule, make, devices=BACKENDS[backend], dtypes=OPTIONS[format][1], **kind)
 
 
 OURS = tuple(_ours(r, b, f, l) for r in OUR_RULES for b in BACKENDS for f in OPTIONS for l in LAYOUTS)

@@ -3,7 +3,6 @@ are providers like any other, interleaved with what is compared with them."""
 
 import ctypes
 import os
-import shutil
 import subprocess
 import tempfile
 import zlib
@@ -15,14 +14,13 @@ import torch
 from .providers import Groups, Provider
 
 SOURCE = Path(__file__).with_name("roofline.cpp")
-_INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32}
+_KINDS = {4: torch.int32, 2: torch.int16, 1: torch.uint8}
 
 
 @cache
 def library() -> ctypes.CDLL:
     """roofline.cpp, compiled for this machine; kept among temporary files under its contents' hash."""
-    compiler = shutil.which(os.environ.get("CXX", "c++")) or "g++"
-    command = [compiler, "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
+    command = [os.environ.get("CXX", "c++"), "-O3", "-march=native", "-fopenmp", "-shared", "-fPIC"]
     name = f"{zlib.crc32(' '.join(command).encode() + SOURCE.read_bytes()):08x}"
     folder = Path(tempfile.gettempdir(), f"fused_optim_bench_{os.getuid()}")
     folder.mkdir(mode=0o700, exist_ok=True)
@@ -40,7 +38,7 @@ class Streams:
     def __init__(self, state_bytes: int, groups: Groups) -> None:
         n, first = sum(p.numel() for group in groups for p in group), groups[0][0]
         self.sizes, self.gpu = (first.element_size(), state_bytes), first.is_cuda
-        kinds = [_INTEGERS[size] for size in self.sizes for _ in range(2)]
+        kinds = [_KINDS[size] for size in self.sizes for _ in range(2)]
         self.streams = [torch.randint(0, 127, (n,), dtype=kind, device=first.device) for kind in kinds]
         self.moved = n * (3 * self.sizes[0] + 4 * state_bytes)
 
@@ -55,10 +53,8 @@ class Streams:
         library().streams(*pointers, ctypes.c_int64(len(p)), torch.get_num_threads(), *self.sizes)
 
 
-_DTYPES = ("float32", "bfloat16", "float16")
-ROOFLINES = {
-    n: Provider(f"roofline, {n}-byte states", "", partial(Streams, n), dtypes=_DTYPES) for n in (4, 2, 1)
-}
+_ALL = ("float32", "bfloat16", "float16")
+ROOFLINES = {n: Provider(f"roofline, {n}-byte states", "", partial(Streams, n), dtypes=_ALL) for n in _KINDS}
 """By the bytes of an element of a state."""
 
 

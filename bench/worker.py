@@ -72,32 +72,26 @@ def steps_of(make: Make, given: Problem, device: str) -> tuple[list[Tensor], Any
     return params, optimizer
 
 
-def other_bits(make: Make, eager: Make, given: Problem, device: str) -> str | None:
-    """What differs between an optimizer of ours and the eager one on the CPU; None if nothing does."""
-    (ours, optimizer), (want, judge) = steps_of(make, given, device), steps_of(eager, given, "cpu")
-    for i, (p, q) in enumerate(zip(ours, want)):
-        mine, right = optimizer.state[p] | {"parameter": p}, judge.state[q] | {"parameter": q}
-        for key, value in right.items():
-            if isinstance(value, Tensor) and not torch.equal(mine[key].cpu(), value):
-                return f"{key} of parameter {i} of shape {tuple(q.shape)} has not eager's bits"
-    return None
-
-
 def check(case: Case, provider: Provider) -> str:
     """Compare a few steps on tensors like the workload's with what is right; says with what."""
     if provider.loop:
         return "computes no step"
     given = problem(fitted(case.workload, 2**20).shapes[:1000], getattr(torch, case.dtype))
-    error = relative_error(provider.algorithm, given, steps_of(provider.make, given, case.device)[0])
+    params, optimizer = steps_of(provider.make, given, case.device)
+    error = relative_error(provider.algorithm, given, params)
     most = tolerance(provider, case.dtype)
     if not error <= most:  # so that NaN fails
         raise CheckError(f"differs from {provider.algorithm} in float64: error {error:.1e} > {most:.0e}")
     text = f"{provider.algorithm} in float64: error {error:.0e} of the update"
-    if not provider.rule or provider.backend == "eager":
+    if not provider.rule:
         return text
-    eager = partial(make_ours, provider.rule, "eager", provider.format, "list")
-    if difference := other_bits(provider.make, eager, given, case.device):
-        raise CheckError(difference)
+    eager = partial(make_ours, rule=provider.rule, backend="eager", format=provider.format, layout="list")
+    wanted, judge = steps_of(eager, given, "cpu")
+    for i, (p, q) in enumerate(zip(params, wanted)):
+        mine, right = optimizer.state[p] | {"parameter": p}, judge.state[q] | {"parameter": q}
+        for key, value in right.items():
+            if isinstance(value, Tensor) and not torch.equal(mine[key].cpu(), value):
+                raise CheckError(f"{key} of parameter {i} of shape {tuple(q.shape)} has not eager's bits")
     return f"eager's bits; {text}"
 
 
@@ -111,33 +105,43 @@ def set_count(optimizer: Any, count: int) -> None:
             state["step"] = count
 
 
-FLUSH = 2**27
-"""Bytes that are written before each timed step, so that no cache holds what it reads."""
+class Clock:
+    """Milliseconds of the device and of the host for what a call of the host starts. What it is to read lies in
+    no cache: other data were written. On a GPU that also keeps the device busy until the host is done, so
+    that no host time lies in the device's interval."""
 
+    def __init__(self, device: str) -> None:
+        self.gpu = device == "cuda"
+        self.other = torch.zeros(2**27, dtype=torch.uint8, device=device)
+        self.fill = self.once(lambda: self.other.add_(1), 20)[0] if self.gpu else 0.0
 
-def time_steps(case: Case, step: Callable[[], Any], n: int) -> list[float]:
-    """Milliseconds of ``n`` steps, after one that is not timed."""
-    other = torch.zeros(FLUSH // 4, device=case.device)
-    gpu = case.device == "cuda"
-    times, events = [], []
-    for _ in range(n + 1):
-        if case.measure == "step":
-            other += 1
-        if gpu and case.measure == "step":
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            events.append((start, end))
-            continue
-        if gpu:
+    def once(self, start: Callable[[], Any], fills: int) -> tuple[float, float]:
+        if self.gpu:
+            first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             torch.cuda.synchronize()
+        for _ in range(fills):
+            self.other += 1
+        if self.gpu:
+            first.record()
         begin = time.perf_counter()
-        step()
-        times.append(1e3 * (time.perf_counter() - begin))
-    if gpu:
-        torch.cuda.synchronize()
-    return (times or [start.elapsed_time(end) for start, end in events])[1:]
+        start()
+        host = 1e3 * (time.perf_counter() - begin)
+        if not self.gpu:
+            return host, host
+        last.record()
+        last.synchronize()
+        return first.elapsed_time(last), host
+
+    def __call__(
+        self, start: Callable[[], Any], n: int, cold: bool = True
+    ) -> tuple[list[float], list[float]]:
+        """The device's and the host's times of ``n`` calls, after one that does not count. With ``cold`` false
+        nothing is written before, and only the host's say something."""
+        fills = 1 if cold else 0
+        if cold and self.gpu:
+            fills += 1 + int(2 * self.once(start, 1)[1] / self.fill)
+        pairs = [self.once(start, fills) for _ in range(n + 1)][1:]
+        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
 
 
 def checked_and_made(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -166,7 +170,8 @@ def prepare(case: Case) -> dict[str, Any]:
     for stream in (1, 2):  # peers greet, warn and print tables of advice
         os.dup2(os.open(os.devnull, os.O_WRONLY), stream)
     made, said = checked_and_made(case)
-    STEPPING.append(partial(time_steps, case, made.step))
+    clock, host = Clock(case.device), case.measure == "host"
+    STEPPING.append(lambda n: clock(made.step, n, cold=not host)[int(host)])
     return said
 
 

@@ -1,7 +1,5 @@
 """What is stepped: lists of shapes, as models and bad cases have them."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -83,6 +81,9 @@ CONDITIONS: dict[str, Callable[[Any], Any]] = {
 """What is done to a parameter with its gradient, by a name that follows a workload's and a colon."""
 
 
+KNOWN = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
+
+
 def workload(name: str) -> Workload:
     """The workload of a name: ``2^n`` is one tensor, ``NxM`` is N tensors of M elements."""
     name, _, condition = name.partition(":")
@@ -98,14 +99,9 @@ def workload(name: str) -> Workload:
         n, size = int(match[1]), int(match[2])
         return Workload(name, f"{n:,} x {size:,}", n * ((size,),))
     if name not in MODELS:
-        known = f"{', '.join(MODELS)}, any 2^n, or NxM (N tensors of M)"
-        raise argparse.ArgumentTypeError(f"no workload {name!r}: take {known}")
+        raise argparse.ArgumentTypeError(f"no workload {name!r}: take {KNOWN}")
     title, shapes, groups = MODELS[name]
     return Workload(name, title, shapes(), groups)
-
-
-def known_name(name: str) -> str:
-    return workload(name).name
 
 
 def fitted(full: Workload, most: int) -> Workload:

@@ -31,8 +31,8 @@ struct DLPackExchangeAPI {
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
 };
 
-// fused_optim/addresses.py says what is compared; this is the same in C++. It keeps numbers alone: the
-// objects are in lists that Python keeps, where its garbage collector sees them, and gives to each call.
+// What fused_optim/addresses.py compares. It keeps numbers alone: the objects are in lists that Python keeps, where its
+// garbage collector sees them, and gives to each call.
 class Addresses {
  public:
   enum Answer { kChanged = 0, kSame = 1, kGradsMoved = 2, kGradsToggled = 3 };
@@ -45,50 +45,40 @@ class Addresses {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
     api_ = py::capsule(tensor.attr("__dlpack_c_exchange_api__"));
-    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr) return;
-    remembering_ = true;
-    works_ = ask_tensors(params.ptr(), held.ptr()) != kChanged;
+    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr ||
+        ask_tensors(params.ptr(), held.ptr()) == kChanged)
+      api_ = nullptr;
     remembering_ = false;
   }
 
-  bool works() const { return works_; }
+  bool works() const { return api_ != nullptr; }
 
-  int ask(py::list params, py::list held, py::list keys, py::list states, py::list names, py::list values,
-          py::list param_lists, py::dict state) {
-    if (!same_lists(param_lists, {params.ptr()}) ||
-        !same_dicts(state.ptr(), {keys.ptr()}, {states.ptr()}, {names.ptr()}, {values.ptr()}))
-      return kChanged;
+  // `objects`: those expected in the lists of parameters and in the state, as they are met.
+  int ask(py::list params, py::list held, py::list objects, py::list param_lists, py::dict state) {
+    if (!same_objects(objects.ptr(), param_lists, state.ptr())) return kChanged;
     next_ = 0;
     return ask_tensors(params.ptr(), held.ptr());
   }
 
  private:
-  // Objects that are expected one after another.
-  struct Expected {
-    PyObject* list;
+  static bool same_objects(PyObject* objects, const py::list& param_lists, PyObject* state) {
     Py_ssize_t n = 0;
-    bool next_is(PyObject* object) { return n < PyList_GET_SIZE(list) && PyList_GET_ITEM(list, n++) == object; }
-    bool ended() const { return n == PyList_GET_SIZE(list); }
-  };
-
-  static bool same_lists(const py::list& lists, Expected params) {
-    for (py::handle list : lists) {
+    const auto is_next = [&](PyObject* object) {
+      return n < PyList_GET_SIZE(objects) && PyList_GET_ITEM(objects, n++) == object;
+    };
+    for (py::handle list : param_lists) {
       if (!PyList_Check(list.ptr())) return false;
       for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
-        if (!params.next_is(PyList_GET_ITEM(list.ptr(), i))) return false;
+        if (!is_next(PyList_GET_ITEM(list.ptr(), i))) return false;
     }
-    return params.ended();
-  }
-
-  static bool same_dicts(PyObject* state, Expected keys, Expected states, Expected names, Expected values) {
     PyObject *key, *value, *name, *held;
     for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-      if (!keys.next_is(key) || !states.next_is(value)) return false;
+      if (!is_next(key) || !is_next(value)) return false;
       if (!PyDict_Check(value)) continue;
       for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &held);)
-        if (!names.next_is(name) || !values.next_is(held)) return false;
+        if (!is_next(name) || !is_next(held)) return false;
     }
-    return keys.ended() && values.ended();
+    return n == PyList_GET_SIZE(objects);
   }
 
   Answer ask_tensors(PyObject* params, PyObject* held) {
@@ -160,7 +150,7 @@ class Addresses {
   int64_t* grads_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_ = nullptr;
-  bool works_ = false, remembering_ = false;
+  bool remembering_ = true;
   std::vector<int64_t> numbers_;
   size_t next_ = 0;
 };

@@ -1,7 +1,12 @@
 // fused_optim._cpu: addresses and sizes come in as integers; no torch header anywhere.
 #if defined(_OPENMP)
 #include <omp.h>
+constexpr bool kOpenMP = true;
+#else
+constexpr bool kOpenMP = false;
 #endif
+
+#include <pybind11/stl.h>
 
 #include <algorithm>
 #include <atomic>
@@ -11,7 +16,6 @@
 #include <vector>
 
 #include "addresses.h"
-#include "bindings.h"
 #include "cpu_task.h"
 
 namespace {
@@ -43,6 +47,7 @@ const Isa& isa_named(const std::string& name) {
 }
 
 struct Task : Table {
+  const Hyperparameters* hyper;
   StepElements step_elements;
   bool grad_is_own;
   int64_t chunk_size;
@@ -134,9 +139,8 @@ void step_cpu(const std::string& isa, const NameStrings& strings, int64_t chunk_
   const StepElements step_elements = isa_named(isa).find(names);
   if (step_elements == nullptr) throw std::invalid_argument("no CPU code for " + text_of(names));
   const bool grad_is_own = !same(names.grad, Fp32::name);
-  std::array<int64_t, 7> fields;
-  *std::copy(table.begin(), table.end(), fields.begin()) = hyper;
-  const Task task{bit_cast<Table>(fields), step_elements, grad_is_own, chunk_size, grad_scale, grad_factor, threads};
+  const Task task{bit_cast<Table>(table), reinterpret_cast<const Hyperparameters*>(hyper), step_elements,
+                  grad_is_own, chunk_size, grad_scale, grad_factor, threads};
   without_interpreter([&] { same(names.mu, Fp64::name) ? run<double>(task) : run<float>(task); });
 }
 
@@ -145,66 +149,40 @@ void square_sums(const std::string& isa, const std::string& grad, const std::arr
   if (square_sum == nullptr) throw std::invalid_argument("no CPU code for gradients in " + grad);
   const auto task = bit_cast<NormTask>(fields);
   const double grad_scale = task.grad_scale == nullptr ? 1.0 : static_cast<double>(*task.grad_scale);
-  const auto sum_chunk = [&](int64_t k) {
-    const NormChunk chunk = task.chunks[k];
-    const Row& row = task.rows[chunk.row];
-    const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * kNormChunk;
-    const int64_t end = minimum(begin + kNormChunk, row.numel);
-    task.sums[chunk.place] = square_sum(task.grads[chunk.row], begin, end, grad_scale);
+  const auto sum_chunks = [&](int64_t k, int64_t last) {
+    for (; k < last; ++k) {
+      const NormChunk chunk = task.chunks[k];
+      const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * kNormChunk;
+      const int64_t end = minimum(begin + kNormChunk, task.rows[chunk.row].numel);
+      task.sums[chunk.place] = square_sum(task.grads[chunk.row], begin, end, grad_scale);
+    }
   };
-  without_interpreter([&] {
-    in_portions(task.n_chunks, threads, [&](int64_t k, int64_t last) {
-      for (; k < last; ++k) sum_chunk(k);
-    });
-  });
-}
-
-void convert(const std::string& isa, const std::string& format, int operand, bool encode, int64_t values, int64_t n,
-             uint32_t step, uint64_t key, int64_t stored, int64_t aux) {
-  const auto of = static_cast<Operand>(operand);
-  if (!isa_named(isa).convert(format.c_str(), of, encode, values, Place{step, key}, n, stored, aux))
-    throw std::invalid_argument("no CPU code for format '" + format + "'");
+  without_interpreter([&] { in_portions(task.n_chunks, threads, sum_chunks); });
 }
 
 }  // namespace
 
 PYBIND11_MODULE(_cpu, m) {
-  m.doc() = "The CPU step of fused_optim.";
-  m.def(
-      "isas",
-      [] {
-        std::vector<std::string> names;
-        for (const NamedIsa& isa : isas()) names.emplace_back(isa.first);
-        return names;
-      },
-      "Instruction sets that this machine has, best first.");
-  m.def("step", &step_cpu,
-        "One step of every row of a table. Takes an instruction set, the names of rule and formats, the elements of a "
-        "chunk, the fields of Table, the last on its own, what gradients are divided and multiplied by, and the number "
-        "of threads.");
-  m.def("square_sums", &square_sums,
-        "The sums of squares of a batch's gradients. Takes an instruction set, the gradients' format, the fields of "
-        "NormTask, and the number of threads.");
-  m.def("convert", &convert, "Values into a format that is not the working precision's own, or back.");
-  // Not a class of pybind11's, which ends the process where memory for an instance runs out.
-  m.def(
-      "addresses",
-      [](py::list params, py::list held, std::string kinds, int64_t grads) -> py::object {
-        auto made = std::make_unique<Addresses>(std::move(params), std::move(held), std::move(kinds), grads);
-        if (!made->works()) return py::none();
-        py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
-        made.release();
-        return std::move(kept);
-      },
-      "Where an optimizer's tensors are, for ask(); None where it does not work. See fused_optim/addresses.py.");
-  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list keys, py::list states,
-                  py::list names, py::list values, py::list param_lists, py::dict state) {
-    return addresses.get_pointer<Addresses>()->ask(params, held, keys, states, names, values, param_lists, state);
+  m.def("isas", [] {
+    std::vector<std::string> names;
+    for (const NamedIsa& isa : isas()) names.emplace_back(isa.first);
+    return names;
   });
-#if defined(_OPENMP)
-  m.attr("openmp") = true;
-#else
-  m.attr("openmp") = false;
-#endif
+  m.def("step", &step_cpu);
+  m.def("square_sums", &square_sums);
+  // None where it does not work. Not a class of pybind11's, which ends the process where memory for an instance
+  // runs out.
+  m.def("addresses", [](py::list params, py::list held, std::string kinds, int64_t grads) -> py::object {
+    auto made = std::make_unique<Addresses>(std::move(params), std::move(held), std::move(kinds), grads);
+    if (!made->works()) return py::none();
+    py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
+    made.release();
+    return std::move(kept);
+  });
+  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list objects,
+                  py::list param_lists, py::dict state) {
+    return addresses.get_pointer<Addresses>()->ask(params, held, objects, param_lists, state);
+  });
+  m.attr("openmp") = kOpenMP;
   m.attr("compiler") = __VERSION__;
 }

@@ -5,12 +5,11 @@
 //   Working              what the rules compute with: float or double
 //   Stored, Aux          what lies in memory: one Stored an element, one Aux (NoAux for none) for each `block`
 //   random               which random bits `store` is given: none, 32 of the dither or 16 of Philox
-//   load(stored, aux)    the value in the working precision
+//   load(stored, aux)    the value in the working precision. load<true> may take fewer operations: of block formats
+//                        for finite codes, of split ones except for a zero with a negative remainder
 //   store(x, random, aux)  what to store. Where block is 1, it sets `aux`; else `aux` is the block exponent,
-//                        which `exponent_of` makes of the largest `magnitude` in the block.
-//   store_finite         where `low_precision`, the same in fewer operations for magnitudes below kFiniteLimit
-//   load_finite          of some, the same in fewer operations: of block formats for finite codes, of split ones
-//                        except for a zero with a negative remainder
+//                        which `exponent_of` makes of the largest `magnitude` in the block. Where `low_precision`,
+//                        store<true> takes fewer operations for magnitudes below kFiniteLimit.
 //   is_upper_half        what is stored is 16 bits that are the upper halves of words
 //
 // Values, integers and random bits are single numbers or vectors of them, see numbers.h. What is stored comes and goes
@@ -18,10 +17,8 @@
 #pragma once
 
 #include <cstdint>
-#include <type_traits>
 
 #include "numbers.h"
-#include "rounding.h"
 
 #if defined(__CUDACC__)
 #include <cuda_fp16.h>
@@ -29,18 +26,53 @@
 
 namespace fused_optim {
 
-struct NoAux {};
+// Random bits for rounding: fused_optim/rounding.py in C++.
+enum Operand { kParam, kMu, kNu };
 
+// What a rounding may depend on beside the value and the element's logical index.
+struct Place {
+  uint32_t count;  // the parameter's step number
+  uint64_t key;    // fused_optim.rounding.random_key
+};
+
+// `index`: the element's logical index, whose low 32 bits are enough; one or a vector of them.
+template <class W>
+FUSED_OPTIM_HD W dither(W index, const Place& place, Operand operand) {
+  const uint32_t factor = operand == kParam ? 0xA54FF53Bu : operand == kMu ? 0x6A09E667u : 0xBB67AE85u;
+  return index * factor + place.count * 0x9E3779B9u;
+}
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+// Philox 4x32-10 for eight neighbours: 16 bits for each, the low half of a word first.
+FUSED_OPTIM_HD PhiloxWords philox(uint64_t group, const Place& place) {
+  uint32_t c0 = static_cast<uint32_t>(group), c1 = static_cast<uint32_t>(group >> 32);
+  uint32_t c2 = place.count, c3 = 0;
+  uint32_t k0 = static_cast<uint32_t>(place.key), k1 = static_cast<uint32_t>(place.key >> 32);
+  for (int round = 0; round < 10; ++round) {
+    const uint64_t p0 = static_cast<uint64_t>(c0) * 0xD2511F53u;
+    const uint64_t p1 = static_cast<uint64_t>(c2) * 0xCD9E8D57u;
+    c0 = static_cast<uint32_t>(p1 >> 32) ^ c1 ^ k0;
+    c1 = static_cast<uint32_t>(p1);
+    c2 = static_cast<uint32_t>(p0 >> 32) ^ c3 ^ k1;
+    c3 = static_cast<uint32_t>(p0);
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+struct NoAux {};
 enum Random { kNearest, kDither, kPhilox };
 
 constexpr int64_t kBlockElements = 128;  // that share one exponent in the 8-bit formats
 
-// Values from here on are infinite, NaN or about to be rounded to infinity; `low_precision` codecs
-// store what lies below in fewer operations.
+// Values from here on are infinite, NaN or about to be rounded to infinity.
 constexpr uint32_t kFiniteLimit = 0x7f000000u;
 
-// What most codecs have in common.
-struct Codec {
+struct Codec {  // what most have in common
   using Working = float;
   using Aux = NoAux;
   static constexpr int64_t block = 1;
@@ -52,41 +84,30 @@ struct Codec {
 constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
 
 template <class F>
-FUSED_OPTIM_HD auto magnitude_bits(F x) {
-  return bits_of(x) & kMagnitude;
-}
+FUSED_OPTIM_HD auto magnitude_bits(F x) { return bits_of(x) & kMagnitude; }
 
 template <class F>
-FUSED_OPTIM_HD auto canonical_bits(F x) {
-  return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x));
-}
+FUSED_OPTIM_HD auto canonical_bits(F x) { return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x)); }
 
-// Stored as it is.
 template <class T>
 struct Plain : Codec {
   using Stored = T;
   using Working = T;
-  template <class F>
-  static FUSED_OPTIM_HD F load(F x, NoAux) {
-    return x;
-  }
-  template <class F, class R, class E>
-  static FUSED_OPTIM_HD F store(F x, R, E&) {
-    return x;
-  }
+  template <bool = false, class F>
+  static FUSED_OPTIM_HD F load(F x, NoAux) { return x; }
+  template <bool = false, class F, class R, class E>
+  static FUSED_OPTIM_HD F store(F x, R, E&) { return x; }
 };
 
 struct Fp32 : Plain<float> {
   using PlainCodec = Fp32;
   static constexpr const char* name = "fp32";
 };
-
 struct Fp64 : Plain<double> {
   using PlainCodec = Fp64;
   static constexpr const char* name = "fp64";
 };
 
-// 16 bits that are the upper halves of words.
 struct UpperHalf : Codec {
   using PlainCodec = struct Bf16;
   using Stored = uint16_t;
@@ -97,32 +118,22 @@ struct UpperHalf : Codec {
 struct Bf16 : UpperHalf {
   static constexpr const char* name = "bf16";
 
-  template <class W>
-  static FUSED_OPTIM_HD auto load(W x, NoAux) {
-    return float_of(x);
-  }
+  template <bool = false, class W>
+  static FUSED_OPTIM_HD auto load(W x, NoAux) { return float_of(x); }
 
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
   // One instruction, where integers take three; a NaN stays one.
-  template <class R, class E>
+  template <bool = false, class R, class E>
   static FUSED_OPTIM_HD uint32_t store(float x, R, E&) {
     uint32_t pair;
     asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(x), "f"(0.0f));
     return pair;
   }
-  template <class R, class E>
-  static FUSED_OPTIM_HD uint32_t store_finite(float x, R random, E& aux) {
-    return store(x, random, aux);
-  }
 #else
-  template <class F, class R, class E>
-  static FUSED_OPTIM_HD auto store(F x, R random, E& aux) {
-    return select(magnitude_bits(x) > kInfinity, kNaN, store_finite(x, random, aux));
-  }
-  template <class F, class R, class E>
-  static FUSED_OPTIM_HD auto store_finite(F x, R, E&) {
-    const auto b = bits_of(x);
-    return b + 0x7fffu + ((b >> 16) & 1u);
+  template <bool finite = false, class F, class R, class E>
+  static FUSED_OPTIM_HD auto store(F x, R, E&) {
+    const auto b = bits_of(x), rounded = b + 0x7fffu + ((b >> 16) & 1u);
+    return finite ? rounded : select(magnitude_bits(x) > kInfinity, kNaN, rounded);
   }
 #endif
 };
@@ -132,21 +143,16 @@ template <Random kind, int shift>
 struct Bf16AtOdds : Bf16 {
   static constexpr Random random = kind;
 
-  template <class F, class R, class E>
+  template <bool finite = false, class F, class R, class E>
   static FUSED_OPTIM_HD auto store(F x, R random, E&) {
-    const auto b = canonical_bits(x);
-    return b + select((b & kMagnitude) >= 0x7f7f0000u, 0x8000u, random >> shift);
-  }
-  template <class F, class R, class E>
-  static FUSED_OPTIM_HD auto store_finite(F x, R random, E&) {
-    return bits_of(x) + (random >> shift);
+    const auto b = finite ? bits_of(x) : canonical_bits(x), more = random >> shift;
+    return b + (finite ? more : select((b & kMagnitude) >= 0x7f7f0000u, 0x8000u, more));
   }
 };
 
 struct Bf16Stochastic : Bf16AtOdds<kPhilox, 0> {
   static constexpr const char* name = "bf16_stochastic";
 };
-
 struct Bf16Dither : Bf16AtOdds<kDither, 16> {
   static constexpr const char* name = "bf16_dither";
 };
@@ -157,14 +163,13 @@ struct Fp16 : Codec {
   using Stored = uint16_t;
 
 #if defined(__CUDA_ARCH__)
+  template <bool = false>
   static FUSED_OPTIM_HD float load(uint16_t x, NoAux) { return __half2float(__ushort_as_half(x)); }
-  template <class R, class E>
-  static FUSED_OPTIM_HD uint16_t store(float x, R, E&) {
-    return __half_as_ushort(__float2half_rn(x));
-  }
+  template <bool = false, class R, class E>
+  static FUSED_OPTIM_HD uint16_t store(float x, R, E&) { return __half_as_ushort(__float2half_rn(x)); }
 #else
   // Integers and selects alone, since a processor may lack F16C.
-  template <class W>
+  template <bool = false, class W>
   static FUSED_OPTIM_HD auto load(W x, NoAux) {
     const auto sign = (x & 0x8000u) << 16, shifted = (x & 0x7fffu) << 13;
     // The exponent's bias is moved by a multiplication by 2^112, exact for subnormals too.
@@ -172,7 +177,7 @@ struct Fp16 : Codec {
     return float_of(sign | select((x & 0x7c00u) == 0x7c00u, shifted | kInfinity, finite));
   }
 
-  template <class F, class R, class E>
+  template <bool = false, class F, class R, class E>
   static FUSED_OPTIM_HD auto store(F x, R, E&) {
     const auto b = bits_of(x);
     const auto magnitude = b & kMagnitude;
@@ -197,30 +202,17 @@ struct Split : UpperHalf {
 
   // A zero has a negative remainder only where somebody wrote it to the parameter. The remainder then counts
   // as 0, since the sum would be a NaN.
-  template <class W, class E>
+  template <bool finite = false, class W, class E>
   static FUSED_OPTIM_HD auto load(W x, E remainder) {
-    const auto least = -int_of(smaller(x << 1, 0x8000u));
-    return float_of(x + bits_of(larger(int_of(remainder) * (1 << missing_bits), least)));
-  }
-  template <class W, class E>
-  static FUSED_OPTIM_HD auto load_finite(W x, E remainder) {
-    return float_of(x + bits_of(int_of(remainder) * (1 << missing_bits)));
+    const auto scaled = int_of(remainder) * (1 << missing_bits), least = -int_of(smaller(x << 1, 0x8000u));
+    return float_of(x + bits_of(finite ? scaled : larger(scaled, least)));
   }
 
-  template <class F, class R, class E>
+  template <bool finite = false, class F, class R, class E>
   static FUSED_OPTIM_HD auto store(F x, R random, E& remainder) {
-    const auto b = canonical_bits(x);
+    auto b = finite ? bits_of(x) : canonical_bits(x);
     // The largest finite values are cut: no dither carries them to infinity.
-    return split(b, select((b & kMagnitude) >= 0x7f7fff00u, 0u, random >> 24), remainder);
-  }
-  template <class F, class R, class E>
-  static FUSED_OPTIM_HD auto store_finite(F x, R random, E& remainder) {
-    return split(bits_of(x), random >> 24, remainder);
-  }
-
- private:
-  template <class W, class R, class E>
-  static FUSED_OPTIM_HD auto split(W b, R dither, E& remainder) {
+    const auto dither = finite ? random >> 24 : select((b & kMagnitude) >= 0x7f7fff00u, 0u, random >> 24);
     if constexpr (missing_bits != 0) b += dither;
     remainder = (E)(b >> missing_bits);  // less a multiple of 2^16
     return b + 0x8000u;
@@ -230,7 +222,6 @@ struct Split : UpperHalf {
 struct Split16 : Split<int16_t> {
   static constexpr const char* name = "split16";
 };
-
 struct Split8 : Split<int8_t> {
   static constexpr const char* name = "split8";
 };
@@ -261,43 +252,23 @@ struct Blocked : Codec {
     return static_cast<uint8_t>(exponent > 0 ? exponent : 0);
   }
 
-  template <class W>
+  template <bool finite = false, class W>
   static FUSED_OPTIM_HD auto load(W x, uint32_t exponent) {
-    const auto code = code_of(x), special = kInfinity + ((code - Format::infinity) << 22);
-    return signed_value(select(code < Format::infinity, Format::finite_bits(code, exponent), special), x);
-  }
-  template <class W>
-  static FUSED_OPTIM_HD auto load_finite(W x, uint32_t exponent) {
-    return signed_value(Format::finite_bits(code_of(x), exponent), x);
+    const auto code = Format::sign_bit == 0 ? x : x & Format::code_bits;
+    const auto magnitude = Format::finite_bits(code, exponent), special = kInfinity + ((code - Format::infinity) << 22);
+    const auto sign = (x << 24) & (Format::sign_bit << 24);
+    return float_of((finite ? magnitude : select(code < Format::infinity, magnitude, special)) | sign);
   }
 
-  template <class F, class R>
+  template <bool finite = false, class F, class R>
   static FUSED_OPTIM_HD auto store(F x, R random, uint32_t exponent) {
-    const auto m = magnitude_bits(x);
-    // No finite value is rounded to infinity, of which 2040 is the code under exponent 0.
-    const auto finite = smaller(Format::finite_code(m, random, exponent), 2039 - 8 * exponent);
+    const auto m = magnitude_bits(x), sign = (bits_of(x) >> 24) & Format::sign_bit;
+    const auto code = Format::finite_code(m, random, exponent);
     const auto special = select(m > kInfinity, Format::infinity + 1, Format::infinity);
-    const auto code = select(m < kInfinity, finite, special);
+    // No finite value is rounded to infinity, of which 2040 is the code under exponent 0.
+    const auto any = select(m < kInfinity, smaller(code, 2039 - 8 * exponent), special);
     // A NaN has no sign here: devices give the NaN of an operation different ones.
-    return code | select(m > kInfinity, 0u, sign_of(x));
-  }
-  template <class F, class R>
-  static FUSED_OPTIM_HD auto store_finite(F x, R random, uint32_t exponent) {
-    return Format::finite_code(magnitude_bits(x), random, exponent) | sign_of(x);
-  }
-
- private:
-  template <class W>
-  static FUSED_OPTIM_HD W code_of(W x) {
-    return Format::sign_bit == 0 ? x : x & Format::code_bits;
-  }
-  template <class W>
-  static FUSED_OPTIM_HD auto signed_value(W magnitude, W x) {
-    return float_of(magnitude | ((x << 24) & (Format::sign_bit << 24)));
-  }
-  template <class F>
-  static FUSED_OPTIM_HD auto sign_of(F x) {
-    return (bits_of(x) >> 24) & Format::sign_bit;
+    return finite ? code | sign : any | select(m > kInfinity, 0u, sign);
   }
 };
 
@@ -349,25 +320,19 @@ struct E5M3 : Blocked<E5M3> {
 template <class Codec>
 constexpr bool kBlocked = Codec::block > 1;
 
-// Whether each element has an aux of its own.
-template <class Codec>
+template <class Codec>  // whether each element has an aux of its own
 constexpr bool kAuxEach = !kBlocked<Codec> && !std::is_same<typename Codec::Aux, NoAux>::value;
 
-template <class A, class B>
-constexpr bool kSameWorking = std::is_same<typename A::Working, typename B::Working>::value;
-
-template <class T>
-using PlainOf = std::conditional_t<std::is_same<T, double>::value, Fp64, Fp32>;
-
-// Gradients are read as they are in the parameter's plain format and in the working precision. Python copies others.
-template <class Param, class Grad>
-constexpr bool kNativeGrad = std::is_same<Grad, typename Param::PlainCodec>::value ||
-                             std::is_same<Grad, PlainOf<typename Param::Working>>::value;
+// Whether kernels take these together. Gradients are read as they are in the parameter's plain format and in the
+// working precision; Python copies others.
+template <class Param, class Grad, class Mu>
+constexpr bool kTogether = std::is_same<typename Param::Working, typename Mu::Working>::value &&
+                           (std::is_same<Grad, typename Param::PlainCodec>::value ||
+                            std::is_same<typename Grad::Stored, typename Param::Working>::value);
 
 using GradCodecs = Types<Fp32, Fp64, Bf16, Fp16>;
 using ParamCodecs = Types<Fp32, Fp64, Bf16, Fp16, Split16, Split8, Bf16Stochastic>;
 using MuCodecs = Types<Fp32, Fp64, Bf16Dither, E4M3>;
-using EncodedCodecs = Types<Bf16, Fp16, Split16, Split8, Bf16Stochastic, Bf16Dither, E4M3, E5M3>;
 
 // The second moment's format, which goes with the first's.
 template <class Mu>

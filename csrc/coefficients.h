@@ -18,9 +18,8 @@ struct Hyperparameters {
   double lr, weight_decay, beta1, beta2, eps, eps_root, initial_lr, maximize, nesterov;
 };
 
-// What is divided by. Dividing by 1 changes no bit, so it is left out: from step 165 on for beta1 = 0.9 the first
-// moment's correction is 1, and its division is 15% of a step on the CPU whose data lies in a cache, and 10 of some
-// 80 instructions on a GPU, for which cuda_kernels.h makes most flags constants.
+// What is divided by. Dividing by 1 changes no bit, so it is left out: the first moment's correction, which is 1 from
+// step 165 on for beta1 = 0.9, takes 15% of a step in a CPU's cache, and 10 of some 80 instructions on a GPU.
 template <class T>
 struct Divisor {
   T value;
@@ -73,9 +72,7 @@ FUSED_OPTIM_HD T bias_correction(double beta, int64_t count) {
   return static_cast<T>(1) - static_cast<T>(integer_power(rounded, count));
 }
 
-FUSED_OPTIM_HD int64_t next_count(int64_t count) {
-  return count < kMaxCount ? count + 1 : kMaxCount;
-}
+FUSED_OPTIM_HD int64_t next_count(int64_t count) { return count < kMaxCount ? count + 1 : kMaxCount; }
 
 // The coefficients of step number `count`, 1 at the first step. `grad_scale` and `grad_factor` are 1 for none.
 template <class T>

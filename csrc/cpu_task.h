@@ -19,9 +19,6 @@ using SquareSum = double (*)(int64_t grad, int64_t begin, int64_t end, double gr
 struct Isa {
   StepElements (*find)(const Names& names);  // null where what is named does not go together
   SquareSum (*find_square_sum)(const char* grad);  // null where there is no such format of gradients
-  // Encodes or decodes one operand alone, for the tests of codecs; false where there is no codec of that name.
-  bool (*convert)(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
-                  int64_t stored, int64_t aux);
 };
 
 namespace baseline { extern const Isa isa; }

@@ -3,7 +3,6 @@
 
 #include <cuda_runtime.h>
 
-#include "cuda_codecs.h"
 #include "step_cuda.h"
 
 #define FUSED_OPTIM_DEVICE __device__ __forceinline__
@@ -15,12 +14,59 @@ constexpr int kLanes = 32;  // of a warp
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kPrologueThreads = 128;
 
-// The longest access, in bytes: fused_optim.table.VECTOR_BYTES.
-constexpr int kLongest = 16;
+constexpr int kLongest = 16;  // access, in bytes: fused_optim.table.VECTOR_BYTES
 
 template <int bytes>
 struct alignas(bytes) Access {
   uint32_t word[bytes / 4];
+};
+
+// Codecs of finite values alone: Finite<Codec> loads and stores the bits that Codec does, but not where a new value is
+// infinite, NaN or not below kFiniteLimit in magnitude, or a code in memory is that of infinity or NaN. (A zero with
+// a negative remainder, which somebody wrote to the parameter, is decoded to a NaN; so the new parameter is one too.)
+template <class Codec>
+struct Finite : Codec {
+  static_assert(!kBlocked<Codec>, "a blocked codec needs a magnitude that infinities and NaN have too");
+
+  template <class X, class E>
+  static FUSED_OPTIM_HD auto load(X x, E aux) { return Codec::template load<true>(x, aux); }
+  template <class X, class E>
+  static FUSED_OPTIM_HD auto store(X x, uint32_t random, E& aux) {
+    return Codec::template store<true>(x, random, aux);
+  }
+};
+
+// A finite code, shifted, is a float32 of the value under exponent 0, subnormal values too: the exponent is a power of
+// two to multiply by, in two factors since float32 has none above 2^127. codecs.h's way takes four more instructions.
+template <>
+struct Finite<E4M3> : E4M3 {
+  static FUSED_OPTIM_HD uint32_t magnitude(float x) { return magnitude_bits(x); }
+
+  static FUSED_OPTIM_HD float power_of_two(uint32_t exponent) { return float_of((exponent + 127) << 23); }
+
+  static FUSED_OPTIM_HD float load(uint32_t code, uint32_t exponent) {
+    const uint32_t shifted = bits_of(int_of(code << 24) >> 4) & 0x87f00000u;
+    return float_of(shifted) * power_of_two(120) * power_of_two(exponent - 120);
+  }
+
+  // The larger power first: a product that it rounds is zero after the other.
+  static FUSED_OPTIM_HD uint32_t store(float x, uint32_t random, uint32_t exponent) {
+    const uint32_t half = exponent < 126 ? exponent : 126;
+    const float scaled = absolute(x) * power_of_two(half - exponent) * power_of_two(0 - half);
+    return (bits_of(scaled) + (random >> 12)) >> 20 | ((bits_of(x) >> 24) & 0x80u);
+  }
+};
+
+// With a sign, which finite values have not, the bits are above kFiniteLimit.
+template <>
+struct Finite<E5M3> : E5M3 {
+  static FUSED_OPTIM_HD uint32_t magnitude(float x) { return bits_of(x); }
+
+  static FUSED_OPTIM_HD float load(uint32_t code, uint32_t exponent) { return E5M3::load<true>(code, exponent); }
+
+  static FUSED_OPTIM_HD uint32_t store(float x, uint32_t random, uint32_t exponent) {
+    return finite_code(bits_of(x), random, exponent);
+  }
 };
 
 // An address that the table holds. From a bare integer the compiler would make generic accesses, which are slower.
@@ -33,8 +79,8 @@ FUSED_OPTIM_DEVICE T* global(int64_t address) {
 #endif
 }
 
-// What the launch does not write goes through the read-only path and tensors do not: so the
-// machine code tells the two apart, and tests/test_cuda_compiled.py counts each.
+// What the launch does not write goes through the read-only path and tensors do not, so that machine code tells them
+// apart: tests/test_cuda_compiled.py counts each.
 template <class T>
 FUSED_OPTIM_DEVICE T read_only(const T* p) {
 #if defined(__CUDA_ARCH__)
@@ -59,8 +105,7 @@ FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
   return found_inf || (task.clip != nullptr && read_only(task.clip + 3) != 0.0);
 }
 
-// Works out the coefficients of a counter for each thread. Step numbers stay as they are: when the step kernel is
-// not launched, nothing has changed.
+// A thread works out a counter's coefficients. Step numbers stay: without the step kernel nothing has changed.
 template <class T>
 __global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTask task) {
   const int64_t i = static_cast<int64_t>(blockIdx.x) * kPrologueThreads + threadIdx.x;
@@ -88,9 +133,8 @@ template <class Stored>
 using Wide = std::conditional_t<std::is_floating_point<Stored>::value, Stored,
                                 std::conditional_t<std::is_signed<Stored>::value, int32_t, uint32_t>>;
 
-// `n` neighbours as they lie in memory. Halves and bytes are taken out of words and put into them in one or
-// two instructions each; of arrays of them nvcc makes two or three. `upper`: codecs have them as the upper
-// halves of 32 bits.
+// `n` neighbours as they lie in memory. Halves and bytes are taken out of words and put into them in one or two
+// instructions each; of arrays of them nvcc makes two or three. `upper`: codecs have them as upper halves of 32 bits.
 template <class Stored, int n, bool upper = false>
 class InMemory {
   static constexpr bool kInWords = n > 1 && sizeof(Stored) < 4;
@@ -147,9 +191,7 @@ class InMemory {
 template <int lanes>
 FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
 #pragma unroll
-  for (int offset = lanes / 2; offset > 0; offset /= 2) {
-    x = maximum(__shfl_xor_sync(kAllLanes, x, offset), x);
-  }
+  for (int offset = lanes / 2; offset > 0; offset /= 2) x = maximum(__shfl_xor_sync(kAllLanes, x, offset), x);
   return x;
 }
 
@@ -309,9 +351,7 @@ struct Neighbours {
     asm volatile("" ::: "memory");  // all of it before anything else, so that reads wait together
   }
 
-  // `first`: the index in the parameter. Returns whether a new value is special, of those that blocks do not
-  // tell of.
-  //
+  // `first`: the index in the parameter. Returns whether a new value is special, where no block says so.
   // With low-precision moments a full chunk has two loops, with and without the first moment's corrections. To ask
   // for each element takes up to 16% more instructions where there are corrections, and two loops take up to 7%
   // more with float32 moments. Without corrections, each element asks for the second moment's: a third loop saves 3
@@ -331,8 +371,7 @@ struct Neighbours {
   }
 
  private:
-  // What can be encoded is at once, element by element: with eight values of each operand waiting
-  // some kernels spilled at 64 registers.
+  // What can be encoded is at once: with eight values of each operand waiting some kernels spilled at 64 registers.
   FUSED_OPTIM_DEVICE bool update_each(const Coefficients<T>& c) {
     bool special = false;
 #pragma unroll
@@ -356,14 +395,12 @@ struct Neighbours {
   }
 };
 
-// Neighbours that a thread takes of a full chunk: 16 bytes of 16-bit operands, 8 of 8-bit ones.
-// With 16 elements of the latter ones registers would not do.
+// Neighbours that a thread takes of a full chunk: 16 bytes of 16-bit operands, 8 of 8-bit ones, for want of registers.
 template <class T, class... Codec>
 constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
 
 // A thread's `n` elements from `i` on of a full chunk, with low-precision moments by the codecs of finite values:
-// where some lane of the warp has a special value it writes nothing and returns false. With float32 moments that
-// would take more instructions than it saves.
+// where some lane of the warp has a special value it writes nothing and returns false.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
   std::conditional_t<Mu::low_precision, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
@@ -376,8 +413,7 @@ FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& ope
   const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
   special |= maximum(mu_largest, nu_largest) >= kFiniteLimit;
   if (Mu::low_precision && __any_sync(kAllLanes, special)) return false;
-  // One after another, since what is written needs no register any more; mu last, since its
-  // 8-bit codec takes the most. Else some kernels spill 8 to 24 bytes.
+  // What is written needs no register any more, and mu's codec takes the most. Else some kernels spill 8 to 24 bytes.
   x.p.write(operands.p, i, 0);
   x.nu.write(operands.nu, i, largest_of_lanes<Nu::block / n>(nu_largest));
   x.mu.write(operands.mu, i, largest_of_lanes<Mu::block / n>(mu_largest));
@@ -388,8 +424,8 @@ FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& ope
 template <class Mu>
 constexpr int kSpan = kBlocked<Mu> ? kBlockElements : kLanes;
 
-// Spans, from `first` to `end` and `stride` apart, of any values and alignment. What a block's elements share
-// is known only when all are updated: so blocked formats update twice and write the second time.
+// Spans, from `first` to `end` and `stride` apart, of any values and alignment. Blocked formats update twice, since
+// what a block's elements share is known only then, and write the second time.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands, int first, int end, int stride,
                                    int lane) {
@@ -420,9 +456,8 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
   }
 }
 
-// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where the
-// arithmetic takes pairs. Then some 64 KiB of loads are in flight, or 48 with 8-bit moments,
-// several times what an H100 needs to hide the latency of its memory.
+// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where arithmetic takes pairs. Then some
+// 64 KiB of loads are in flight, or 48 with 8-bit moments, several times what hides the latency of an H100's memory.
 template <class T>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
 
@@ -446,13 +481,10 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   if (skip) return;
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;
-  const Operands<Param, Grad, Mu, Nu> operands{{row.param, row.param_aux, begin},
-                                               {read_only(task.grads + chunk.row), 0, begin},
-                                               {row.mu, row.mu_aux, begin},
-                                               {row.nu, row.nu_aux, begin},
-                                               begin + row.offset,
-                                               {c.count, static_cast<uint64_t>(row.key)},
-                                               c};
+  const Operands<Param, Grad, Mu, Nu> operands{
+      {row.param, row.param_aux, begin}, {read_only(task.grads + chunk.row), 0, begin},
+      {row.mu, row.mu_aux, begin}, {row.nu, row.nu_aux, begin},
+      begin + row.offset, {c.count, static_cast<uint64_t>(row.key)}, c};
   const int lane = thread % kLanes;
   int i = thread * n;
   if (full && !Mu::low_precision) {

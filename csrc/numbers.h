@@ -5,13 +5,13 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "coefficients.h"
 
 namespace fused_optim {
 
-template <class... T>
-struct Types {};  // a list of rules or codecs
+template <class... T> struct Types {};  // a list of rules or codecs
 
 // What has the size of a number or of a vector of 32-bit ones.
 template <class T>
@@ -29,10 +29,8 @@ struct Traits<float> {
   using Word = uint32_t;
   using Int = int32_t;
 };
-template <>
-struct Traits<uint32_t> : Traits<float> {};
-template <>
-struct Traits<int32_t> : Traits<float> {};
+template <> struct Traits<uint32_t> : Traits<float> {};
+template <> struct Traits<int32_t> : Traits<float> {};
 
 FUSED_OPTIM_HD float absolute(float x) { return fabsf(x); }
 FUSED_OPTIM_HD double absolute(double x) { return fabs(x); }
@@ -60,17 +58,11 @@ FUSED_OPTIM_HD To bit_cast(From from) {
 }
 
 template <class T>
-FUSED_OPTIM_HD auto bits_of(T x) {
-  return bit_cast<typename Traits<T>::Word>(x);
-}
+FUSED_OPTIM_HD auto bits_of(T x) { return bit_cast<typename Traits<T>::Word>(x); }
 template <class T>
-FUSED_OPTIM_HD auto float_of(T bits) {
-  return bit_cast<typename Traits<T>::Float>(bits);
-}
+FUSED_OPTIM_HD auto float_of(T bits) { return bit_cast<typename Traits<T>::Float>(bits); }
 template <class T>
-FUSED_OPTIM_HD auto int_of(T bits) {
-  return bit_cast<typename Traits<T>::Int>(bits);
-}
+FUSED_OPTIM_HD auto int_of(T bits) { return bit_cast<typename Traits<T>::Int>(bits); }
 
 // Of integers, for each element; a number counts for all elements of a vector.
 template <class Condition, class A, class B>

@@ -4,13 +4,11 @@
 //
 // Vectors of neighbours are decoded and updated in registers. What is not stored as it is waits until all of its tile
 // is known, and is encoded then: low-precision moments while the processor divides for the parameter.
-//
-// What a tile needs of one format alone is not inlined: the compiler makes a few of each, and not one for each rule
-// with each parameter format.
 #pragma once
 
 // The headers of others come before an instruction set is chosen: none of their functions may be compiled for one
 // that the machine may lack.
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -135,15 +133,13 @@ struct Tile {
     }
   }
 
-  FUSED_OPTIM_HD void begin_block(int64_t block) {
-    if constexpr (kBlocked<Codec>) exponent = aux[block];
-  }
+  FUSED_OPTIM_HD void begin_block(int64_t block) { if constexpr (kBlocked<Codec>) exponent = aux[block]; }
 
   template <class Count>
   FUSED_OPTIM_HD Vector read(int64_t i, Count n) const {
     const auto from = read_vector<Codec::is_upper_half>(stored + i, n);
     if constexpr (kBlocked<Codec>)
-      return finite_codes ? Codec::load_finite(from, exponent) : Codec::load(from, exponent);
+      return finite_codes ? Codec::template load<true>(from, exponent) : Codec::load(from, exponent);
     else if constexpr (kAuxEach<Codec>)
       return Codec::load(from, read_vector(aux + i, n));
     else
@@ -174,7 +170,7 @@ struct Tile {
     }
   }
 
-  // Whether `store_finite` will do, after all of the tile was written.
+  // Whether `store<true>` will do, after all of the tile was written.
   FUSED_OPTIM_HD bool has_finite_values() const {
     return Codec::low_precision && (kBlocked<Codec> ? finite_values : largest_of(largest) < kFiniteLimit);
   }
@@ -199,10 +195,7 @@ struct Tile {
       }
       std::conditional_t<kBlocked<Codec>, uint32_t, VectorOf<Aux>> part{};
       if constexpr (kBlocked<Codec>) part = exponent;
-      if constexpr (finite && Codec::low_precision)
-        write_vector<Codec::is_upper_half>(stored + i, Codec::store_finite(x, bits, part), n);
-      else
-        write_vector<Codec::is_upper_half>(stored + i, Codec::store(x, bits, part), n);
+      write_vector<Codec::is_upper_half>(stored + i, Codec::template store<finite>(x, bits, part), n);
       if constexpr (kAuxEach<Codec>) write_vector(aux + i, part, n);
     }
   }
@@ -211,7 +204,8 @@ struct Tile {
   FUSED_OPTIM_HD void take_magnitudes(Words m) { largest = larger(m, largest); }
 };
 
-// Encodes the `n` values of a tile that begins at element `begin` of its parameter; block exponents are in place.
+// Encodes the `n` values of a tile that begins at element `begin` of its parameter; block exponents are in place. Not
+// inlined, so that it is compiled once for each format, and not for each rule too.
 template <class Codec>
 FUSED_OPTIM_APART void encode_tile(Tile<Codec> tile, bool finite, int64_t begin, int64_t n, Place place,
                                    Operand operand) {
@@ -324,35 +318,10 @@ void step_elements(const Row& row, int64_t grad, int64_t begin, int64_t end, boo
   }
 }
 
-bool convert(const char* format, Operand operand, bool encode, int64_t values, const Place& place, int64_t n,
-             int64_t stored, int64_t aux) {
-  return with_name(EncodedCodecs{}, format, [&](auto codec) {
-    using Codec = decltype(codec);
-    alignas(Words) float updated[kTile];
-    for (int64_t begin = 0; begin < n; begin += kBlockLength<Codec>) {
-      const int64_t end = minimum(kBlockLength<Codec>, n - begin);
-      float* const there = reinterpret_cast<float*>(values) + begin;
-      Tile<Codec> tile(stored, aux, begin, updated);
-      if (encode) {
-        for_vectors<kWords>(0, end, [&](int64_t i, auto n) { tile.write(read_vector(there + i, n), i, n); });
-        tile.end_block(0, 0, end);
-        encode_tile(tile, tile.has_finite_values(), begin, end, place, operand);
-      } else {
-        tile.look_at_codes(end);
-        tile.begin_block(0);
-        for_vectors<kWords>(0, end, [&](int64_t i, auto n) { write_vector(there + i, tile.read(i, n), n); });
-      }
-    }
-    return true;
-  });
-}
-
 StepElements find(const Names& names) {
-  StepElements found = nullptr;
-  with_names(names, [&](auto rule, auto param, auto, auto mu, auto nu) {
-    found = step_elements<decltype(rule), decltype(param), decltype(mu), decltype(nu)>;
+  return with_names<StepElements>(names, [](auto rule, auto param, auto, auto mu, auto nu) -> StepElements {
+    return step_elements<decltype(rule), decltype(param), decltype(mu), decltype(nu)>;
   });
-  return found;
 }
 
 template <class Grad>
@@ -376,15 +345,11 @@ double square_sum(int64_t grad, int64_t begin, int64_t end, double grad_scale) {
 }
 
 SquareSum find_square_sum(const char* grad) {
-  SquareSum found = nullptr;
-  with_name(GradCodecs{}, grad, [&](auto codec) {
-    found = square_sum<decltype(codec)>;
-    return true;
-  });
-  return found;
+  return with_name<SquareSum>(
+      GradCodecs{}, grad, [](auto codec) -> SquareSum { return square_sum<decltype(codec)>; });
 }
 
-const Isa isa = {find, find_square_sum, convert};
+const Isa isa = {find, find_square_sum};
 
 }  // namespace FUSED_OPTIM_ISA
 }  // namespace fused_optim

@@ -29,11 +29,9 @@ cudaError_t load(void (*kernel)(Task)) {
 }
 
 Kernel step_of(const Names& names) {
-  Kernel kernel = nullptr;
   for (const auto find : {find_step<1>, find_step<2>, find_step<4>, find_step<8>})
-    if (kernel == nullptr) kernel = find(names);
-  if (kernel == nullptr) throw std::invalid_argument("no CUDA code for " + text_of(names));
-  return kernel;
+    if (const Kernel kernel = find(names)) return kernel;
+  throw std::invalid_argument("no CUDA code for " + text_of(names));
 }
 
 Kernel prologue_of(const Names& names) {
@@ -51,35 +49,30 @@ void check_cuda() {
   if (const cudaError_t error = load(clip_kernel<double>)) fail(error, "loading a kernel");
 }
 
-int step_cuda(const Names& names, const CudaTask& task, int64_t stream) {
+void step_cuda(const Names& names, const CudaTask& task, int64_t stream) {
   const Kernel kernel = step_of(names);
-  if (task.n_counters == 0) return 0;
+  if (task.n_counters == 0) return;
   const int64_t counter_blocks = (task.n_counters + kPrologueThreads - 1) / kPrologueThreads;
   if (const cudaError_t error = launch(prologue_of(names), counter_blocks, kPrologueThreads, task, stream))
     fail(error, "the launch of the prologue of " + text_of(names));
   if (const cudaError_t error = launch(kernel, task.n_chunks + 1, kThreads, task, stream))
     fail(error, "the launch of " + text_of(names));
-  return 2;
 }
 
-int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream) {
-  void (*kernel)(NormTask) = nullptr;
-  with_name(GradCodecs{}, grad, [&](auto codec) {
-    kernel = square_sums_kernel<decltype(codec)>;
-    return true;
-  });
+void square_sums_cuda(const char* grad, const NormTask& task, int64_t stream) {
+  using NormKernel = void (*)(NormTask);
+  const auto kernel = with_name<NormKernel>(
+      GradCodecs{}, grad, [](auto codec) -> NormKernel { return square_sums_kernel<decltype(codec)>; });
   if (kernel == nullptr) throw std::invalid_argument(std::string("no CUDA code for gradients in ") + grad);
-  if (task.n_chunks == 0) return 0;
+  if (task.n_chunks == 0) return;
   const int64_t blocks = (task.n_chunks + kNormWarps - 1) / kNormWarps;
   if (const cudaError_t error = launch(kernel, blocks, kThreads, task, stream))
     fail(error, std::string("the launch of the norm of gradients in ") + grad);
-  return 1;
 }
 
-int clip_cuda(const ClipTask& task, int64_t stream) {
+void clip_cuda(const ClipTask& task, int64_t stream) {
   if (const cudaError_t error = launch(clip_kernel<double>, 1, kLanes, task, stream))
     fail(error, "the launch of clipping");
-  return 1;
 }
 
 std::string cuda_archs() {

@@ -1,19 +1,17 @@
 // The CUDA step as plain C++ sees it: no CUDA type, so that the bindings need no CUDA header.
 #pragma once
 
-#include <string>
-
 #include "names.h"
 #include "table.h"
 
 namespace fused_optim {
 
-// What a kernel is given: addresses in the device's memory. `coefficients` has kCoefficientsBytes for each
-// counter; `grad_scale` and `found_inf` are null for none.
+// Addresses in the device's memory. `coefficients` has kCoefficientsBytes for each counter.
 struct CudaTask : Table {
+  const Hyperparameters* hyper;
   void* coefficients;
-  const float *grad_scale, *found_inf;
-  const double* clip;  // what clip_cuda gives, null for none
+  const float *grad_scale, *found_inf;  // null for none
+  const double* clip;                   // what clip_cuda gives, null for none
 };
 
 // From `n` sums of squares, in order, to what fused_optim.reference.clip gives. Where `skipped` is not null, a norm
@@ -26,8 +24,7 @@ struct ClipTask {
   int64_t* skipped;
 };
 
-// 4,096 elements fill a GPU from a million parameters on, and still set some 100 KiB of
-// traffic against a block's three dependent reads: chunk, row, coefficients.
+// Fills a GPU from a million parameters on, and sets some 100 KiB of traffic against a block's three dependent reads.
 constexpr int64_t kChunk = 4096;
 
 constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many as any format needs
@@ -39,12 +36,10 @@ constexpr int64_t kCoefficientsBytes = sizeof(Coefficients<double>);  // as many
 void load_cuda(const Names& names);
 void check_cuda();  // loads some kernel: whether the driver and the GPU take what was built
 
-// Launches one step, waits for nothing, and returns the number of kernels launched.
-int step_cuda(const Names& names, const CudaTask& task, int64_t stream);
-
-// Each launches one kernel, as step_cuda does.
-int square_sums_cuda(const char* grad, const NormTask& task, int64_t stream);
-int clip_cuda(const ClipTask& task, int64_t stream);
+// Each of these launches kernels and waits for nothing.
+void step_cuda(const Names& names, const CudaTask& task, int64_t stream);
+void square_sums_cuda(const char* grad, const NormTask& task, int64_t stream);
+void clip_cuda(const ClipTask& task, int64_t stream);
 
 std::string cuda_archs();  // compute capabilities that machine code is built for: "80,90"
 std::string cuda_compiler();

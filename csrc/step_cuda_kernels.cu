@@ -6,12 +6,12 @@ namespace fused_optim {
 
 template <int part>
 Kernel find_step(const Names& names) {
-  Kernel found = nullptr;
-  with_names(names, [&](auto rule, auto param, auto grad, auto mu, auto nu) {
+  return with_names<Kernel>(names, [](auto rule, auto param, auto grad, auto mu, auto nu) -> Kernel {
     if constexpr (sizeof(typename decltype(mu)::Stored) == part)
-      found = step_kernel<decltype(rule), decltype(param), decltype(grad), decltype(mu), decltype(nu)>;
+      return step_kernel<decltype(rule), decltype(param), decltype(grad), decltype(mu), decltype(nu)>;
+    else
+      return nullptr;
   });
-  return found;
 }
 
 #if defined(FUSED_OPTIM_PART)

@@ -22,7 +22,7 @@ struct Counter {
   int64_t hyper;
 };
 
-// What fused_optim/backends/native.py gives as integers, in this order.
+// These and what derives of them fused_optim/backends/native.py gives as integers, in this order.
 struct Table {
   const Row* rows;
   const int64_t* grads;  // each row's gradient
@@ -30,15 +30,13 @@ struct Table {
   int64_t n_chunks;
   const Counter* counters;
   int64_t n_counters;
-  const Hyperparameters* hyper;
 };
 
 // What the gradients' norm is made of, in the order that fused_optim.reference.tree_sum says.
 constexpr int64_t kNormChunk = 4096, kNormLanes = 256;
 
-struct NormChunk {
-  int32_t row, chunk;  // as in Chunk
-  int32_t place;       // of its sum of squares
+struct NormChunk : Chunk {
+  int32_t place;  // of its sum of squares
 };
 
 struct NormTask {

@@ -35,7 +35,6 @@ FUSED_OPTIM_HD To load(const From* from) {
 // A whole vector from memory, and to it.
 FUSED_OPTIM_HD Floats read_vector(const float* from) { return load<Floats>(from); }
 FUSED_OPTIM_HD Doubles read_vector(const double* from) { return load<Doubles>(from); }
-
 FUSED_OPTIM_HD void write_vector(float* to, Floats values) { memcpy(to, &values, sizeof(values)); }
 FUSED_OPTIM_HD void write_vector(double* to, Doubles values) { memcpy(to, &values, sizeof(values)); }
 

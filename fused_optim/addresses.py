@@ -33,7 +33,7 @@ class Addresses:
     ) -> None:
         """``stepped``: the parameters that have a gradient, or may have one like themselves: True for these."""
         self._objects = _objects(param_lists, state)
-        params, *dicts, values = self._objects
+        params, values = self._objects[0], self._objects[-1]
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
         self._stepped, self._optional = list(stepped), list(stepped.values())
         self._unstepped = [p for p in params if p not in stepped]
@@ -47,7 +47,8 @@ class Addresses:
         self.grads = int64_tensor(self._seen[-1])
         cpu = extension("_cpu")[0]
         # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
-        self._known = (params, held, *dicts, values)
+        items = ((k, s, *(chain(*s.items()) if isinstance(s, dict) else ())) for k, s in state.items())
+        self._known = (params, held, [*params, *chain.from_iterable(items)])
         native = None
         if cpu and not self._distributed:
             kinds = bytes(1 + stepped[p] if p in stepped else 0 for p in params)

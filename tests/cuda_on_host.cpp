@@ -192,7 +192,8 @@ int64_t step_on_host(const char* rule, const char* param, const char* grad, cons
   fused_optim::CudaTask task;
   std::memcpy(&task, numbers, sizeof(task));
   return guarded(error, size, [&] {
-    return fused_optim::step_cuda({rule, param, grad, mu, nu}, task, numbers[11]);
+    fused_optim::step_cuda({rule, param, grad, mu, nu}, task, numbers[11]);
+    return n_launched;
   });
 }
 
@@ -202,7 +203,8 @@ int64_t square_sums_on_host(const char* grad, const int64_t* numbers, char* erro
   fused_optim::NormTask task;
   std::memcpy(&task, numbers, sizeof(task));
   return guarded(error, size, [&] {
-    return fused_optim::square_sums_cuda(grad, task, numbers[6]);
+    fused_optim::square_sums_cuda(grad, task, numbers[6]);
+    return n_launched;
   });
 }
 
@@ -219,8 +221,10 @@ int64_t clip_on_host(const int64_t* numbers, char* error, int64_t size) {
   n_launched = 0;
   fused_optim::ClipTask task;
   std::memcpy(&task, numbers, sizeof(task));
-  return guarded(error, size,
-                 [&] { return fused_optim::clip_cuda(task, numbers[5]); });
+  return guarded(error, size, [&] {
+    fused_optim::clip_cuda(task, numbers[5]);
+    return n_launched;
+  });
 }
 
 int64_t chunk_size() { return fused_optim::kChunk; }

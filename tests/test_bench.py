@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import cuda_report, gpu_check, gpu_measure, gpu_proofs, kernels, measure, plan, report, worker
+from bench import cuda_report, gpu_check, gpu_measure, kernels, measure, plan, report, worker
 from bench.__main__ import main
 from bench.formats import TRIPLES
 from bench.measure import Effort, Worker
@@ -43,13 +43,13 @@ def test_bad_options_are_named(arguments: str, capsys: pytest.CaptureFixture[str
 
 
 def test_a_run_writes_results(tmp_path: Path) -> None:
-    chosen = ["--only", TORCH, "--only", "AdaBelief eager fp32 list", "--only", "AdaBelief cpu fp32 flat"]
+    chosen = ["--only", TORCH, "--only", "AdaBelief cpu fp32 flat"]
     assert main(["step", "2^10", *chosen, "--out", str(tmp_path)]) == 0
     results = json.loads((tmp_path / "step.json").read_text())
     assert {"device_name", "versions", "commit", "date", "threads"} <= results["environment"].keys()
     records = {r["provider"]: r for r in results["records"]}
     measured = {name: r for name, r in records.items() if "median" in r}
-    assert {TORCH, "AdaBelief eager fp32 list"} <= measured.keys()
+    assert TORCH in measured
     for record in measured.values():
         assert 0 < record["p20"] <= record["median"] <= record["p80"] and record["checked"]
         assert record["loop"] or record["of_roofline"] > 0
@@ -66,6 +66,14 @@ def test_host_times() -> None:
     assert failed == []
     names = [r["provider"] for r in found]
     assert TORCH in names and any("addresses in Python" in name for name in names)
+
+
+def test_bad_conditions() -> None:
+    names = ("3x64", "3x64:busy-cores", "3x64:unaligned")
+    cases = [worker.Case(workload(name), "float32", "cpu", TORCH) for name in names]
+    found = plan.in_turns(cases, 1, TINY)
+    assert [r["status"] for r in found] == ["measured"] * 3 and found[0]["of_ordinary"] == 1
+    assert all(r["provider"].startswith("3 x 64") and r["p99_of_ordinary"] > 0 for r in found)
 
 
 # Measuring
@@ -200,7 +208,6 @@ def test_gpu_check_rehearsed(tmp_path: Path) -> None:
     text = (tmp_path / "out" / "summary.md").read_text()
     assert "A rehearsal without a GPU" in text and "| tests | passed |" in text
     assert not failed, text
-    assert gpu_proofs.main("cpu", "cpu", "small") == 0
 
 
 def test_gpu_check_goes_on_after_a_failure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,4 +250,5 @@ def test_gpu_measurements_rehearsed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(gpu_measure, "QUESTIONS", (question,))
     assert gpu_measure.main("cpu", str(tmp_path / "gpu.json")) == 0
     records = json.loads((tmp_path / "gpu.json").read_text())["records"]
-    assert len(records) == 2 and all(r["status"] == "measured" and r["host_us"] > 0 for r in records)
+    assert len(records) in (2, 3)  # Triton's interpreter, where it is chosen
+    assert all(r["status"] == "measured" and r["host_us"] > 0 for r in records)

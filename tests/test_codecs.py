@@ -4,15 +4,16 @@ its promises, the CPU's code against it."""
 
 import os
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 import torch
 from helpers import assert_same_bits
 from torch import Tensor
+from worlds import FP32, MOMENTS, WITH_CODES, Formats, Row, World, named
 
 from fused_optim import storage
 from fused_optim.backends import extension
+from fused_optim.backends.eager import EAGER
 from fused_optim.rounding import MU, NU, PARAM, Place, dither, philox, random_key, random_words
 from fused_optim.storage import BLOCK, FORMATS, bits_of, float_of, round_to_bf16
 
@@ -274,40 +275,74 @@ def test_random_words_go_by_seed_step_parameter_and_index_alone() -> None:
     assert float((far == words).float().mean()) < 0.01
 
 
-@pytest.fixture
-def native() -> Any:
-    module, why = extension("_cpu")
-    if module is None:
-        pytest.skip(why)
-    return module
+CPU, WHY_NOT = extension("_cpu")
+ISAS = CPU.isas() if CPU else []
+cpu = pytest.mark.skipif(CPU is None, reason=WHY_NOT or "built")
 
 
+def cpu_step(isa: str, world: World) -> None:
+    """A step by one instruction set."""
+    batch, counters, size = world.batch, world.batch.counters, 16384
+    fields = [*(t.data_ptr() for t in (batch.rows, batch.grads, batch.chunks(size))), len(batch.chunks(size))]
+    fields += [counters.data_ptr(), len(counters)]
+    CPU.step(isa, batch.names, size, fields, world.hyper.data_ptr(), 1.0, 1.0, 1)
+
+
+@cpu
 @pytest.mark.parametrize("name", OPERANDS)
-def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str, native: Any) -> None:
-    format, at = FORMATS[name], place(operand=OPERANDS[name])
-    for isa in native.isas():
-        for x in slices(name if isa == native.isas()[0] else ""):
+def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None:
+    """Moments that were -0 become g and abs(g) by AdamaxW. A parameter becomes -lr*g by AdaBelief where g is finite,
+    since the second moment is 0; a second step leaves it as it is."""
+    format, operand = FORMATS[name], OPERANDS[name]
+    at = place()._replace(key=random_key(12345, 0), operand=operand)
+    rule, formats, eps = "adabelief", named(name, "fp32", "fp32", "fp32"), 1.0
+    if operand != PARAM:
+        rule, formats, eps = "adamaxw", Formats(*FP32[:2], *next(m for m in MOMENTS if format in m)), 0.0
+
+    def step(world: World, isa: str, g: Tensor, lr: float) -> None:
+        world.hyper = torch.tensor([[lr, 0.0, 0.0, 0.5, eps, 0.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
+        world.grads[0].copy_(g)
+        world.steps[0].fill_(2)
+        cpu_step(isa, world)
+
+    for isa, chosen in zip(ISAS, (name, "", "")):
+        size = len(next(slices(chosen)))
+        world = World(rule, formats, [Row(size)])
+        stored, aux = world.stored[0], world.aux[0]
+        zeros = [f.encode(torch.full((size,), -0.0), at) for f in (formats.param, formats.mu, formats.nu)]
+        for x in slices(chosen):
+            for tensors, zero in zip(zip(stored, aux), zeros):
+                for t, of_zero in zip(tensors, zero):
+                    if t is not None:
+                        t.copy_(of_zero)
+            step(world, isa, -x if operand == PARAM else x, 1.0)
+            x = {PARAM: x.where(x.isfinite(), torch.nan), MU: x, NU: x.abs()}[operand]
             want = format.encode(x, at)
-            got, aux = (torch.empty(0) if t is None else torch.empty_like(t) for t in want)
-            of = (len(x), int(at.step), at.key, got.data_ptr(), aux.data_ptr())
-            native.convert(isa, name, at.operand, True, x.data_ptr(), *of)
-            assert_same_bits([got, None if want[1] is None else aux], list(want), f"{isa}: stored")
-            back = torch.empty_like(x)
-            native.convert(isa, name, at.operand, False, back.data_ptr(), *of)
-            assert_same_bits(back, format.decode(*want), f"{isa}: decoded")
+            assert_same_bits([stored[operand], aux[operand]], list(want), f"{isa}: stored")
+            if operand == PARAM:
+                step(world, isa, torch.zeros(size), 0.0)
+                again = format.encode(format.decode(*want), at)
+                assert_same_bits([stored[operand], aux[operand]], list(again), f"{isa}: decoded and stored")
 
 
+@cpu
 @pytest.mark.parametrize("finite", [False, True], ids=["all", "finite alone, which take fewer operations"])
-@pytest.mark.parametrize("name, exponents, infinity", [("e4m3", 241, 126), ("e5m3", 225, 254)])
-def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(
-    name: str, exponents: int, infinity: int, finite: bool, native: Any
-) -> None:
-    codes = torch.arange(256, dtype=torch.uint8).repeat(255)
-    if finite:
-        codes[(codes & 0x7F if name == "e4m3" else codes) >= infinity] = 1
-    of_blocks = torch.arange(255, dtype=torch.uint8).repeat_interleave(2) % exponents
-    for isa in native.isas():
-        got = torch.empty(len(codes))
-        of = (len(codes), 0, 0, codes.data_ptr(), of_blocks.data_ptr())
-        native.convert(isa, name, MU, False, got.data_ptr(), *of)
-        assert_same_bits(got, FORMATS[name].decode(codes, of_blocks))
+def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(finite: bool) -> None:
+    """From -0 the parameter becomes what the moments say."""
+    codes, exponents = torch.arange(256, dtype=torch.uint8).repeat(255), torch.arange(255).repeat_interleave(2)
+    for isa in ISAS:
+        worlds = [World("adamaxw", WITH_CODES, [Row(len(codes))]) for _ in range(2)]
+        for world in worlds:
+            (p, mu, nu), (_, mu_exponents, nu_exponents) = world.stored[0], world.aux[0]
+            p.fill_(-0.0)
+            mu.copy_(codes)
+            nu.copy_(codes.roll(3))
+            mu_exponents.copy_(exponents % 241)
+            nu_exponents.copy_(exponents % 225)
+            if finite:
+                mu[mu & 0x7F >= 126] = 1
+                nu[nu >= 254] = 1
+            world.grads[0].zero_()
+        EAGER.step(worlds[0].batch, worlds[0].inputs(None, None))
+        cpu_step(isa, worlds[1])
+        assert_same_bits(worlds[1].contents(), worlds[0].contents(), isa)

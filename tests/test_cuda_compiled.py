@@ -364,7 +364,7 @@ def classes(source: str) -> dict[str, str]:
 
 
 FORMAT_CLASSES = classes((CSRC / "codecs.h").read_text())
-RULE_CLASSES = classes("".join(path.read_text() for path in (CSRC / "rules").glob("*.h")))
+RULE_CLASSES = classes((CSRC / "rules.h").read_text())
 FORMAT_CLASS = {name: key for key, name in FORMAT_CLASSES.items()}
 RULE_CLASS = {name: key for key, name in RULE_CLASSES.items()}
 

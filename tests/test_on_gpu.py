@@ -202,6 +202,26 @@ def test_a_side_stream(backend: str) -> None:
     pair.check()
 
 
+def test_more_than_2_31_elements(backend: str) -> None:
+    """Those at the ends and in the middle have the bits that they have alone."""
+    n, window = 2**31 + 4099, 65536
+    if backend == "eager" or torch.cuda.mem_get_info()[0] < 12 * n + 2**30:
+        pytest.skip(f"needs a kernel, and {12 * n >> 30} GiB that are free")
+    p = torch.empty(n, dtype=torch.bfloat16, device="cuda").normal_()
+    p.grad = torch.empty_like(p).normal_()
+    parts = [slice(i, i + window) for i in (0, 2**31 - window // 2, n - window)]
+    alone = [p[part].cpu().requires_grad_() for part in parts]
+    for q, part in zip(alone, parts):
+        q.grad = p.grad[part].cpu()
+    ours, eager = AdaBelief([p], backend=backend), AdaBelief(alone, backend="eager")
+    ours.step()
+    eager.step()
+    for q, part in zip(alone, parts):
+        assert_same_bits(p[part].cpu(), q.detach())
+        for key in ("exp_avg", "exp_avg_var"):
+            assert_same_bits(ours.state[p][key][part].cpu(), eager.state[q][key])
+
+
 @pytest.mark.parametrize("overflow", [False, True])
 @pytest.mark.parametrize("in_step", [False, True], ids=["by the scaler", "in the step"])
 def test_grad_scaler(backend: str, in_step: bool, overflow: bool) -> None:
