@@ -4,6 +4,7 @@ A row is one compiled kernel: registers, spills, the width of each access, instr
 that are not one IEEE operation. Triton's come from ``triton_report``, nvcc's from ``cuda_report``.
 """
 
+import heapq
 import importlib.util
 import json
 import os
@@ -47,7 +48,9 @@ def widths(pattern: str, text: str) -> dict[str, int]:
 
 def nvidia_counts(ptx: str, usage: str, sass: str = "") -> Row:
     """What one kernel's code holds; with ``sass`` the instructions issued, too. Contraction shows in PTX only:
-    division and square root expand to FFMA in SASS. nvcc reads the table with ``.nc``, which is not counted."""
+    division and square root expand to FFMA in SASS; what stands in inline assembly no compiler chose. nvcc reads
+    the table with ``.nc``, which is not counted."""
+    chosen = re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.DOTALL)
     used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
     assert used is not None, usage
     spilled = int(used[2]) + int(used[3]) + count(r"\b(?:ld|st)\.local", ptx)
@@ -60,9 +63,9 @@ def nvidia_counts(ptx: str, usage: str, sass: str = "") -> Row:
         found[f"byte_{name}"] = count(rf"{access}\.[bsu]8\b", ptx)
     quiet_maxima = count(r"\bmax\.f(?:32|64)", ptx) - count(r"\bsetp\.nan\.f(?:32|64)", ptx)
     return found | {
-        "contracted": count(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)", ptx),
-        "approximate": count(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)", ptx),
-        "flushed": count(r"\.ftz\b", ptx),
+        "contracted": count(r"\b(?:fma|mad)\.[.\w]*f(?:32|64)", chosen),
+        "approximate": count(r"\b(?:div|sqrt|rcp|rsqrt)\.(?:approx|full)", chosen),
+        "flushed": count(r"\.ftz\b", chosen),
         "nan_keeping_max": count(r"\bmax\.NaN\.f32", ptx),
         "nan_dropping_max": max(0, quiet_maxima),
     }
@@ -72,43 +75,46 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
     """Instructions that a warp issues in a full chunk: ``before`` its first wide load, and in ``all`` from
     there to the last wide store.
 
-    A branch is taken if it skips a call, and no wide access: calls are the rare cases of divisions and
-    square roots, and every division by a number that is 1 is skipped whole. Of two loops with calls, one
-    in place of the other, the shorter is taken: it has no divisions by bias corrections, which are 1 for
-    most of a training.
+    It is the shortest way of those with the most wide accesses and no call. The rare cases of divisions and
+    square roots lie on longer ones, and so do divisions by bias corrections, which are 1 for most of a training.
     """
     line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\S+\s+)?([A-Z][\w.]*)([^;]*);"
     found = re.findall(line, disassembly, re.MULTILINE)
-    names = [name for *_, name, _ in found]
-    # (BRA.U of sm_100 has its condition among the operands.)
-    certain = [not when and not re.match(r"\s*!?UP\d", operands) for _, when, _, operands in found]
     place = {int(at, 16): i for i, (at, *_) in enumerate(found)}
-    ends = [re.search(r"0x([0-9a-f]+)\s*$", operands) for *_, operands in found]
-    jumps = [place.get(int(end[1], 16), 0) if end and name in ("BRA", "BRA.U") else 0
-             for end, name in zip(ends, names)]  # fmt: skip
-    # Eight single bytes are stored with 64 bits. So is a step number, after the full chunks' end.
-    stored = r"STG\S*\.(?:128|64)" if any(re.match(r"STG\S*\.[SU]8", n) for n in names) else r"STG\S*\.128"
-    accesses = [i for i, name in enumerate(names) if re.match(rf"LDG\S*\.128|{stored}", name)]
-    ends_of_threads = [i for i, name in enumerate(names) if name == "EXIT" and certain[i]]
-    end = min((i for i in ends_of_threads if accesses and i > accesses[0]), default=len(names))
-    accesses = [i for i in accesses if i < end]
-    if not accesses:
-        return {}
-
-    def calls_in(span: range) -> bool:
-        return any(names[j].startswith("CALL") for j in span)
-
-    i, issued = accesses[0], 0
-    while i <= accesses[-1]:
-        to, sure, skipped = jumps[i], certain[i], range(i + 1, jumps[i])
-        issued, i = issued + 1, i + 1
-        if skipped and not sure and calls_in(skipped) and not any(j in skipped for j in accesses):
-            # Where what is skipped ends in a jump, another loop may lie on the way to its target.
-            other = range(to, jumps[to - 1] if certain[to - 1] else 0)
-            sure = not calls_in(other) or len(other) <= len(skipped)
-        if skipped and sure:
-            i = to
-    return {"before": accesses[0], "all": issued}
+    # Eight single bytes are stored with 64 bits. So is a step number, on another way.
+    stored = r"STG\S*\.(?:128|64)" if re.search(r"\bSTG\S*\.[SU]8", disassembly) else r"STG\S*\.128"
+    loads, stores = (
+        {i for i, (*_, name, _) in enumerate(found) if re.match(wide, name)} for wide in (r"LDG\S*\.128", stored)
+    )
+    following = []
+    for i, (_, when, name, operands) in enumerate(found):
+        to = re.search(r"0x([0-9a-f]+)\s*$", operands)
+        jump = [place[int(to[1], 16)]] if to and name in ("BRA", "BRA.U") else []
+        # A branch may have a condition among its operands, too.
+        certain = not when and not re.match(r"\s*!?U?P\d", operands)
+        ends = name.startswith(("CALL", "RET")) or (certain and name in ("BRA", "BRA.U", "EXIT"))
+        following.append(jump if ends else [*jump, i + 1])
+    # Where the shortest ways to one access more end: their instructions, and the accesses before.
+    ways: dict[int, tuple[int, frozenset[int]]] = {0: (0, frozenset())}
+    issued = []
+    while ways:
+        issued.append(min(n for n, _ in ways.values()))
+        queue = [(n, i, i) for i, (n, _) in ways.items()]
+        heapq.heapify(queue)
+        before, ways, seen = ways, {}, {len(found)}
+        accesses = loads | stores if len(issued) > 1 else loads
+        while queue:
+            n, i, start = heapq.heappop(queue)
+            if i in seen:
+                continue
+            seen.add(i)
+            passed = before[start][1] | {start}
+            for j in following[i]:
+                if j not in accesses:
+                    heapq.heappush(queue, (n + 1, j, start))
+                elif j not in passed and j not in ways:
+                    ways[j] = n + 1, passed
+    return {"before": issued[1], "all": issued[-1] - issued[1] + 1} if len(issued) > 1 else {}
 
 
 # Rows

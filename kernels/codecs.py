@@ -68,8 +68,8 @@ At = namedtuple("At", "start offset mask block_mask count key finite ptx")
 whether it exists; a mask of None for all. ``block_mask``: the same of their blocks. ``count``: the address
 of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
 parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be
-stored with low precision are below 2^127, so that none is infinite or NaN or rounds to infinity, and no
-moment in memory is infinite or NaN (see ``step._all_finite``). ``ptx``: a full chunk for NVIDIA's GPUs.
+stored with low precision are below ``step.LIMIT``, so that none is infinite or NaN or rounds to infinity, and no
+moment in memory is infinite or NaN (see ``step._all_finite``); no second moment is negative. ``ptx``: a full chunk for NVIDIA's GPUs.
 True or None, since Triton makes tensors of other constants in a tuple.
 """
 
@@ -433,7 +433,7 @@ def _special_e5m3(words):
 
 @triton.jit
 def _store_e5m3(row, at, x, OPERAND: tl.constexpr):
-    magnitude = magnitude_bits(x)
+    magnitude = magnitude_bits(x) if at.finite is None else _bits_of(x).to(tl.int32)
     exponent = _new_exponents(row, at, x, 30)
     code = ((magnitude + _dither(at, OPERAND, 20).to(tl.int32)) >> 20) - _of_each(8 * exponent, BLOCK)
     code = tl.minimum(tl.maximum(code, 1), magnitude)  # zero is the only value below its code
@@ -478,7 +478,7 @@ def _store_e4m3(row, at, x, OPERAND: tl.constexpr):
         # A NaN has no sign here: devices give the NaN of an operation different ones.
         sign = tl.where(magnitude > INF, 0, _bits_of(x) & 0x80000000)
         bits = sign + (code.to(tl.uint32) << 20)
-    _store_bytes(row, at, (bits & 0x80000000) | ((bits << 4) & 0x7FFFFFFF), 3)
+    _store_bytes(row, at, (bits & 0x80000000) | (bits << 4), 3)
 
 
 CODECS = {

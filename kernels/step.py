@@ -31,6 +31,8 @@ PARAM_COLUMN, MU_COLUMN, NU_COLUMN, KEY_COLUMN = (
     tl.constexpr(COLUMNS_OF_ROW.index(name)) for name in ("param", "mu", "nu", "key")
 )
 NUM_COEFFICIENTS = tl.constexpr(len(reference.Coefficients._fields))
+LIMIT = tl.constexpr(127 + 40 << 23)
+"""The bits of 2^40. Values that are all below are stored, divided and taken roots of by fast paths."""
 COEFFICIENT_COLUMNS = tl.constexpr(len(reference.Coefficients._fields) + 2)
 """The coefficients are followed by found_inf and the bits of the step number."""
 
@@ -66,7 +68,7 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: s
 
 def registers(param: str, grad: str, mu: str) -> int:
     """Registers that a thread of :func:`step_kernel` may take: 64 leave room for four blocks of 256
-    threads in 65,536, up to 80 for three. ``tests/test_triton_compiled.py`` says what spills."""
+    threads in 65,536, up to 80 for three. With these nothing spills."""
     if codecs.CODECS[mu].low_precision and (param, grad) == ("fp32", "fp32"):
         return 64
     return 80
@@ -174,8 +176,17 @@ def _coefficients(k):
 def _new_param(p, g, mu, nu, at, k, UPDATE: tl.constexpr, PARAM: tl.constexpr):
     # Coefficients are loaded again, where something was stored in between: kept they take registers.
     c = _coefficients(k)
+    if at.finite is not None and at.ptx is not None and PARAM.low_precision:
+        if (c.nesterov == 0) & (c.bias_correction1 == 1) & (c.bias_correction2 == 1):
+            # These as constants: then moments and what is corrected of them are the same registers, not copies, two
+            # instructions an element.
+            late = Coefficients(*c[:6], 1.0, 1.0, 1.0, *c[9:13], 0.0, c[14])
+            u = UPDATE(g, mu, nu, late, rules.divide_in_range, rules.root_in_range)
+        else:
+            u = UPDATE(g, mu, nu, c, rules.divide_in_range, rules.root_in_range)
+    else:
+        u = UPDATE(g, mu, nu, c, rules.divide, rules.root)
     # The parameter is decoded last: until then it takes fewer registers.
-    u = UPDATE(g, mu, nu, c)
     return rules.apply_update(PARAM.decode(p, at), u, c)
 
 
@@ -191,19 +202,12 @@ def _special(mu, nu, MU: tl.constexpr, NU: tl.constexpr):
 def _all_finite(new_p, mu, nu, special):
     """Whether what is computed with ``At.finite`` is right. One test of all values costs less than a select
     for each; with float32 moments it would cost more."""
-    if special is None:
-        # The magnitudes' sum is at least as large as each, and NaN where one is.
-        total = tl.abs(mu) + tl.abs(nu)
-        if new_p is not None:
-            total += tl.abs(new_p)
-        largest = codecs.largest_of_eight(total)
-    else:
-        # Magnitudes that the blocks' exponents need anyway.
-        largest = tl.maximum(codecs.largest_of_eight(mu), codecs.largest_of_eight(nu))
-        if new_p is not None:
-            largest = tl.maximum(largest, codecs.largest_of_eight(new_p))
+    largest = tl.maximum(codecs.largest_of_eight(mu), codecs.largest_of_eight(nu))
+    if new_p is not None:
+        largest = tl.maximum(largest, codecs.largest_of_eight(new_p))
+    if special is not None:
         largest = tl.where(special == 0, largest, codecs.INF)
-    return tl.max(largest, 0) < 0x7F000000
+    return tl.max(largest, 0) < LIMIT
 
 
 @triton.jit

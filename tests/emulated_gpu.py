@@ -24,6 +24,7 @@ class EmulatedGpu:
             arguments, and those that it may only read.
         kernels: those that were loaded.
         launched: the names of those that were launched.
+        issued: how many instructions the last one's warps were issued.
     """
 
     def __init__(self, capability: int) -> None:
@@ -31,6 +32,7 @@ class EmulatedGpu:
         self.memory: Callable[[], tuple[Sequence[Tensor], Sequence[Tensor]]] = lambda: ((), ())
         self.kernels: list[ptx.Kernel] = []
         self.launched: list[str] = []
+        self.issued = 0
         self.utils = self
         self._ptx_file = ""
         triton.knobs.runtime.kernel_load_start_hook.add(self._loading)
@@ -79,5 +81,5 @@ class EmulatedGpu:
             elif kind != "constexpr":
                 packed.append(struct.pack({"i32": "i"}[kind], argument))
         packed += [struct.pack("q", 0)] * 2  # scratch memory, of which there is none
-        ptx.run(kernel, x, packed, [*tensors, *own], constants, shared)
+        self.issued = ptx.run(kernel, x, packed, [*tensors, *own], constants, shared)
         self.launched.append(kernel.name)

@@ -2,7 +2,8 @@
 Triton and nvcc make of ours.
 
 Each instruction runs at once for all threads of all blocks: a register is a NumPy array. It knows no
-contracted, approximate or flushing operation, and refuses whatever it does not know. Of threads that are
+contracted, approximate or flushing operation but three of inline assembly, which no compiler chose, and refuses
+whatever it does not know. Of threads that are
 apart, those go on that are least far; what holds in another order too is left to the checks of every
 access: that it is aligned, within what was allocated, and ordered by a barrier before or after what another
 thread does there.
@@ -114,6 +115,9 @@ def parse(ptx: str) -> list[Kernel]:
 
 def parse_entry(text: str) -> Kernel:
     """A kernel, from its name on."""
+    # What stands in inline assembly gets names of its own.
+    inline = r"(// begin inline asm)(.*?)// end inline asm"
+    text = re.sub(inline, lambda m: re.sub(r"\b(fma|rcp|rsqrt)\.", r"inline_\1.", m[2]), text, flags=re.DOTALL)
     text = re.sub(r"//[^\n]*", "", text)
     head, _, body = re.split(r"^}", text, maxsplit=1, flags=re.MULTILINE)[0].partition("{")
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)(?:, 1)*\s*$", head, re.MULTILINE)
@@ -184,11 +188,45 @@ def _bit_field(a: Array, position: Array, length: Array) -> Array:
     return _shift_right(_shift_left(_shift_right(a, position & 255), spare), spare)
 
 
+def fused(a: Array, b: Array, c: Array) -> Array:
+    """``a * b + c``, rounded once: in float64, where a sum that is not exact gets an odd significand."""
+    product, c = a.astype(np.float64) * b, c.astype(np.float64)
+    total = product + c
+    of_c = total - product
+    lost = (product - (total - of_c)) + (c - of_c)
+    bits = total.view(np.int64)
+    odd = np.where(np.isfinite(lost) & (lost != 0) & (bits & 1 == 0), np.where((lost > 0) == (total > 0), 1, -1), 0)
+    return (bits + odd).view(np.float64).astype(np.float32)
+
+
+def _flushed(x: Array) -> Array:
+    return np.where(np.abs(x) < 2.0**-126, np.copysign(np.float32(0), x), x)
+
+
+def _reciprocal(x: Array) -> Array:
+    """Approximate, as PTX promises: off by up to a unit, here always away from zero. (docs/numerics.md has the one
+    divisor for which it matters to which side.)"""
+    exact = 1 / _flushed(x).astype(np.float64)
+    near = exact.astype(np.float32)
+    return _flushed(np.where(np.abs(near) < np.abs(exact), np.nextafter(near, 2 * near), near))
+
+
+def _reciprocal_root(x: Array) -> Array:
+    """Approximate, off by up to a unit, here always towards zero."""
+    exact = 1 / np.sqrt(_flushed(x).astype(np.float64))
+    near = exact.astype(np.float32)
+    return np.where(near > exact, np.nextafter(near, np.float32(0)), near)
+
+
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "abs": np.abs, "add": np.add, "and": np.bitwise_and, "bfe": _bit_field, "div": np.divide, "max": _largest,
     "min": np.minimum, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
     "or": np.bitwise_or, "prmt": _permute, "shl": _shift_left, "shr": _shift_right, "sqrt": np.sqrt,
     "sub": np.subtract, "xor": np.bitwise_xor,
+}  # fmt: skip
+INLINE = {
+    ("inline_fma", ("rn",)): fused, ("inline_rcp", ("approx", "ftz")): _reciprocal,
+    ("inline_rsqrt", ("approx", "ftz")): _reciprocal_root,
 }  # fmt: skip
 ROUNDED = frozenset(["add", "sub", "mul", "div", "sqrt"])
 """Operations that must say that they round to nearest: a compiler may contract those that do not."""
@@ -238,6 +276,8 @@ def _to_bf16(x: Array) -> Array:
 
 def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Array:
     """Of floating-point operations those that are exact or rounded once, to nearest."""
+    if values[0].dtype == np.float32 and (name, how) in INLINE:
+        return _canonical(INLINE[name, how](*values))
     floating = values[0].dtype.kind == "f"
     allowed = [("rn",)] if floating and name in ROUNDED else [()]
     if floating and name == "max":
@@ -385,6 +425,7 @@ class Launch:
         }
         self.next = np.zeros(n, np.int64)
         self.waiting = np.zeros(n, bool)
+        self.issued = 0  # instructions of warps
 
     def run(self) -> None:
         leaders = {0, *self.kernel.labels.values()}
@@ -400,6 +441,7 @@ class Launch:
                 while True:
                     self.next[active] = at + 1
                     instruction = self.kernel.instructions[at]
+                    self.issued += int(active.reshape(-1, WARP).any(1).sum())
                     try:
                         self._execute(instruction, active)
                     except UNREADABLE as error:
@@ -631,10 +673,13 @@ class Launch:
 def run(
     kernel: Kernel, blocks: int, arguments: Sequence[bytes], tensors: Sequence[Tensor],
     constants: Sequence[Tensor] = (), shared_bytes: int = 0,
-) -> None:  # fmt: skip
-    """Run ``kernel``, which may read and write ``tensors``, read ``constants``, and touch nothing else.
+) -> int:  # fmt: skip
+    """Run ``kernel``, which may read and write ``tensors``, read ``constants``, and touch nothing else; how many
+    instructions its warps were issued.
 
     Raises:
         Fault: for what a kernel must not do, or the emulator does not know. The tensors are as before.
     """
-    Launch(kernel, blocks, arguments, tensors, constants, shared_bytes).run()
+    launch = Launch(kernel, blocks, arguments, tensors, constants, shared_bytes)
+    launch.run()
+    return launch.issued

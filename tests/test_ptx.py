@@ -133,6 +133,24 @@ KNOWN = [
     ("setp.geu.f32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (NAN, 0), 10),
     ("setp.nan.f64 %p2, %rd3, %rd3; not.pred %p3, %p2; selp.b32 %r8, 10, 20, %p3;", (f64(1.0),), 10),
     ("setp.eq.u32 %p2, %r1, 0; @!%p2 mov.u32 %r3, 9; mov.u32 %r8, %r3;", (4,), 4),
+    *((f"// begin inline asm\n{operation}\n// end inline asm\n", *known) for operation, *known in (
+        ("fma.rn.f32 %r8, %r3, %r4, %r5;", (f32(1 + 2.0**-23), f32(1 - 2.0**-23), f32(-1.0)), f32(-(2.0**-46))),
+        # 2^-70 below a tie, which it would be if it were rounded to float64 first.
+        ("fma.rn.f32 %r8, %r3, %r4, %r5;",
+         (f32(2.0**-12 * (1 + 2.0**-23)), f32(2.0**-12 * (1 - 2.0**-23)), f32(1 + 2.0**-23)), f32(1 + 2.0**-23)),
+        ("fma.rn.f32 %r8, %r3, %r4, %r5;", (f32(2.0**-75), f32(2.0**-75), f32(-0.0)), 0),
+        ("fma.rn.f32 %r8, %r3, %r4, %r5;", (f32(2.0**100), f32(2.0**100), f32(-math.inf)), f32(-math.inf)),
+        ("fma.rn.f32 %r8, %r3, %r4, %r5;", (f32(math.inf), 0, f32(1.0)), NAN),
+        ("rcp.approx.ftz.f32 %r8, %r3;", (f32(4.0),), f32(0.25)),
+        ("rcp.approx.ftz.f32 %r8, %r3;", (f32(-3.0),), 0xBEAAAAAB),
+        ("rcp.approx.ftz.f32 %r8, %r3;", (0x807FFFFF,), f32(-math.inf)),
+        ("rcp.approx.ftz.f32 %r8, %r3;", (f32(2.0**127),), 0),
+        ("rsqrt.approx.ftz.f32 %r8, %r3;", (f32(2.0**-126),), f32(2.0**63)),
+        ("rsqrt.approx.ftz.f32 %r8, %r3;", (f32(2.0),), 0x3F3504F3),
+        ("rsqrt.approx.ftz.f32 %r8, %r3;", (1,), f32(math.inf)),
+        ("rsqrt.approx.ftz.f32 %r8, %r3;", (f32(math.inf),), 0),
+        ("rsqrt.approx.ftz.f32 %r8, %r3;", (f32(-1.0),), NAN),
+    )),
 ]  # fmt: skip
 
 
@@ -183,6 +201,7 @@ def test_threads_go_apart_and_meet_again() -> None:
 FAULTS = {
     "contracted": ("fma.rn.f32 %r3, %r1, %r1, %r1;", "does not know this"),
     "free to be contracted": ("add.f32 %r3, %r1, %r1;", "does not know this"),
+    "approximate reciprocal": ("rcp.approx.ftz.f32 %r3, %r1;", "does not know this"),
     "approximate division": ("div.full.f32 %r3, %r1, %r1;", "does not know this"),
     "division of integers": ("div.u32 %r3, %r1, %r1;", "does not know this"),
     "another barrier": ("bar.sync 1;", "does not know this"),
