@@ -68,17 +68,13 @@ class Worker:
     def well(self) -> bool:
         return bool(self.said["status"] == "measured")
 
-    def run(self, n: int) -> list[float]:
-        """The times of ``n`` more steps; none if it fails."""
-        begin = time.monotonic()
-        times = self._ask(run, n) or []
-        self.spent += time.monotonic() - begin
-        return list(times)
-
     def take_turn(self) -> None:
         if self.spent < self.effort.most or len(self.times) < 3:
             typical = statistics.median(self.times) if self.times else 1e9
-            self.times += self.run(max(1, min(20, int(1e3 * self.effort.turn / max(typical, 1e-3)))))
+            n = max(1, min(20, int(1e3 * self.effort.turn / max(typical, 1e-3))))
+            begin = time.monotonic()
+            self.times += self._ask(run, n) or []  # none if it fails
+            self.spent += time.monotonic() - begin
 
     def stop(self) -> None:
         with suppress(ProcessLookupError):
