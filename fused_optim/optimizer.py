@@ -127,64 +127,64 @@ class FusedOptimizer(StateAccess):
             self.param_groups.pop()
             raise
 
+    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one optimization step, and return what ``closure`` returned, if there is one. What is wrong
         with a hyperparameter, parameter, gradient or state is a ValueError, TypeError or RuntimeError that
         names it, and nothing has changed then."""
-        # Decorators would do the same, and take 50 us more where the caches hold nothing of them.
+        # A decorator would do the same, and take 25 us more where the caches hold nothing of it.
         if torch.compiler.is_compiling():
             return _step_at_graph_break(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        with torch.set_grad_enabled(False):
-            count = options.of_all(self.param_groups, "count")
-            if count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
-                self.init_state()
-                return loss
-            has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-            capturing = has_gpu and torch.cuda.is_current_stream_capturing()
+        count = options.of_all(self.param_groups, "count")
+        if count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
+            self.init_state()
+            return loss
+        has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+        capturing = has_gpu and torch.cuda.is_current_stream_capturing()
+        if capturing:
+            options.check_capture(self.param_groups)
+        options.run_schedules(self.param_groups, count)
+        self._hyper.read(self.param_groups)
+        scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
+        given = (self.seed, scale is not None, found_inf is not None)
+        # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
+        plan, self._plan = self._plan, None
+        if plan is None or not plan.refresh(self.param_groups, self.state, given, capturing):
             if capturing:
-                options.check_capture(self.param_groups)
-            options.run_schedules(self.param_groups, count)
-            self._hyper.read(self.param_groups)
-            scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-            given = (self.seed, scale is not None, found_inf is not None)
-            # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
-            plan, self._plan = self._plan, None
-            if plan is None or not plan.refresh(self.param_groups, self.state, given, capturing):
-                if capturing:
-                    raise RuntimeError(
-                        "a step that a CUDA graph captures must be like the one before it: make one before with "
-                        "these parameters, gradients, states, grad_scale and found_inf"
-                    )
-                plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
-            self._plan = plan
-            inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
+                raise RuntimeError(
+                    "a step that a CUDA graph captures must be like the one before it: make one before with "
+                    "these parameters, gradients, states, grad_scale and found_inf"
+                )
+            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
+        self._plan = plan
+        inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
+        for _, batch in plan.live:
+            batch.load_copies()
+        if plan.clipping is not None:
+            self.skipped = plan.clipping.skipped
+            inputs, self.grad_norm = plan.clipping(inputs)
+        try:
+            for backend, batch in plan.live:
+                try:
+                    backend.step(batch, inputs[batch.key.device])
+                finally:
+                    finish(batch.store_copies)
+        finally:
+            # A backward pass through an older graph must notice, whatever interrupted the loop.
+            torch.autograd.graph.increment_version(plan.versioned)
+        if capturing:
+            # The graph uses these at each replay, and what parameters' memory is now.
+            self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
+            self._captured += [p.detach() for p in plan.versioned]
+            self._hyper.on_device = {}
             for _, batch in plan.live:
-                batch.load_copies()
-            if plan.clipping is not None:
-                self.skipped = plan.clipping.skipped
-                inputs, self.grad_norm = plan.clipping(inputs)
-            try:
-                for backend, batch in plan.live:
-                    try:
-                        backend.step(batch, inputs[batch.key.device])
-                    finally:
-                        finish(batch.store_copies)
-            finally:
-                # A backward pass through an older graph must notice, whatever interrupted the loop.
-                torch.autograd.graph.increment_version(plan.versioned)
-            if capturing:
-                # The graph uses these at each replay, and what parameters' memory is now.
-                self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
-                self._captured += [p.detach() for p in plan.versioned]
-                self._hyper.on_device = {}
-                for _, batch in plan.live:
-                    batch.on_device = valid_now(batch.on_device)
-            for group in self.param_groups:
-                group["count"] = min(count + 1, MAX_COUNT)
+                batch.on_device = valid_now(batch.on_device)
+        for group in self.param_groups:
+            group["count"] = min(count + 1, MAX_COUNT)
         return loss
 
     def state_dict(self) -> dict[str, Any]:

@@ -152,6 +152,7 @@ def test_interrupted_at_each_line(flatten: bool, record_property: Callable[[str,
     group, interrupted = w.optimizer.param_groups[0], 0
     lr, group["lr"] = group["lr"], 0.3
     while w.interrupt(AtLine(interrupted)):
+        assert torch.is_grad_enabled()
         interrupted, group["lr"] = interrupted + 1, lr
         w.new_gradients()
         w.step()
