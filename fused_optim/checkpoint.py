@@ -103,6 +103,7 @@ def fitted(name: str, p: Tensor, saved: State, settings: Settings) -> State:
     return {**settings.placed(p, made), "step": torch.tensor(step, dtype=torch.int64, device=p.device)}
 
 
+@torch.no_grad()
 def asks_for_states(groups: list[Group]) -> bool:
     """Whether a first step is none but how ``torch.distributed.checkpoint`` asks for states that a checkpoint can
     be read into: learning rates of 0, and all gradients there and zero."""

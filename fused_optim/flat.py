@@ -114,6 +114,7 @@ class FlatLayout:
             if p.grad is not grad:
                 p.grad = grad
 
+    @torch.no_grad()
     def _placed(self, moves: list[tuple[Any, Part | None, Any]]) -> list[Tensor]:
         """Tensors, given as (parameter, part, tensor), in their slots; out of slots where part is None."""
         placed, copies = [], []

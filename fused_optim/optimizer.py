@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from . import checkpoint, options
-from .backends import Inputs, select, valid_now
+from .backends import select, valid_now
 from .flat import FlatLayout
 from .plan import Plan, Settings
 from .reference import MAX_COUNT
@@ -127,14 +127,13 @@ class FusedOptimizer(StateAccess):
             self.param_groups.pop()
             raise
 
-    @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Make one optimization step, and return what ``closure`` returned, if there is one. What is wrong
         with a hyperparameter, parameter, gradient or state is a ValueError, TypeError or RuntimeError that
         names it, and nothing has changed then."""
         # A compiled train step has a graph break here. As a decorator, torch.compiler.disable takes 25 us of each
         # step that finds nothing of it in the caches.
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_dynamo_compiling():
             return _step_at_graph_break(self, closure)
         loss = None
         if closure is not None:
@@ -162,8 +161,8 @@ class FusedOptimizer(StateAccess):
                 )
             plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
         self._plan = plan
-        inputs = {d: Inputs.on(d, self._hyper.on(d), scale, found_inf) for d in plan.devices}
-        for _, batch in plan.live:
+        inputs = self._hyper.inputs(plan.devices, self.param_groups, scale, found_inf)
+        for batch in plan.copied:
             batch.load_copies()
         if plan.clipping is not None:
             self.skipped = plan.clipping.skipped
@@ -173,7 +172,8 @@ class FusedOptimizer(StateAccess):
                 try:
                     backend.step(batch, inputs[batch.key.device])
                 finally:
-                    finish(batch.store_copies)
+                    if batch.has_copies:
+                        finish(batch.store_copies)
         finally:
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             torch.autograd.graph.increment_version(plan.versioned)

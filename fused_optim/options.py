@@ -6,6 +6,7 @@ numbers, ``weight_decay_mask`` (a bool for each parameter, or None for all), ``r
 is the optimizer's: ``count`` (of ``step()`` calls, which schedules see), ``seed`` and ``version``.
 """
 
+import copy
 import math
 import pickle
 import warnings
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .backends import uploaded
+from .backends import Inputs, uploaded
 from .reference import Hyperparameters
 from .storage import MASTER_WEIGHTS, STATE_FORMATS
 
@@ -28,9 +29,7 @@ _NOT_HERE = {
     "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
-_NUMBERS = (
-    "lr", "betas", "weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable",
-)  # fmt: skip
+_OTHERS = ("betas", "weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable")
 TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
 VERSION = 2  # of state dicts; those of 0.1 have none
 
@@ -160,6 +159,7 @@ def check_group(group: Group, where: str = "") -> None:
     check_torchs({"differentiable": group.get("differentiable")})
 
 
+@torch.no_grad()
 def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
     value = schedule(count)
     if not isinstance(value, (Real, str)):
@@ -270,42 +270,53 @@ class HyperparameterTable:
         self._read: list[Any] = []
         self._rows = torch.empty(0, device="cpu")
         self.on_device: dict[torch.device, Tensor] = {}
-        self._device_lrs: list[Tensor | None] = []  # of each group, if there are any
+        self._steady: dict[torch.device, Inputs] = {}  # what each step is given, where it is always the same
 
     def read(self, groups: list[Group]) -> None:
         """Take the groups' numbers as they are now; they are checked where they have changed."""
-        read: list[tuple[Any, ...]] = []
+        read: list[list[Any]] = [
+            [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _OTHERS)]
+            for i, group in enumerate(groups)
+        ]
+        if read == self._read:
+            return
         for i, group in enumerate(groups):
-            lr, betas, *others = map(group.get, _NUMBERS)
-            lr = lr if type(lr) is float else lr_value(lr, where_of(i))
-            read.append((lr, tuple(betas) if isinstance(betas, list) else betas, *others))
-        if read != self._read:
-            for i, group in enumerate(groups):
-                check_group(group, where_of(i))
-            rows = [
-                Hyperparameters(*(number or 0.0 for number in (lr, decay, *betas, *others)))
-                for lr, betas, weight_decay, *others, _ in read
-                for decay in (weight_decay, 0.0)
-            ]
-            self._read, self.on_device = [], {}  # forgotten until it is whole: it may be interrupted
-            self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
-            self._read = read
-        self._device_lrs = []
-        if any(lr is None for lr, *_ in read):
-            self._device_lrs = [group["lr"] if lr is None else None for group, (lr, *_) in zip(groups, read)]
+            check_group(group, where_of(i))
+        rows = [
+            Hyperparameters(*(number or 0.0 for number in (lr, decay, *betas, *others)))
+            for lr, betas, weight_decay, *others, _ in read
+            for decay in (weight_decay, 0.0)
+        ]
+        self._read, self.on_device, self._steady = [], {}, {}  # forgotten until it is whole: it may be interrupted
+        self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
+        self._read = [[lr, copy.copy(betas), *others] for lr, betas, *others in read]  # betas may be a list
 
-    def on(self, device: torch.device) -> Tensor:
-        """The table in the memory of ``device``, uploaded where it changed."""
-        table = self._rows
-        if device.type != "cpu":
+    def inputs(
+        self, devices: set[torch.device], groups: list[Group], scale: Tensor | None, found_inf: Tensor | None
+    ) -> dict[torch.device, Inputs]:
+        """What a step is given on each of these devices, uploaded where it has changed."""
+        if scale is None and found_inf is None and self._steady.keys() == devices:
+            return self._steady
+        inputs = {device: self._on(device, groups, scale, found_inf) for device in devices}
+        # On a GPU another stream may ask, and a learning rate there may be another one each time.
+        fixed = scale is None and found_inf is None and all(lr is not None for lr, *_ in self._read)
+        self._steady = inputs if fixed and all(device.type == "cpu" for device in devices) else {}
+        return inputs
+
+    @torch.no_grad()
+    def _on(self, device: torch.device, groups: list[Group], *amp: Tensor | None) -> Inputs:
+        table, wait = self._rows, device.type == "cpu"  # the host reads what is copied there
+        if not wait:
             table = uploaded(self.on_device, device, device, lambda: self._rows)
-        if self._device_lrs:  # all at once: a copy of each is a launch of each
+        if any(lr is None for lr, *_ in self._read):  # all at once: a copy of each is a launch of each
             column = table[:, Hyperparameters._fields.index("lr")].view(-1, 2)
             lrs = [
-                column[i, 0] if lr is None else lr.reshape(()).to(device) for i, lr in enumerate(self._device_lrs)
+                group["lr"].reshape(()).to(device) if lr is None else column[i, 0]
+                for i, (group, (lr, *_)) in enumerate(zip(groups, self._read))
             ]
             column.copy_(torch.stack(lrs)[:, None])
-        return table
+        both = [None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp]
+        return Inputs(table, *both)
 
 
 def check_capture(groups: list[Group]) -> None:

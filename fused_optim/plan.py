@@ -105,6 +105,7 @@ class Plan:
     before anything is written. States are made, converted or laid out anew where need be; with ``flatten``
     parameters, gradients and states are moved into ``flat``."""
 
+    @torch.no_grad()
     def __init__(
         self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout,
         skipped: Tensor | None,
@@ -143,6 +144,7 @@ class Plan:
     def _find_present(self) -> None:
         """Which batches have a gradient to step with now, and which parameters."""
         self.live = [x for x in self.batches if any(o.grad is not None for o in x[1].items)]
+        self.copied = [batch for _, batch in self.live if batch.has_copies]
         self.devices = {batch.key.device for _, batch in self.live}
         self._present = [p for p in self._stepped if p.grad is not None]
         self.versioned = [p for p in self._present if not p.is_inference()]  # whose versions autograd counts

@@ -134,6 +134,7 @@ class Batch:
         self.items = items
         self._copied = [o for o in items if o.dense is not local(o.source)]
         self._copied_grads = [o for o in items if o.grad_copy is not None]
+        self.has_copies = bool(self._copied or self._copied_grads)
         rows: list[list[int]] = []
         grads: list[int] = []
         firsts: list[Operands] = []
@@ -168,6 +169,7 @@ class Batch:
         self.prepared: tuple[Any, ...] = ()  # what its backend has worked out
         self._count_with(torch.tensor([o.grad is not None for o in items], device="cpu"))
 
+    @torch.no_grad()
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:
             o.dense.copy_(local(o.source))
@@ -175,6 +177,7 @@ class Batch:
             assert o.grad_copy is not None
             o.grad_copy.copy_(gradient_of(o.source))
 
+    @torch.no_grad()
     def store_copies(self) -> None:
         for o in self._copied:
             local(o.source).copy_(o.dense)

@@ -19,20 +19,9 @@ class Inputs(NamedTuple):
     clip: Tensor | None = None  # what reference.clip gives
 
     @property
-    def skip(self) -> Tensor | None:
-        """If it is not 0, nothing changes, as of ``found_inf``."""
-        return None if self.clip is None else self.clip[3]
-
-    @classmethod
-    def on(cls, device: torch.device, hyper: Tensor, *amp: Tensor | None) -> "Inputs":
-        """With both scalars on ``device``. A copy to the CPU is waited for: there the host reads it."""
-        if amp == (None, None):
-            return cls(hyper, None, None)
-        wait = device.type == "cpu"
-        scale, found_inf = (
-            None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp
-        )
-        return cls(hyper, scale, found_inf)
+    def skips(self) -> list[Tensor]:
+        """Where one of them is not 0, nothing changes."""
+        return [t for t in (self.found_inf, None if self.clip is None else self.clip[3]) if t is not None]
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from ..table import Batch, finish, int64_tensor
 from .base import Backend, Inputs, uploaded
 
 
+@torch.no_grad()
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     key, items = batch.key, [o for o in batch.items if o.grad is not None]
@@ -26,7 +27,7 @@ def step(batch: Batch, inputs: Inputs) -> None:
         for f, operand, values, x, a in zip(key.formats, (PARAM, MU, NU), new, o.stored, o.aux):
             encoded, new_aux = f.encode(values, Place(t, o.random_key, operand, o.offset))
             writes += [(x, encoded)] if a is None or new_aux is None else [(x, encoded), (a, new_aux)]
-        _write(writes, [t for t in (inputs.found_inf, inputs.skip) if t is not None])
+        _write(writes, inputs.skips)
 
 
 def _write(new: list[tuple[Tensor, Tensor]], skips: list[Tensor]) -> None:
@@ -36,6 +37,7 @@ def _write(new: list[tuple[Tensor, Tensor]], skips: list[Tensor]) -> None:
     finish(lambda: [target.copy_(value) for target, value in new])
 
 
+@torch.no_grad()
 def square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     place = uploaded(batch.on_device, "places", sums.device, lambda: batch.norm_chunks[:, 2].long())
     new = []

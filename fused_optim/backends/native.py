@@ -5,7 +5,7 @@ torch: addresses, sizes and the stream go over as integers.
 
 import importlib
 import os
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -74,16 +74,15 @@ def instruction_set(cpu: ModuleType) -> str:
 
 
 def _cpu_step(batch: Batch, inputs: Inputs) -> None:
-    for skip in (inputs.found_inf, inputs.skip):
-        if skip is not None and skip.item() != 0:
-            return
-    step, *fixed = batch.prepared or _prepared(batch)
+    hyper, grad_scale, found_inf, clip = inputs
+    if (found_inf is not None or clip is not None) and any(skip.item() != 0 for skip in inputs.skips):
+        return
+    step, most_threads = batch.prepared or _prepared(batch)
     step(
-        *fixed,
-        inputs.hyper.data_ptr(),
-        1.0 if inputs.grad_scale is None else inputs.grad_scale.item(),
-        1.0 if inputs.clip is None else inputs.clip[2].item(),
-        _threads(batch),
+        hyper.data_ptr(),
+        1.0 if grad_scale is None else grad_scale.item(),
+        1.0 if clip is None else clip[2].item(),
+        _threads(most_threads),
     )
 
 
@@ -92,14 +91,14 @@ def _prepared(batch: Batch) -> tuple[Any, ...]:
     falls out of the caches."""
     cpu = extension("_cpu")[0]
     assert cpu is not None
-    chunks = _chunks(batch.rows, batch.grads, batch.chunks(CPU_CHUNK))
-    counters = batch.counters.data_ptr(), batch.counters.shape[0]
-    batch.prepared = cpu.step, instruction_set(cpu), batch.names, CPU_CHUNK, (*chunks, *counters)
+    *table, _ = _table(batch.rows, batch.grads, batch.chunks(CPU_CHUNK), batch.counters, batch.counters)
+    step = partial(cpu.step, instruction_set(cpu), batch.names, CPU_CHUNK, table)
+    batch.prepared = step, batch.numel // CPU_CHUNK
     return batch.prepared
 
 
-def _threads(batch: Batch) -> int:
-    return 1 if _forked else min(torch.get_num_threads(), max(1, batch.numel // CPU_CHUNK))
+def _threads(most: int) -> int:
+    return 1 if _forked or most <= 1 else min(torch.get_num_threads(), most)
 
 
 def _address(t: Tensor | None) -> int:
@@ -117,7 +116,7 @@ def _cpu_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> N
     cpu = extension("_cpu")[0]
     assert cpu is not None
     task = _norm_task(batch.rows, batch.grads, batch.norm_chunks, grad_scale, sums)
-    cpu.square_sums(instruction_set(cpu), batch.key.grad.name, task, _threads(batch))
+    cpu.square_sums(instruction_set(cpu), batch.key.grad.name, task, _threads(batch.numel // CPU_CHUNK))
 
 
 def _current(device: torch.device) -> Any:
