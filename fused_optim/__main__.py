@@ -58,9 +58,8 @@ def main() -> int:
     print(f"  nvcc       {compiler('nvcc', -1)}")
     if cpu := extension("_cpu")[0]:
         threads = torch.get_num_threads() if cpu.openmp else "1 (built without OpenMP)"
-        print(
-            f"  _cpu       instruction set {instruction_set(cpu)}, threads {threads}, built with {cpu.compiler}"
-        )
+        built = f"built with {cpu.compiler}"
+        print(f"  _cpu       instruction set {instruction_set(cpu)}, threads {threads}, {built}")
     if cuda := extension("_cuda")[0]:
         print(f"  _cuda      sm_{cuda.archs.replace(',', ', sm_')} and PTX, built with {cuda.compiler}")
     if torch.cuda.is_available():

@@ -46,14 +46,14 @@ class Addresses:
         # Where gradients are, kept up to date. Of one that is missing: the remainder by 16 of where it was.
         self.grads = int64_tensor(self._seen[-1])
         cpu = extension("_cpu")[0]
-        # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
-        items = ((k, s, *(chain(*s.items()) if isinstance(s, dict) else ())) for k, s in state.items())
-        self._known = (params, held, [*params, *chain.from_iterable(items)])
-        native = None
+        self._ask_native = None
         if cpu and not self._distributed:
+            # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
+            items = ((k, s, *(chain(*s.items()) if isinstance(s, dict) else ())) for k, s in state.items())
+            known = params, held, [*params, *chain.from_iterable(items)]
             kinds = bytes(1 + stepped[p] if p in stepped else 0 for p in params)
             native = cpu.addresses(params, held, kinds, self.grads.data_ptr())
-        self._ask_native = partial(cpu.ask, native, *self._known) if cpu and native else None
+            self._ask_native = native and partial(cpu.ask, native, *known)
 
     def _look(self) -> list[Any]:
         """What parameters, states and gradients are like and where they are; last, where gradients are. A

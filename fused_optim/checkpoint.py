@@ -25,17 +25,10 @@ Loaded = tuple[list[Group], dict[Tensor, State]]  # groups and states
 
 def snapshot(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
     """torch's state dict with tensors of its own and without callables."""
-    state = {
-        key: {k: own(v) for k, v in portable(state, settings.rule.states).items()}
-        if isinstance(state, dict)
-        else own(state)
-        for key, state in state_dict["state"].items()
-    }
-    groups = [
-        {**{k: list(v) if isinstance(v, list) else own(v) for k, v in group.items()}, "schedules": None}
-        for group in state_dict["param_groups"]
-    ]
-    return {**state_dict, "state": state, "param_groups": groups}
+    keys, states = settings.rule.states, state_dict["state"].items()
+    saved = {key: own(portable(state, keys) if isinstance(state, dict) else state) for key, state in states}
+    groups = [{**own(group), "schedules": None} for group in state_dict["param_groups"]]
+    return {**state_dict, "state": saved, "param_groups": groups}
 
 
 @contextmanager
@@ -138,12 +131,9 @@ def _warn_of_names(groups: list[Group], ours: list[Group]) -> None:
         if saved and names and numbered and list(saved) != list(names):
             which = "in another order" if sorted(saved) == sorted(names) else "other names"
             pairs = ", ".join(f"{a!r} for {b!r}" for a, b in zip(saved, names) if a != b)
-            warnings.warn(
-                f"saved group {i} has its parameters {which}, and states are loaded by their order: {pairs}; "
-                "make the optimizer for the same parameters in the saved order",
-                UserWarning,
-                stacklevel=7,
-            )
+            text = f"its parameters {which}, and states are loaded by their order: {pairs}; make the optimizer"
+            text += " for the same parameters in the saved order"
+            warnings.warn(f"saved group {i} has {text}", UserWarning, stacklevel=7)
         if names:
             group["param_names"] = list(names)
 

@@ -1,9 +1,8 @@
 """Clipping inside the step: the norm of all gradients, and the coefficient that it gives.
 
-Every 4,096 elements of a parameter, in logical order, have a sum of squares. These sums lie one after another
-in the order of parameters, whatever batch and device steps them, and are added up by
-:func:`~.reference.tree_sum`. So the norm has the same bits in every backend and layout. The processes that have
-shards of DTensors add up their totals likewise, in the order of their places in the mesh.
+The sums of squares lie one after another in the order of parameters, whatever batch and device steps them, and
+are added up by :func:`~.reference.tree_sum`: the norm has the same bits in every backend and layout. Processes
+that have shards of DTensors add up their totals likewise, in the order of their places in the mesh.
 """
 
 import math
@@ -26,12 +25,9 @@ class Clipping:
     """What a plan needs to clip: where each chunk's sum of squares goes."""
 
     def __init__(
-        self,
-        batches: list[tuple[Backend, Batch]],
-        max_grad_norm: float | None,
-        skipped: Tensor | None,
+        self, batches: list[tuple[Backend, Batch]], max_grad_norm: float | None, skipped: Tensor | None,
         mesh: Any = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """``skipped``: counts the steps that a non-finite norm skips, None if it skips none. ``mesh``: of
         DTensors, whose processes add up their totals."""
         items = sorted((o for _, batch in batches for o in batch.items), key=lambda o: o.number)
@@ -42,7 +38,8 @@ class Clipping:
             place = first[row] + torch.where(chunk < 0, ~chunk, chunk)
             batch.norm_chunks = torch.stack([row, chunk, place], 1).int()
         self._batches = batches
-        self._limit = math.inf if max_grad_norm is None else max_grad_norm
+        limit = math.inf if max_grad_norm is None else max_grad_norm
+        self._limit = torch.tensor(limit, dtype=torch.float64, device="cpu")
         self._limits: dict[torch.device, Tensor] = {}
         self.skipped, self._mesh = skipped, mesh
         elsewhere = [o.number for o in items if mesh is not None and not is_counted_here(o.source, mesh)]
@@ -62,11 +59,12 @@ class Clipping:
         sums = {d: make(self._n_sums, dtype=torch.float64, device=d) for d in inputs}
         for backend, batch in self._batches:
             backend.square_sums(batch, inputs[batch.key.device].grad_scale, sums[batch.key.device])
-        home = self._device
-        limit = uploaded(
-            self._limits, home, home, lambda: torch.tensor(self._limit, dtype=torch.float64, device="cpu")
-        )
-        in_order = self._in_order(sums)
+        in_order = sums.pop(self._device)
+        for others in sums.values():
+            in_order += others.to(self._device)
+        for part in self._elsewhere:  # what another process has too, and counts
+            in_order[part] = 0
+        limit = uploaded(self._limits, self._device, self._device, lambda: self._limit)
         for dim in reversed(range(self._mesh.ndim)) if self._mesh is not None else ():
             total = self._backend.clip(in_order, limit, None)[:1]
             totals = [torch.empty_like(total) for _ in range(self._mesh.size(dim))]
@@ -76,13 +74,3 @@ class Clipping:
         # A copy to the CPU is waited for: there the host reads it.
         on = {d: clip.to(d, non_blocking=d.type != "cpu") for d in inputs}
         return {d: each._replace(clip=on[d]) for d, each in inputs.items()}, clip[1]
-
-    def _in_order(self, sums: dict[torch.device, Tensor]) -> Tensor:
-        """All sums of squares on one device, in the order in which they are added up; 0 for what another
-        process has too, and counts."""
-        total = sums.pop(self._device)
-        for others in sums.values():
-            total += others.to(self._device)
-        for part in self._elsewhere:
-            total[part] = 0
-        return total

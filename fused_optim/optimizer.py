@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import increment_version
+from torch.compiler import is_dynamo_compiling
 
 from . import checkpoint, options
 from .backends import select, valid_now
@@ -102,7 +104,7 @@ class FusedOptimizer(StateAccess):
     @property
     def seed(self) -> int:
         """Of ``stochastic_rounding``, in [0, 2^32). Saved. 0 unless set, so that replicas round alike."""
-        return options.of_all(self.param_groups, "seed")
+        return int(self.param_groups[0]["seed"])
 
     @seed.setter
     def seed(self, seed: int) -> None:
@@ -133,35 +135,36 @@ class FusedOptimizer(StateAccess):
         names it, and nothing has changed then."""
         # A compiled train step has a graph break here. As a decorator, torch.compiler.disable takes 25 us of each
         # step that finds nothing of it in the caches.
-        if torch.compiler.is_dynamo_compiling():
+        if is_dynamo_compiling():
             return _step_at_graph_break(self, closure)
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        count = options.of_all(self.param_groups, "count")
-        if count == 0 and not self.state and checkpoint.asks_for_states(self.param_groups):
+        groups = self.param_groups
+        common = groups[0] if groups else options.COMMON
+        count = common["count"]
+        if count == 0 and not self.state and checkpoint.asks_for_states(groups):
             self.init_state()
             return loss
         has_gpu = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
         capturing = has_gpu and torch.cuda.is_current_stream_capturing()
         if capturing:
-            options.check_capture(self.param_groups)
-        options.run_schedules(self.param_groups, count)
-        self._hyper.read(self.param_groups)
+            options.check_capture(groups)
+        self._hyper.read(groups, count)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        given = (self.seed, scale is not None, found_inf is not None)
+        given = (common["seed"], scale is not None, found_inf is not None)
         # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
         plan, self._plan = self._plan, None
-        if plan is None or not plan.refresh(self.param_groups, self.state, given, capturing):
+        if plan is None or not plan.refresh(groups, self.state, given, capturing):
             if capturing:
                 raise RuntimeError(
                     "a step that a CUDA graph captures must be like the one before it: make one before with "
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
-            plan = Plan(self.param_groups, self.state, self._settings, given, self._flat, self.skipped)
+            plan = Plan(groups, self.state, self._settings, given, self._flat, self.skipped)
         self._plan = plan
-        inputs = self._hyper.inputs(plan.devices, self.param_groups, scale, found_inf)
+        inputs = self._hyper.inputs(groups, plan.devices, scale, found_inf)
         for batch in plan.copied:
             batch.load_copies()
         if plan.clipping is not None:
@@ -176,7 +179,7 @@ class FusedOptimizer(StateAccess):
                         finish(batch.store_copies)
         finally:
             # A backward pass through an older graph must notice, whatever interrupted the loop.
-            torch.autograd.graph.increment_version(plan.versioned)
+            increment_version(plan.versioned)
         if capturing:
             # The graph uses these at each replay, and what parameters' memory is now.
             self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
@@ -184,7 +187,7 @@ class FusedOptimizer(StateAccess):
             self._hyper.on_device = {}
             for _, batch in plan.live:
                 batch.on_device = valid_now(batch.on_device)
-        for group in self.param_groups:
+        for group in groups:
             group["count"] = min(count + 1, MAX_COUNT)
         return loss
 

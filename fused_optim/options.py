@@ -29,8 +29,10 @@ _NOT_HERE = {
     "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
-_OTHERS = ("betas", "weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable")
+_BESIDE_LR = "betas weight_decay eps eps_root reference_lr maximize nesterov differentiable".split()
 TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
+# What all groups have alike, since all that saves optimizers saves groups: the first one's, or this.
+COMMON = {"count": 0, "seed": 0}
 VERSION = 2  # of state dicts; those of 0.1 have none
 
 
@@ -86,11 +88,6 @@ def check_max_grad_norm(value: Any) -> float | None:
     if checked == 0:
         raise ValueError("Invalid max_grad_norm value: 0.0; max_grad_norm must be positive, or None")
     return checked
-
-
-def of_all(groups: list[Group], key: str) -> int:
-    """``"count"`` or ``"seed"``. All groups have the same, since all that saves optimizers saves groups."""
-    return int(groups[0].get(key, 0)) if groups else 0
 
 
 def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
@@ -170,7 +167,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, others: list[Group], settings: dict[str, Any]) -> None:
     """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
-    index, count = len(others), of_all(others, "count")
+    index, common = len(others), others[0] if others else COMMON
     for key, value in settings.items():
         if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's here too
             raise ValueError(
@@ -180,10 +177,10 @@ def complete_group(group: Group, others: list[Group], settings: dict[str, Any]) 
     check_torchs(group)
     lr = group["lr"]
     # All keys are there always: checkpoints are read by the keys that groups have.
-    group.update(schedules={}, count=count, seed=of_all(others, "seed"), version=VERSION)
+    group.update(schedules={}, count=common["count"], seed=common["seed"], version=VERSION)
     for key in ("lr", "weight_decay"):
         if callable(schedule := group[key]):
-            group[key] = _scheduled_value(key, schedule, count)
+            group[key] = _scheduled_value(key, schedule, group["count"])
             group["schedules"][key] = [schedule, group[key]]
     check_group(group, where_of(index))
     if settings["decoupled_lr"]:
@@ -270,12 +267,18 @@ class HyperparameterTable:
         self._read: list[Any] = []
         self._rows = torch.empty(0, device="cpu")
         self.on_device: dict[torch.device, Tensor] = {}
+        self._device_lrs = False  # whether a learning rate is on a GPU
         self._steady: dict[torch.device, Inputs] = {}  # what each step is given, where it is always the same
 
-    def read(self, groups: list[Group]) -> None:
-        """Take the groups' numbers as they are now; they are checked where they have changed."""
+    def read(self, groups: list[Group], count: int) -> None:
+        """Take the groups' numbers as they are now, of callables at ``count``. They are checked where they
+        have changed."""
+        for group in groups:
+            if group.get("schedules"):
+                run_schedules(groups, count)
+                break
         read: list[list[Any]] = [
-            [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _OTHERS)]
+            [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _BESIDE_LR)]
             for i, group in enumerate(groups)
         ]
         if read == self._read:
@@ -287,36 +290,39 @@ class HyperparameterTable:
             for lr, betas, weight_decay, *others, _ in read
             for decay in (weight_decay, 0.0)
         ]
-        self._read, self.on_device, self._steady = [], {}, {}  # forgotten until it is whole: it may be interrupted
+        # Forgotten until it is whole: it may be interrupted.
+        self._read, self.on_device, self._steady = [], {}, {}
+        self._device_lrs = any(lr is None for lr, *_ in read)
         self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
         self._read = [[lr, copy.copy(betas), *others] for lr, betas, *others in read]  # betas may be a list
 
     def inputs(
-        self, devices: set[torch.device], groups: list[Group], scale: Tensor | None, found_inf: Tensor | None
+        self, groups: list[Group], devices: set[torch.device], *amp: Tensor | None
     ) -> dict[torch.device, Inputs]:
-        """What a step is given on each of these devices, uploaded where it has changed."""
-        if scale is None and found_inf is None and self._steady.keys() == devices:
+        """What a step is given on each of these devices, with grad_scale and found_inf."""
+        if amp == (None, None) and self._steady.keys() == devices:
             return self._steady
-        inputs = {device: self._on(device, groups, scale, found_inf) for device in devices}
+        inputs = {device: self._on(device, groups, *amp) for device in devices}
         # On a GPU another stream may ask, and a learning rate there may be another one each time.
-        fixed = scale is None and found_inf is None and all(lr is not None for lr, *_ in self._read)
-        self._steady = inputs if fixed and all(device.type == "cpu" for device in devices) else {}
+        steady = amp == (None, None) and not self._device_lrs and all(d.type == "cpu" for d in devices)
+        self._steady = inputs if steady else {}
         return inputs
 
     @torch.no_grad()
     def _on(self, device: torch.device, groups: list[Group], *amp: Tensor | None) -> Inputs:
-        table, wait = self._rows, device.type == "cpu"  # the host reads what is copied there
-        if not wait:
+        table, on_gpu = self._rows, device.type != "cpu"
+        if on_gpu:
             table = uploaded(self.on_device, device, device, lambda: self._rows)
-        if any(lr is None for lr, *_ in self._read):  # all at once: a copy of each is a launch of each
+        if self._device_lrs:  # all at once: a copy of each is a launch of each
             column = table[:, Hyperparameters._fields.index("lr")].view(-1, 2)
             lrs = [
-                group["lr"].reshape(()).to(device) if lr is None else column[i, 0]
-                for i, (group, (lr, *_)) in enumerate(zip(groups, self._read))
+                groups[i]["lr"].reshape(()).to(device) if lr is None else column[i, 0]
+                for i, (lr, *_) in enumerate(self._read)
             ]
             column.copy_(torch.stack(lrs)[:, None])
-        both = [None if t is None else t.reshape(()).to(device, torch.float32, non_blocking=not wait) for t in amp]
-        return Inputs(table, *both)
+        # A copy to the CPU is waited for: there the host reads it.
+        scalars = (t if t is None else t.reshape(()).to(device, torch.float32, non_blocking=on_gpu) for t in amp)
+        return Inputs(table, *scalars)
 
 
 def check_capture(groups: list[Group]) -> None:
@@ -335,9 +341,8 @@ def check_capture(groups: list[Group]) -> None:
 def warn_of_graphs(captured: list[Any], what: str) -> None:
     """Say that ``what`` was called, which captured steps do not notice."""
     if captured:
-        warnings.warn(
+        text = (
             f"a CUDA graph has captured a step of this optimizer, and {what} made new tensors for it: "
-            "replays go on with the old ones; make a step, and capture it again",
-            RuntimeWarning,
-            stacklevel=3,
+            "replays go on with the old ones; make a step, and capture it again"
         )
+        warnings.warn(text, RuntimeWarning, stacklevel=3)

@@ -11,24 +11,11 @@ import torch
 from torch import Tensor
 from torch.nn.parameter import is_lazy as is_uninitialized
 
-from . import addresses
+from . import addresses, layout
 from .backends import Backend, select
 from .clip import Clipping
 from .flat import FlatLayout
-from .layout import (
-    check_address,
-    check_kind,
-    check_no_overlap,
-    check_stepped,
-    common_mesh,
-    dense_like,
-    first_index,
-    gradient_is_native,
-    is_distributed,
-    local,
-    placed_alike,
-    placed_like,
-)  # fmt: skip
+from .layout import is_distributed, local, placed_alike
 from .options import Group, numbered
 from .rounding import random_key
 from .rules import Rule
@@ -66,10 +53,10 @@ class Settings:
         return formats_of(p.dtype, *self.formats)
 
     def dense_like(self, p: Tensor) -> Tensor:
-        return dense_like(local(p), self.formats_of(p).index_dependent or self.clips)
+        return layout.dense_like(local(p), self.formats_of(p).index_dependent or self.clips)
 
     def offset_of(self, name: str, p: Tensor) -> int:
-        return first_index(name, p) if self.formats_of(p).index_dependent else 0
+        return layout.first_index(name, p) if self.formats_of(p).index_dependent else 0
 
     def parts_of(self, p: Tensor) -> Sequence[Part]:
         """What a parameter keeps in its state, but for ``step``."""
@@ -79,7 +66,7 @@ class Settings:
         """A state of which nothing is a DTensor yet, placed like its parameter; block exponents are a
         shard's own."""
         whole = {part.key for part in self.parts_of(p) if part.block == 1}
-        return {k: placed_like(p, t) if k in whole and not is_distributed(t) else t for k, t in state.items()}
+        return {k: layout.placed_like(p, t) if k in whole and not is_distributed(t) else t for k, t in state.items()}
 
     def can_be_flat(self, p: Tensor) -> bool:
         """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
@@ -92,12 +79,12 @@ class Settings:
         for j, p in enumerate(group["params"]):
             name, p = (repr(p[0]), p[1]) if isinstance(p, tuple) else (f"{j} of group {len(groups)}", p)
             if isinstance(p, Tensor):  # torch refuses other things
-                check_kind(name, p, self.flatten)
+                layout.check_kind(name, p, self.flatten)
                 if plain_format(p.dtype) is not None:
-                    check_formats(name, p.dtype, *self.formats)
+                    check_formats(name, p.dtype, self.formats)
                     self.offset_of(name, p)
                 named.append((f"parameter {name}", p))
-        check_no_overlap(named)
+        layout.check_no_overlap(named)
 
 
 class Plan:
@@ -111,7 +98,7 @@ class Plan:
         skipped: Tensor | None,
     ) -> None:  # fmt: skip
         items = _operands(groups, state, settings, given[0])
-        mesh = common_mesh(o.source for o in items) if settings.clips else None
+        mesh = layout.common_mesh(o.source for o in items) if settings.clips else None
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
         by_key: dict[BatchKey, list[Operands]] = defaultdict(list)
         for o in items:
@@ -131,9 +118,7 @@ class Plan:
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
         clips = settings.clips
-        self.batches = [
-            (backends[key.device], Batch(key, batch, merged=not clips)) for key, batch in by_key.items()
-        ]
+        self.batches = [(backends[k.device], Batch(k, same, merged=not clips)) for k, same in by_key.items()]
         self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped, mesh) if clips else None
         self._stepped = {o.source: o.grad_optional for o in items}
         self.addresses = addresses.Addresses([group["params"] for group in groups], state, self._stepped)
@@ -157,23 +142,18 @@ class Plan:
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
+        if answer == addresses.SAME:
+            return True
         toggled = answer == addresses.GRADS_TOGGLED
         if answer == addresses.CHANGED or (toggled and capturing):
             return False
-        if answer == addresses.SAME:
-            return True
         if toggled:
             self._find_present()
         if self._flat is not None:
             self._flat.take_grads(self._present)
             if self.addresses.ask(params, state) == addresses.CHANGED:
                 return False
-        for _, batch in self.batches:
-            if not toggled:
-                batch.follow(self.addresses.grads)
-            elif not batch.toggle(self.addresses.grads):
-                return False
-        return True
+        return all(batch.follow(self.addresses.grads, toggled) for _, batch in self.batches)
 
 
 def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and which of them decay
@@ -193,28 +173,26 @@ def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, se
                 o = _operands_of(name, p, old, settings, hyper_row, random, len(items))
                 same = o.state.keys() == old.keys() and all(o.state[key] is old[key] for key in old)
                 items += [o] if same and o.grad_optional else []
-    check_no_overlap([(f"parameter {o.name}", o.source) for o in items])
+    layout.check_no_overlap([(f"parameter {o.name}", o.source) for o in items])
     stepped = {o.source: o for o in items}
     states = [(f" of parameter {o.name}", o.state) for o in items]
     states += [("", s) for p, s in state.items() if isinstance(s, dict) and p not in stepped]
     tensors = [(f"state {k!r}{of}", t) for of, s in states for k, t in s.items() if k != "step"]
-    check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)])
+    layout.check_no_overlap([x for x in tensors if isinstance(x[1], Tensor)])
     return items
 
 
 def _operands_of(
-    name: str, p: Tensor, old: State, settings: Settings, hyper_row: int, random: int, number: int
+    name: str, p: Tensor, old: State, settings: Settings, row: int, random: int, number: int
 ) -> Operands:
     """One parameter's, with ``old`` made into a state as it will be; raises what is wrong with any of it."""
-    check_stepped(name, p)
-    check_formats(name, p.dtype, *settings.formats)
-    dense, plain, grad = settings.dense_like(p), plain_format(p.dtype), local(p if p.grad is None else p.grad)
-    assert plain is not None
-    grad_copy = None
-    if not placed_alike(p if p.grad is None else p.grad, p) or not gradient_is_native(grad, local(p), dense):
-        dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else plain.working
+    layout.check_stepped(name, p)
+    check_formats(name, p.dtype, settings.formats)
+    (param, mu, nu), dense = settings.formats_of(p), settings.dense_like(p)
+    grad, grad_copy = local(p if p.grad is None else p.grad), None
+    if not placed_alike(p if p.grad is None else p.grad, p) or not layout.gradient_is_native(grad, local(p), dense):
+        dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else param.working
         grad = grad_copy = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=p.device)
-    param, mu, nu = settings.formats_of(p)
     grad_format = plain_format(grad.dtype)
     assert grad_format is not None
     key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
@@ -223,9 +201,7 @@ def _operands_of(
     # With copies of the parameter, or a norm, a missing gradient would have to be known in more places than tables.
     like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
     optional = like_param and dense is local(p) and dense.numel() > 0 and not settings.clips
-    return Operands(
-        name, p, dense, grad_copy, made, key, hyper_row, random, offset, number, grad_optional=optional
-    )
+    return Operands(name, p, dense, grad_copy, made, key, row, random, offset, number, grad_optional=optional)
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:
@@ -240,7 +216,7 @@ def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Setting
     check_state(name, local(p), here, keys, RuntimeError)
     for key in (*(part.key for part in settings.parts_of(p)), "step"):
         if isinstance(here.get(key), Tensor):
-            check_address(f"state {key!r} of parameter {name}", here[key])
+            layout.check_address(f"state {key!r} of parameter {name}", here[key])
     made = in_formats(here, local(p), keys, settings.formats_of(p), dense)
     made = settings.placed(p, {k: old[k] if v is here.get(k) else v for k, v in made.items()})
     step = old.get("step")

@@ -141,7 +141,12 @@ def decoded(state: State, param: Tensor, keys: Keys, split: bool, dense: Tensor)
     return {key: own(t) for key, t in {"step": step, **masters, **{key: plain[key] for key in keys}}.items()}
 
 
-def own(value: Any) -> Any:  # a tensor gets memory of its own; anything else is kept
+def own(value: Any) -> Any:
+    """With a copy of each tensor, list and dict; anything else is kept."""
+    if isinstance(value, dict):
+        return {key: own(x) for key, x in value.items()}
+    if isinstance(value, list):
+        return [own(x) for x in value]
     return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
 
 

@@ -244,12 +244,10 @@ def formats_of(
     return Formats(param, mu, nu)
 
 
-def check_formats(
-    name: str, dtype: torch.dtype, state_format: str, master_weights: str | None, stochastic_rounding: bool
-) -> None:
+def check_formats(name: str, dtype: torch.dtype, formats: tuple[str, str | None, bool]) -> None:
     """Raise a ValueError where a parameter cannot have the formats that were asked for, naming it."""
     why, instead = None, "give it an optimizer of its own"
-    param = formats_of(dtype, state_format, master_weights, stochastic_rounding).param
+    param, (state_format, master_weights, stochastic_rounding) = formats_of(dtype, *formats).param, formats
     if state_format != "fp32" and (dtype.is_complex or dtype == _F64):
         why = f"state_format={state_format!r} is for float32, bfloat16 and float16 parameters"
         instead += " with state_format='fp32'"

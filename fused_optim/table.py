@@ -133,7 +133,7 @@ class Batch:
         self.names = key.names
         self.items = items
         self._copied = [o for o in items if o.dense is not local(o.source)]
-        self._copied_grads = [o for o in items if o.grad_copy is not None]
+        self._copied_grads = [(o, o.grad_copy) for o in items if o.grad_copy is not None]
         self.has_copies = bool(self._copied or self._copied_grads)
         rows: list[list[int]] = []
         grads: list[int] = []
@@ -173,26 +173,24 @@ class Batch:
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
         for o in self._copied:
             o.dense.copy_(local(o.source))
-        for o in self._copied_grads:
-            assert o.grad_copy is not None
-            o.grad_copy.copy_(gradient_of(o.source))
+        for o, copy in self._copied_grads:
+            copy.copy_(gradient_of(o.source))
 
     @torch.no_grad()
     def store_copies(self) -> None:
         for o in self._copied:
             local(o.source).copy_(o.dense)
 
-    def follow(self, grads: Tensor) -> None:
-        """Take the addresses of gradients that have moved: those of all parameters that are stepped."""
+    def follow(self, grads: Tensor, toggled: bool) -> bool:
+        """Take the addresses of gradients that have moved: those of all parameters that are stepped. Where some
+        came or went (``toggled``) of parameters that share a step number, and others not, this is False, and a
+        new batch is needed."""
         if self._followed:
             rows, numbers = self._followed
             self.grads[rows] = grads[numbers]
             self.on_device.pop("grads", None)
-
-    def toggle(self, grads: Tensor) -> bool:
-        """As :meth:`follow` where gradients came or went. False, and a new batch is needed, where some did of
-        parameters that share a step number, and others not."""
-        self.follow(grads)
+        if not toggled:
+            return True
         self._chunks, self.on_device, self.prepared = {}, {}, ()
         return self._count_with(self._needed | (grads[self._numbers] >= VECTOR_BYTES))
 
@@ -206,8 +204,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """The table, on the host and on the device, and the dense copies."""
-        copies = [o.dense for o in self._copied]
-        copies += [o.grad_copy for o in self._copied_grads if o.grad_copy is not None]
+        copies = [*(o.dense for o in self._copied), *(copy for _, copy in self._copied_grads)]
         tables = [self.rows, self.grads, self.counters, self.norm_chunks, *self._chunks.values()]
         return [*tables, *self.on_device.values(), *copies]
 

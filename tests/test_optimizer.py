@@ -159,6 +159,21 @@ def test_autograd_sees_the_write(make: Make, flatten: bool) -> None:
             losses[1].backward()
 
 
+def test_autograd_records_nothing(make: Make, flatten: bool) -> None:
+    """Of gradients, a scale and a schedule that require a gradient; the last parameter has gaps, and is copied."""
+    params = [*parameters([(4,)]), torch.nn.Parameter(torch.ones(3, 8)[:, ::2])]
+    scale = torch.tensor(2.0, requires_grad=True)
+    optimizer = make(params, lr=lambda count: scale * 0.1, flatten=flatten)
+    optimizer.grad_scale = scale
+    for seed in range(3):
+        set_gradients(params, seed)
+        for p in params:
+            p.grad.requires_grad_()
+        optimizer.step()
+    states = [t for p in params for t in optimizer.state[p].values()]
+    assert all(t.grad_fn is None for t in (*params, *states, *(p.grad for p in params)))
+
+
 # Learning rates
 
 

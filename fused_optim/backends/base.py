@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -66,26 +67,14 @@ def valid_now(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t for key, t in held.items() if not vars(t).get("captured", False)}
 
 
-def table_on(batch: Batch, chunk_size: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def tables_on(batch: Batch, *names: str) -> list[Tensor]:
+    """Of a batch's tables, which are its attributes, those named, in the memory of its device."""
+    return [uploaded(batch.on_device, x, batch.key.device, partial(getattr, batch, x)) for x in names]
+
+
+def table_on(batch: Batch, chunk_size: int) -> list[Tensor]:
     """The batch's rows, gradients, chunks and counters in the memory of its device. Chunks, 26 MiB of them for
     seven billion parameters, are made there."""
-    held, device = batch.on_device, batch.key.device
-    rows, grads = _rows_on(batch)
-
-    def make() -> Tensor:
-        return batch.chunks(chunk_size) if device.type == "cpu" else batch.chunks_of(rows, grads, chunk_size)
-
-    chunks = uploaded(held, "chunks", device, make)
-    return rows, grads, chunks, uploaded(held, "counters", device, lambda: batch.counters)
-
-
-def norm_table_on(batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """The batch's rows, gradients and chunks for the norm in the memory of its device."""
-    held, device = batch.on_device, batch.key.device
-    return *_rows_on(batch), uploaded(held, "norm_chunks", device, lambda: batch.norm_chunks)
-
-
-def _rows_on(batch: Batch) -> tuple[Tensor, Tensor]:
-    held, device = batch.on_device, batch.key.device
-    rows = uploaded(held, "rows", device, lambda: batch.rows)
-    return rows, uploaded(held, "grads", device, lambda: batch.grads)
+    rows, grads, counters = tables_on(batch, "rows", "grads", "counters")
+    make = partial(batch.chunks_of, rows, grads, chunk_size)
+    return [rows, grads, uploaded(batch.on_device, "chunks", batch.key.device, make), counters]

@@ -43,8 +43,7 @@ def square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     new = []
     for o in batch.items:
         assert o.grad is not None  # a plan that clips has none that is missing
-        in_memory = o.grad.as_strided((o.grad.numel(),), (1,))
-        g = batch.key.grad.decode(in_memory, None)
+        g = batch.key.grad.decode(o.grad.as_strided((o.grad.numel(),), (1,)), None)
         new.append(reference.square_sums(g if grad_scale is None else g / grad_scale.to(g.dtype)))
     sums[place] = torch.cat(new)
 

@@ -6,34 +6,26 @@ torch: addresses, sizes and the stream go over as integers.
 import importlib
 import os
 from functools import cache, partial
-from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..table import Batch, BatchKey
-from .base import Backend, Inputs, norm_table_on, table_on
+from .base import Backend, Inputs, table_on, tables_on
 from .eager import EAGER
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
 _ISA = os.environ.get("FUSED_OPTIM_ISA")
-_forked = False
-
-
-def _stay_alone() -> None:
-    """In a forked child libgomp would wait for the threads of its pool, which only the parent has: ours and
-    torch's are one pool, and nothing says whether it was there."""
-    global _forked
-    _forked = True
-
-
+# Not empty in a forked child. There libgomp would wait for the threads of its pool, which only the parent has: ours
+# and torch's are one pool, and nothing says whether it was there.
+_forked: list[bool] = []
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_stay_alone)
+    os.register_at_fork(after_in_child=partial(_forked.append, True))
 
 
 @cache
-def extension(name: str) -> tuple[ModuleType | None, str | None]:
+def extension(name: str) -> tuple[Any, str | None]:
     """A compiled module, or None and the reason why there is none."""
     try:
         return importlib.import_module(f"fused_optim.{name}"), None
@@ -46,13 +38,9 @@ def extension(name: str) -> tuple[ModuleType | None, str | None]:
         return None, f"fused_optim.{name} does not load: {error}"
 
 
-def _chunks(rows: Tensor, grads: Tensor, chunks: Tensor) -> tuple[int, ...]:
-    return rows.data_ptr(), grads.data_ptr(), chunks.data_ptr(), chunks.shape[0]
-
-
-def _table(rows: Tensor, grads: Tensor, chunks: Tensor, counters: Tensor, hyper: Tensor) -> tuple[int, ...]:
-    """The fields of Table in ``csrc/table.h``."""
-    return *_chunks(rows, grads, chunks), counters.data_ptr(), counters.shape[0], hyper.data_ptr()
+def _fields(*tables: Tensor) -> tuple[int, ...]:
+    """What structs in ``csrc/table.h`` have of tables: the address of each, and the length of the last."""
+    return *(t.data_ptr() for t in tables), tables[-1].shape[0]
 
 
 def _cpu_why_not(device: torch.device) -> str | None:
@@ -65,7 +53,7 @@ def _cpu_why_not(device: torch.device) -> str | None:
 
 
 @cache
-def instruction_set(cpu: ModuleType) -> str:
+def instruction_set(cpu: Any) -> str:
     """The one that the CPU backend uses; a ValueError if ``FUSED_OPTIM_ISA`` names none of this machine."""
     isas: list[str] = cpu.isas()
     if _ISA is not None and _ISA not in isas:
@@ -90,8 +78,7 @@ def _prepared(batch: Batch) -> tuple[Any, ...]:
     """What stays the same while a batch lives: asked for once, since between two steps of a training all of it
     falls out of the caches."""
     cpu = extension("_cpu")[0]
-    assert cpu is not None
-    *table, _ = _table(batch.rows, batch.grads, batch.chunks(CPU_CHUNK), batch.counters, batch.counters)
+    table = *_fields(batch.rows, batch.grads, batch.chunks(CPU_CHUNK)), *_fields(batch.counters)
     step = partial(cpu.step, instruction_set(cpu), batch.names, CPU_CHUNK, table)
     batch.prepared = step, batch.numel // CPU_CHUNK
     return batch.prepared
@@ -105,17 +92,10 @@ def _address(t: Tensor | None) -> int:
     return 0 if t is None else t.data_ptr()
 
 
-def _norm_task(
-    rows: Tensor, grads: Tensor, chunks: Tensor, grad_scale: Tensor | None, sums: Tensor
-) -> tuple[int, ...]:
-    """The fields of NormTask in ``csrc/table.h``."""
-    return *_chunks(rows, grads, chunks), _address(grad_scale), sums.data_ptr()
-
-
 def _cpu_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     cpu = extension("_cpu")[0]
-    assert cpu is not None
-    task = _norm_task(batch.rows, batch.grads, batch.norm_chunks, grad_scale, sums)
+    tables = _fields(batch.rows, batch.grads, batch.norm_chunks)
+    task = *tables, _address(grad_scale), sums.data_ptr()
     cpu.square_sums(instruction_set(cpu), batch.key.grad.name, task, _threads(batch.numel // CPU_CHUNK))
 
 
@@ -143,7 +123,6 @@ def _cuda_why_not(device: torch.device) -> str | None:
 
 def _cuda_load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> None:
     cuda = extension("_cuda")[0]
-    assert cuda is not None
     with _current(key.device):
         cuda.load(key.names)
 
@@ -154,27 +133,26 @@ def _stream(device: torch.device) -> int:
 
 def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     cuda = extension("_cuda")[0]
-    assert cuda is not None
     device = batch.key.device
     size = len(batch.counters) * cuda.coefficients_bytes
     coefficients = torch.empty(size, dtype=torch.uint8, device=device)
-    table = _table(*table_on(batch, cuda.chunk_size), inputs.hyper)
-    task = (*table, coefficients.data_ptr(), *map(_address, inputs[1:]))
+    *tables, counters = table_on(batch, cuda.chunk_size)
+    hyper, *optional = map(_address, inputs)
+    task = *_fields(*tables), *_fields(counters), hyper, coefficients.data_ptr(), *optional
     with _current(device):
         cuda.step(batch.names, task, _stream(device))
 
 
 def _cuda_square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     cuda, device = extension("_cuda")[0], batch.key.device
-    assert cuda is not None
-    task = _norm_task(*norm_table_on(batch), grad_scale, sums)
+    tables = _fields(*tables_on(batch, "rows", "grads", "norm_chunks"))
+    task = *tables, _address(grad_scale), sums.data_ptr()
     with _current(device):
         cuda.square_sums(batch.key.grad.name, task, _stream(device))
 
 
 def _cuda_clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
     cuda, device = extension("_cuda")[0], sums.device
-    assert cuda is not None
     clip = torch.empty(4, dtype=torch.float64, device=device)
     task = (sums.data_ptr(), len(sums), *map(_address, (max_grad_norm, clip, skipped)))
     with _current(device):

@@ -9,17 +9,12 @@ import torch
 from torch import Tensor
 
 from ..table import Batch, BatchKey
-from .base import Backend, Inputs, norm_table_on, table_on
+from .base import Backend, Inputs, table_on, tables_on
 
 
 @cache
-def _kernels() -> Any:
-    return importlib.import_module("fused_optim.kernels.step")
-
-
-@cache
-def _norm() -> Any:
-    return importlib.import_module("fused_optim.kernels.norm")
+def _kernels(name: str = "step") -> Any:
+    return importlib.import_module(f"fused_optim.kernels.{name}")
 
 
 @cache
@@ -55,25 +50,21 @@ def _options(device: torch.device, threads: int, registers: int) -> dict[str, An
 
 
 @cache
-def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
-    """The step kernel's constants, and the compiler options of the prologue and of the step kernel."""
+def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> tuple[Any, ...]:
+    """The step kernel's constants, and the prologue and the step kernel, loaded onto the device."""
     kernels = _kernels()
+    constants = kernels.step_constants(*key.names, _target())
     prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
     step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4]))
-    return kernels.step_constants(*key.names, _target()), prologue_options, step_options
-
-
-@cache
-def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> Any:
-    """The prologue and the step kernel, loaded onto the device."""
+    given = key.param.working, scaled, skippable, clips, constants, prologue_options, step_options
     with torch.accelerator.device_index(key.device.index):  # None for the CPU, which changes nothing
-        return _kernels().load(key.param.working, scaled, skippable, clips, *_arguments(key))
+        return constants, *kernels.load(*given)
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
     kernels, device, given = _kernels(), batch.key.device, tuple(t is not None for t in inputs[1:])
     if batch.prepared[:1] != (given,):  # not looked up each step: a key's hash is of all that its formats say
-        batch.prepared = given, _arguments(batch.key)[0], *_load(batch.key, *given)
+        batch.prepared = given, *_load(batch.key, *given)
     _, constants, prologue, step = batch.prepared
     *tables, counters = table_on(batch, constants["CHUNK"])
     size = counters.shape[0] * kernels.COEFFICIENT_COLUMNS.value
@@ -88,14 +79,14 @@ def _step(batch: Batch, inputs: Inputs) -> None:
 
 @cache
 def _load_square_sums(key: BatchKey, scaled: bool) -> Any:
-    norm = _norm()
+    norm = _kernels("norm")
     options = _options(key.device, 0, norm.REGISTERS)
     return norm.load_square_sums(key.grad.name, key.param.working, scaled, options)
 
 
 def _square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-    norm, key = _norm(), batch.key
-    table = norm_table_on(batch)
+    norm, key = _kernels("norm"), batch.key
+    table = tables_on(batch, "rows", "grads", "norm_chunks")
     with torch.accelerator.device_index(key.device.index):
         kernel = _load_square_sums(key, grad_scale is not None)
         norm.launch_square_sums(kernel, *table, grad_scale, sums, key.grad.name, key.param.working)
@@ -103,7 +94,7 @@ def _square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
 
 @cache
 def _load_clip(device: torch.device, skips: bool) -> Any:
-    norm = _norm()
+    norm = _kernels("norm")
     return norm.load_clip(skips, _options(device, norm.CLIP_THREADS, norm.REGISTERS))
 
 
@@ -111,7 +102,7 @@ def _clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor
     clip = torch.empty(4, dtype=torch.float64, device=sums.device)
     with torch.accelerator.device_index(sums.device.index):
         kernel = _load_clip(sums.device, skipped is not None)
-        _norm().launch_clip(kernel, sums, max_grad_norm, clip, skipped)
+        _kernels("norm").launch_clip(kernel, sums, max_grad_norm, clip, skipped)
     return clip
 
 
