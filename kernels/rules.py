@@ -17,7 +17,6 @@ from typing import Any
 import triton
 import triton.language as tl
 
-
 # What ptxas makes of div.rn and sqrt.rn, but with one test for the eight elements of a thread, and with zeros in range.
 # docs/numerics.md has the proofs.
 
