@@ -17,22 +17,20 @@ from .table import int64_tensor
 CHANGED, SAME, GRADS_MOVED, GRADS_TOGGLED = range(4)
 
 
-def _objects(param_lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]]:
+def _objects(lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]]:
     """What must be the very same objects: parameters, and the states' keys, values and these's items."""
     states = list(state.values())
     dicts = [s for s in states if isinstance(s, dict)]
     names, values = chain.from_iterable(dicts), chain.from_iterable(map(dict.values, dicts))
-    return [list(chain.from_iterable(param_lists)), list(state), states, list(names), list(values)]
+    return [list(chain.from_iterable(lists)), list(state), states, list(names), list(values)]
 
 
 class Addresses:
     """The tensors in an optimizer's lists of parameters and in its state, and where they are."""
 
-    def __init__(
-        self, param_lists: list[list[Tensor]], state: dict[Any, Any], stepped: dict[Tensor, bool]
-    ) -> None:
-        """``stepped``: the parameters that have a gradient, or may have one like themselves: True for these."""
-        self._objects = _objects(param_lists, state)
+    def __init__(self, lists: list[list[Tensor]], state: dict[Any, Any], stepped: dict[Tensor, bool]) -> None:
+        """``lists``: of parameters. ``stepped``: those that have a gradient, True for what may be without it."""
+        self._objects = _objects(lists, state)
         params, values = self._objects[0], self._objects[-1]
         held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
         self._stepped, self._optional = list(stepped), list(stepped.values())
@@ -75,11 +73,11 @@ class Addresses:
         n = len(self._fixed)
         return [*kinds, lazy, placements, places[:n], missing, places[n:]]
 
-    def ask(self, param_lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
+    def ask(self, lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
         if self._ask_native is not None:
-            return int(self._ask_native(param_lists, state))
-        for now, before in zip(_objects(param_lists, state), self._objects):
+            return int(self._ask_native(lists, state))
+        for now, before in zip(_objects(lists, state), self._objects):
             if len(now) != len(before) or not all(map(is_, now, before)):
                 return CHANGED
         *seen, missing, places = self._look() or [None, [], []]

@@ -24,9 +24,7 @@ from .layout import gradient_of, local
 from .rules import Rule
 from .storage import Format, Formats
 
-ROW_COLUMNS = (
-    "numel", "counter", "param", "mu", "nu", "param_aux", "mu_aux", "nu_aux", "key", "offset",
-)  # fmt: skip
+ROW_COLUMNS = "numel counter param mu nu param_aux mu_aux nu_aux key offset".split()
 ADDRESSES = slice(ROW_COLUMNS.index("param"), ROW_COLUMNS.index("key"))
 VECTOR_BYTES = 16  # what a full chunk's addresses must be multiples of: one 128-bit access
 
