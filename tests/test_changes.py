@@ -224,6 +224,7 @@ CHANGES: dict[str, str] = {
     "a mask in place": "groups[1]['weight_decay_mask'][0] ^= True",
     "a mask removed": "groups[1]['weight_decay_mask'] = None",
     "scaled": "o.grad_scale, o.found_inf = torch.tensor(3.0), torch.tensor(0.0)",
+    "scaled once": "o.grad_scale = torch.tensor(3.0); w.step(); del o.grad_scale",
     "skipped": "o.found_inf = torch.tensor(1.0 - float(getattr(o, 'found_inf', 0.0)))",
     "skipped at a first step": "del s[a], s[c], s[f]; o.found_inf = torch.tensor(1.0)",
     "failed in a hook": "w.fail_in_a_hook()",
