@@ -228,7 +228,7 @@ def problems(row: Row) -> list[str]:
     return found
 
 
-HEADS = "kernel operands registers spilled loads stores B/element instr/element predicted".split()
+HEADS = ["kernel", "operands", "registers", "spilled", "loads", "stores", "B/element", "instr/element", "predicted"]
 
 
 def cells(row: Row) -> list[str]:

@@ -89,7 +89,7 @@ LOSSES = {
     "narrow accesses": ("codecs.py", ALIGNED, "pass", "128-bit loads"),
     "narrow bytes": ("codecs.py", ALIGNED, "pass", "64-bit stores of bytes"),
     "masked full chunks": ("step.py", "codecs.At(start, offset, None,", MASKED, "128-bit loads"),
-    "approximate division": ("rules.py", "return tl.div_rn(x, y)", "return x / y", "approximate"),
+    "approximate division": ("rules.py", "return tl.div_rn(x, d)", "return x / d", "approximate"),
     "approximate square root": ("rules.py", "return tl.sqrt_rn(x)", "return tl.sqrt(x)", "approximate"),
     "lost NaN": ("rules.py", ", propagate_nan=tl.PropagateNan.ALL", "", "nan_dropping_max"),
 }
