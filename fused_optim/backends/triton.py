@@ -54,10 +54,9 @@ def _options(device: torch.device, threads: int, registers: int) -> dict[str, An
 def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> tuple[Any, ...]:
     """The step kernel's constants, and the prologue and the step kernel, loaded onto the device."""
     kernels, target = _kernels(), _target(key.device)
-    kind, arch = (None, None) if target is None else (target.backend, target.arch)
-    constants = kernels.step_constants(*key.names, kind)
+    constants = kernels.step_constants(*key.names, target)
     prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
-    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4], arch))
+    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4], target))
     given = key.param.working, scaled, skippable, clips, constants, prologue_options, step_options
     with torch.accelerator.device_index(key.device.index):
         return constants, *kernels.load(*given)
