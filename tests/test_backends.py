@@ -155,6 +155,16 @@ def tensors(n: int) -> list[tuple[tuple[int, ...], str, str]]:
     ]  # fmt: skip
 
 
+def check_layouts(rule: str, backend: str, format: str, chosen: Sequence[Any], **options: Any) -> None:
+    """Of :func:`tensors` those that are chosen; two of them start late."""
+    shapes, layouts, of_gradients = zip(*chosen)
+    model = Model(rule, backend, shapes, format, layouts, **options)
+    model.set_gradients(skip=(2, 4))
+    model.step()
+    model.set_gradients(layouts=of_gradients)
+    model.step()
+
+
 @pytest.mark.parametrize(("sees_gpu", "said", "reason"), [
     (True, None, None), (False, None, "torch sees no GPU"), (True, "no kernel image", "no kernel image; FUSED_OPTIM"),
 ])  # fmt: skip
@@ -199,19 +209,14 @@ def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
 @rules
 @formats
 def test_every_rule_in_every_format(backend: str, rule: str, format: str) -> None:
-    """Tensors of all sizes and layouts in one step; two of them start late. Half of the rules are flat.
+    """Tensors of all sizes and layouts in one step. Half of the rules are flat.
     Eager, and Triton in its interpreter, take no vectors: there a format's rules share the tensors out."""
     i, j = list(RULES).index(rule), list(FORMATS).index(format)
     chosen = tensors(program(format))
     if backend == "eager" or backend == "triton" and device_of(backend) == "cpu":
         chosen = chosen[(i + j) % len(RULES) :: len(RULES)]
-    shapes, layouts, of_gradients = zip(*chosen)
     options = {"flatten": (i // 2 + j) % 2 == 1, "maximize": j % 2 == 0}
-    model = Model(rule, backend, shapes, format, layouts, **options)
-    model.set_gradients(skip=(2, 4))
-    model.step()
-    model.set_gradients(layouts=of_gradients)
-    model.step()
+    check_layouts(rule, backend, format, chosen, **options)
 
 
 @fused

@@ -89,7 +89,7 @@ def test_bad_options_are_refused(
 
 SWITCHES = [
     ("flatten", 1), ("flatten", "on"), ("decoupled_lr", None), ("unscale_in_step", 1), ("fused", 1),
-    ("foreach", "on"), ("amsgrad", 0.0), ("stochastic_rounding", 1),
+    ("foreach", "on"), ("amsgrad", 0.0), ("stochastic_rounding", 1), ("skip_nonfinite", 1),
 ]  # fmt: skip
 CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
     *((name, value, TypeError, "True or False") for name, value in SWITCHES),
@@ -98,6 +98,9 @@ CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
     *(("weight_decay_mask", value, ValueError, "") for value in ([True], [True] * 4, {"x": True})),
     *(("state_format", value, ValueError, "'fp32', 'bf16', '8bit'") for value in ("fp8", None)),
     ("master_weights", "fp32", ValueError, "None, 'split16', 'split8'"),
+    ("max_grad_norm", 0.0, ValueError, "must be positive, or None"),
+    *(("max_grad_norm", value, ValueError, f"Invalid max_grad_norm value: {float(value)}") for value in (-1, math.nan)),
+    *(("max_grad_norm", value, TypeError, f"must be a number, got {value!r}") for value in ("1", True)),
 ]
 
 
