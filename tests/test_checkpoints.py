@@ -66,6 +66,11 @@ def test_a_state_dict_is_a_snapshot(make: Make, rule: Rule, flatten: bool) -> No
     lr.fill_(0.7)
     optimizer.param_groups[0]["betas"] = (0.1, 0.2)
     assert_same_bits(copies(saved), kept)
+    optimizer.load_state_dict(saved)
+    saved["param_groups"][0]["lr"].fill_(0.6)
+    saved["param_groups"][0]["params"].append(5)
+    group = optimizer.param_groups[0]
+    assert (float(group["lr"]), len(group["params"])) == (float(torch.tensor(0.1)), 3)
     tensors = [t for state in saved["state"].values() for t in state.values()]
     for t in tensors:
         assert t.untyped_storage().nbytes() == t.numel() * t.element_size()
@@ -104,7 +109,7 @@ def test_state_dict_hooks(make: Make, rule: Rule) -> None:
 @pytest.mark.parametrize("format", KEPT)
 def test_resuming_gives_the_same_bits(make: Make, format: str, flatten: bool) -> None:
     """From a file, in the other layout for some, pickled and copied; where one parameter is a step behind,
-    and a callable gives lr. The seed is saved where it counts."""
+    and a callable gives lr. The seed is saved where it counts. What is loaded aliases nothing."""
     dtype, options = KEPT[format]
     options = {"weight_decay": 0.1, "lr": halving, **options}
     params, optimizer = trained(make, 2, parameters(SHAPES, dtype), flatten=flatten, **options)
@@ -119,7 +124,11 @@ def test_resuming_gives_the_same_bits(make: Make, format: str, flatten: bool) ->
     )
     for p, twin in zip(params, twins):
         twin.data.copy_(p.data)
+    kept = copies(saved)
     resumed.load_state_dict(saved)
+    assert_same_bits(saved, kept, "the source")
+    for t in (t for state in saved["state"].values() for t in state.values()):
+        t.fill_(17)
     pickled, copied = pickle.loads(pickle.dumps(optimizer)), copy.deepcopy(optimizer)
     check_alike(optimizer, resumed, pickled, copied, first=3)
 
@@ -222,27 +231,6 @@ def test_names_in_another_order_are_warned_of(make: Make) -> None:
 
 
 # Loaded
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, BF16, torch.complex64])
-def test_what_is_loaded_aliases_nothing(make: Make, dtype: torch.dtype) -> None:
-    params, optimizer = trained(make, 3, parameters(dtype=dtype), lr=torch.tensor(0.1))
-    saved = optimizer.state_dict()
-    kept = copies(saved)
-    twins = like(params)
-    loaded = make(twins)
-    loaded.load_state_dict(saved)
-    check_alike(optimizer, loaded, first=3)
-    assert_same_bits(copies(saved), kept, "the source")
-    after = snapshot(loaded)
-    for state in saved["state"].values():
-        for value in state.values():
-            value.fill_(17)
-    saved["param_groups"][0]["lr"].fill_(17.0)
-    saved["param_groups"][0]["params"].append(5)
-    assert_same_bits(snapshot(loaded), after, "what was loaded")
-    assert loaded.param_groups[0]["lr"] == torch.tensor(0.1)
-    assert len(loaded.param_groups[0]["params"]) == 3
 
 
 def moment(optimizer: Any, p: Tensor, key: str) -> Tensor:
@@ -410,6 +398,8 @@ BAD: list[tuple[str, tuple[str, ...]]] = [
     ("state[nu] = torch.zeros(1)", ("(1,)",)),
     ("del state['exp_avg']", ("'exp_avg'",)),
     ("del state[nu]", ("no tensor",)),
+    ("state['another'] = state.pop(nu)", ("no tensor", "another")),
+    ("state.clear(); state['momentum_buffer'] = torch.zeros(4, 5)", ("no ",)),
     ("del state['step']", ("'step'",)),
     ("state[nu] = 1.0", (NAME,)),
     ("state[nu] = torch.zeros(4, 5, dtype=torch.complex64)", ("complex64",)),
@@ -470,22 +460,6 @@ def test_broken_block_exponents_are_refused(backend: str, statement: str, texts:
         spoil(statement, s=optimizer.state[params[0]])
         with raises_unchanged(optimizer, RuntimeError, "parameter 0 of group 0", *texts):
             optimizer.step()
-
-
-@pytest.mark.parametrize("rule", RULES)
-def test_the_state_of_another_optimizer_is_refused(rule: str) -> None:
-    _, optimizer = trained(RULES[rule].optimizer, backend="cpu")
-    before = results(optimizer)
-    refused = 0
-    for other in (torch.optim.Adam, torch.optim.SGD, torch.optim.RMSprop, AdaBelief, AdamaxW):
-        _, source = trained(other, 2, lr=0.1, **({"momentum": 0.9} if other is torch.optim.SGD else {}))
-        saved = source.state_dict()
-        if RULES[rule].nu not in saved["state"][0]:
-            refused += 1
-            with raises_unchanged(optimizer, ValueError, "parameter 0 of group 0", "no "):
-                optimizer.load_state_dict(saved)
-    assert refused == 4
-    assert_same_bits(results(optimizer), before)
 
 
 @pytest.mark.parametrize("seed", [-1, 2**32, 1.5, "7", True])
