@@ -14,19 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    RULES,
-    Judge,
-    assert_same_bits,
-    generated,
-    gradient,
-    raises_with,
-    snapshot,
-)
+
+from helpers import (  # isort: skip
+    BF16, F16, F32, F64, RULES, Judge, assert_same_bits, generated, gradient, raises_with, snapshot,
+)  # fmt: skip
 from hypothesis import strategies as st
 from test_backends import LAYOUTS, outside, special_values, tensors, threads
 from test_changes import InterruptedWrite, World, bucket, hide_the_extension
@@ -169,34 +160,6 @@ class Model(World):
         storage.resize_(size)
         torch.empty(0, dtype=torch.uint8).set_(storage).copy_(contents)
         assert_same_bits(snapshot(self.optimizer), before)
-
-    def interrupt(self, by: contextlib.AbstractContextManager[Any]) -> bool:
-        """A step that is interrupted, or not: every parameter is whole, with its state. Whether it was."""
-        before, want = snapshot(self.optimizer), self.judge.expected(self.optimizer)
-        try:
-            with by:
-                self.optimizer.step()
-        except (KeyboardInterrupt, MemoryError, RuntimeError):
-            got = snapshot(self.optimizer)
-            for i, (p, state) in enumerate(zip(got["params"], got["states"])):
-                old = before["states"][i]  # states are made, and steps become tensors, before the launch
-                made = {k: torch.zeros_like(t) for k, t in state.items() if k not in old}
-                old = {**old, **made, **({"step": torch.tensor(int(old["step"]))} if "step" in old else {})}
-                whole = [(before["params"][i], old), (want["params"][i], want["states"][i])]
-                assert same_bits(p, state, *whole[0]) or same_bits(p, state, *whole[1]), (
-                    f"{i} is half stepped"
-                )
-            return True
-        assert_same_bits(snapshot(self.optimizer), want)
-        return False
-
-
-def same_bits(p: Tensor, state: Any, other_p: Tensor, other_state: Any) -> bool:
-    try:
-        assert_same_bits([p, state], [other_p, other_state])
-    except (AssertionError, pytest.fail.Exception):
-        return False
-    return True
 
 
 @contextlib.contextmanager
