@@ -298,7 +298,8 @@ def test_a_tree_with_one_leaf_differs_by_the_reciprocal_alone(rule: str) -> None
     """XLA multiplies by the reciprocal there. Divided, as Optax's source says and we do, the same tree
     with a second leaf has our bits; and the bits of the single leaf are ours but for that."""
     eps, root = (1e-16, 1e-16) if "adabelief" in rule else (1e-8, 0.0)
-    numbers = {"lr": 0.01, "betas": BETAS, "weight_decay": 0.0, "eps": eps, "eps_root": root, **RULES[rule].options}
+    numbers = {"lr": 0.01, "betas": BETAS, "weight_decay": 0.0, "eps": eps, "eps_root": root}
+    numbers |= RULES[rule].options
 
     def by_reciprocal(x: np.ndarray, correction: np.float32) -> np.ndarray:
         return x * (np.float32(1) / correction)
