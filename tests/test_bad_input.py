@@ -18,7 +18,6 @@ from torch import Tensor
 # Hyperparameters
 
 TORCHS_WORDS = {"lr": "learning rate", "eps": "eps value", "weight_decay": "weight_decay value"}
-REAL_DTYPES = DTYPES[:4]
 NUMBERS: list[tuple[Any, type[Exception]]] = [
     *((value, ValueError) for value in (-1.0, -1e-30, math.nan, math.inf, -math.inf, 10**400)),
     *((value, TypeError) for value in ("0.1", None, True, 1j, [0.1])),
@@ -294,23 +293,6 @@ def test_a_gradient_on_another_device(make: Make) -> None:
     params[1].grad.data = params[1].grad.data.cuda()
     with raises_unchanged(optimizer, RuntimeError, "parameter 1 of group 0", "cuda", "cpu"):
         optimizer.step()
-
-
-def test_gradients_of_another_dtype(make: Make, judge: Judge, flatten: bool) -> None:
-    """Of every dtype for parameters of every dtype, and some that change from step to step: rounded to the
-    working precision, not to the parameter's dtype. All in one optimizer, complex ones too."""
-    of_gradients = [*REAL_DTYPES, torch.float8_e4m3fn]
-    real = [parameters([(40,)], dtype)[0] for dtype in REAL_DTYPES for _ in of_gradients]
-    pairs = [parameters([(5,)], dtype)[0] for dtype in DTYPES[4:]]
-    optimizer = make([*real, *pairs], lr=0.1, weight_decay=0.1, flatten=flatten)
-    for p in real:
-        p.grad_dtype = None
-    for seed in range(4):
-        set_gradients(pairs, seed)
-        for i, p in enumerate(real):
-            dtype = p.dtype if seed % 2 and i % 2 else of_gradients[i % len(of_gradients)]
-            p.grad = gradient(torch.empty(40, dtype=torch.float64), 100 * seed + i).clamp(-400, 400).to(dtype)
-        judge.step(optimizer, f"step {seed}")
 
 
 def test_lazy_conjugates_and_negatives(make: Make, judge: Judge) -> None:

@@ -114,8 +114,8 @@ class World:
         assert_same_bits(snapshot(self.optimizer), want)
 
     def interrupt(self, by: AbstractContextManager[Any]) -> list[bool]:
-        """A step that is interrupted, or not: every parameter is whole, with its state. If it was, which of them
-        are as they had to become."""
+        """A step that is interrupted, or not: every parameter is whole, with its state. If it was, which
+        of them are as they had to become."""
         before, want = snapshot(self.optimizer), self.judge.expected(self.optimizer)
         try:
             with by:
@@ -192,7 +192,8 @@ CHANGES: dict[str, str] = {
     "gradients exchanged with one outside": "a.grad, c.grad = c.grad, a.grad",
     "one gradient of two": "a.grad = b.grad",
     "gradients in a bucket": "bucket(a, b, d, e)",
-    "gradients of another dtype": "recast(a, torch.float64); recast(d, torch.bfloat16); recast(f, a.dtype)",
+    "gradients of another dtype": "recast(a, torch.float64); recast(b, torch.float16); recast(d, torch.bfloat16); "
+    "recast(e, torch.float8_e4m3fn); recast(f, a.dtype)",
     # Parameters.
     "data replaced": "a.data = 2 * a.data.clone(); f.data = 2 * f.data.clone()",
     "data written": "a.data.mul_(0.5); d.data[:50] = 0",
@@ -270,7 +271,7 @@ def bucket(*params: Any) -> None:
 
 def recast(p: Any, dtype: torch.dtype) -> None:
     p.grad_dtype = None  # any
-    p.grad = p.grad.to(dtype)
+    p.grad = (p.grad.double() / 3).to(dtype)
 
 
 def grow(storage: Any) -> None:
