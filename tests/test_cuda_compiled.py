@@ -8,11 +8,13 @@ host cannot show: contracted or approximate arithmetic, spilled registers, narro
 
 import ast
 import ctypes
+import importlib.util
 import os
 import re
 import shutil
 import struct
 import subprocess
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable
 from itertools import cycle, product
@@ -72,63 +74,53 @@ def clip_task(sums: Tensor, max_grad_norm: Tensor, clip: Tensor, skipped: Tensor
 
 
 class Host:
-    """The shared library of cuda_on_host.cpp."""
+    """The extension's bindings over the runtime of cuda_on_host.cpp, and what that tells."""
 
     def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("_cuda", path)
+        self.cuda = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.cuda)
         self.library = ctypes.CDLL(str(path))
-        steps = ("step_on_host", "square_sums_on_host", "clip_on_host", "load_on_host")
-        for name in (*steps, "chunk_size", "coefficients_bytes", "e4m3_differences"):
-            getattr(self.library, name).restype = ctypes.c_int64
+        self.library.e4m3_differences.restype = ctypes.c_int64
         self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
         self.library.refuse_launches.argtypes = [ctypes.c_bool]
 
-    def call(self, name: str, *arguments: Any) -> int:
-        error = ctypes.create_string_buffer(1000)
-        encoded = [a.encode() if isinstance(a, str) else a for a in arguments]
-        result = getattr(self.library, name)(*encoded, error, ctypes.c_int64(len(error)))
-        if result < 0:
-            raise RuntimeError(error.value.decode())
-        return result
-
-    def step_of(self, *names_and_numbers: Any) -> int:
-        numbers = (ctypes.c_int64 * 12)(*names_and_numbers[5:])
-        return self.call("step_on_host", *names_and_numbers[:5], numbers)
-
     def step(self, work: Work, stream: int = 0) -> int:
-        """How many launches there were."""
-        size = len(work.batch.counters) * self.library.coefficients_bytes()
+        size = len(work.batch.counters) * self.cuda.coefficients_bytes
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
         names = [work.batch.key.rule.name, *(f.name for f in work.formats)]
-        launched = self.step_of(*names, *task_of(work, coefficients), stream)
+        self.cuda.step(names, task_of(work, coefficients), stream)
         assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
-        return launched
+        return self.library.launches()
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-        numbers = (ctypes.c_int64 * 7)(*norm_task(batch, grad_scale, sums), 0)
-        assert self.call("square_sums_on_host", batch.key.grad.name, numbers) == 1
+        self.cuda.square_sums(batch.key.grad.name, norm_task(batch, grad_scale, sums), 0)
+        assert self.library.launches() == 1
 
     def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
         clip = torch.empty(4, dtype=torch.float64)
-        numbers = (ctypes.c_int64 * 6)(*clip_task(sums, max_grad_norm, clip, skipped), 0)
-        assert self.call("clip_on_host", numbers) == 1
+        self.cuda.clip(clip_task(sums, max_grad_norm, clip, skipped), 0)
+        assert self.library.launches() == 1
         return clip
 
     def chunk_size(self, formats: Formats | None = None) -> int:
-        return int(self.library.chunk_size())
+        return self.cuda.chunk_size
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    pybind11 = pytest.importorskip("pybind11", reason="needs pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
+    include = [pybind11.get_include(), sysconfig.get_paths()["include"], CSRC]
 
     def build(folder: Path) -> None:
         (folder / "cuda_runtime.h").touch()
         flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
-        source, library = ROOT / "tests" / "cuda_on_host.cpp", folder / "library.so"
-        command = [compiler, *flags, *setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}", source, "-o", library]
-        subprocess.run(command, check=True)
+        included = [f"-I{path}" for path in (folder, *include)]
+        command = [compiler, *flags, *setup_flags("EXACT"), *included, ROOT / "tests" / "cuda_on_host.cpp"]
+        subprocess.run([*command, "-o", folder / "library.so"], check=True)
 
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
@@ -192,7 +184,8 @@ def test_launches(host: Host) -> None:
     empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 2
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 12) == 0
+    host.cuda.step(["adamaxw", *["fp32"] * 4], [0] * 11, 0)
+    assert host.library.launches() == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
@@ -205,11 +198,13 @@ def test_refused_launches_are_errors(host: Host) -> None:
         )
         with pytest.raises(RuntimeError, match=prologue):
             world.step(host, world.inputs(None, None))
-        with pytest.raises(RuntimeError, match="^loading a kernel failed: the error's text.*80,90"):
-            host.call("load_on_host", "adabelief", *["fp32"] * 4)
+        for load in (host.cuda.check, lambda: host.cuda.load(["adabelief", *["fp32"] * 4])):
+            with pytest.raises(RuntimeError, match="^loading a.* failed: the error's text.*80,90"):
+                load()
     finally:
         host.library.refuse_launches(False)
-    assert host.call("load_on_host", "adabelief", *["fp32"] * 4) == 0
+    host.cuda.check()
+    host.cuda.load(["adabelief", *["fp32"] * 4])
     assert_same_bits(world.contents(), before)
 
 
@@ -223,8 +218,9 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("names", UNKNOWN)
 def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
-    with pytest.raises(RuntimeError, match=".*".join(names)):
-        host.step_of(*names, *[0] * 12)
+    for use in (lambda: host.cuda.step(names, [0] * 11, 0), lambda: host.cuda.load(names)):
+        with pytest.raises(ValueError, match=".*".join(names)):
+            use()
 
 
 def test_the_extension() -> None:
@@ -233,11 +229,6 @@ def test_the_extension() -> None:
     numbers, divisors, words = 9, 4, 3
     assert cuda.coefficients_bytes == 8 * (numbers + 3 * divisors) + 4 * (words + 1)
     assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ")
-    for names in UNKNOWN:
-        with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.step(names, [0] * 11, 0)
-        with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.load(names)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="^loading a kernel failed: .* driver"):
             cuda.check()
@@ -529,7 +520,7 @@ class Emulated:
     def step(self, work: Work) -> int:
         formats, inputs = work.formats, work.inputs
         counters = work.batch.counters
-        size = len(counters) * self.host.library.coefficients_bytes()
+        size = len(counters) * self.host.cuda.coefficients_bytes
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
         given = [t for t in inputs[1:] if t is not None]
         task = struct.pack("11q", *task_of(work, coefficients))
