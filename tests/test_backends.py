@@ -37,7 +37,6 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend can be tried here."""
     return "cuda" if backend == "cuda" or torch.cuda.is_available() and backend == "triton" else "cpu"
 
 

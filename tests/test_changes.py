@@ -61,7 +61,6 @@ class World:
         self.kept: list[Any] = []
 
     def group(self, name: str) -> tuple[dict[str, Any], int]:
-        """A parameter's group and its place there."""
         places = ((g, i, p) for g in self.optimizer.param_groups for i, p in enumerate(g["params"]))
         return next((g, i) for g, i, p in places if p is self.p[name])
 

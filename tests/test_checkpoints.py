@@ -149,7 +149,6 @@ def through_safetensors(saved: dict[str, Any], path: Path) -> dict[str, Any]:
 
 @pytest.mark.parametrize("format", [name for name in KEPT if name != "complex128"])  # safetensors has none
 def test_another_backend_and_layout_go_on(format: str, tmp_path: Path) -> None:
-    """100 steps, to the bit, from a safetensors file."""
     dtype, options = KEPT[format]
     flatten = list(KEPT).index(format) % 2 == 0
     source, into = BACKENDS[::-1] if flatten else BACKENDS

@@ -281,7 +281,6 @@ cpu = pytest.mark.skipif(CPU is None, reason=WHY_NOT or "built")
 
 
 def cpu_step(isa: str, world: World) -> None:
-    """A step by one instruction set."""
     batch, counters, size = world.batch, world.batch.counters, 16384
     fields = [*(t.data_ptr() for t in (batch.rows, batch.grads, batch.chunks(size))), len(batch.chunks(size))]
     fields += [counters.data_ptr(), len(counters)]

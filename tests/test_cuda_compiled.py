@@ -246,8 +246,6 @@ EXACT_IN_PTX = re.compile(
 
 
 class Kernel(NamedTuple):
-    """A kernel's name and the template's arguments."""
-
     name: str
     arguments: tuple[str, ...]
 

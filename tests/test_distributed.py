@@ -120,7 +120,6 @@ def options_of(format: str, **more: Any) -> tuple[Any, torch.dtype, dict[str, An
 
 
 def trainer(format: str, of: Callable[[torch.dtype], nn.Module], **more: Any) -> tuple[Any, Any]:
-    """A model, and an optimizer that steps it."""
     make, dtype, options = options_of(format, **more)
     model = of(dtype)
     return model, make(model.parameters(), **options)

@@ -143,7 +143,6 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 
 
 def compiled(names: list[str]) -> list[str]:
-    """The compiled modules among ``names``."""
     suffixes = (SUFFIX, ".so", ".pyd", ".dylib", ".o", ".a")
     return sorted(Path(name).name.removesuffix(SUFFIX) for name in names if name.endswith(suffixes))
 
