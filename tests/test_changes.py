@@ -60,13 +60,14 @@ class World:
         )
         self.kept: list[Any] = []
 
-    def group(self, name: str) -> tuple[dict[str, Any], int]:
+    def group(self, of: Any) -> tuple[dict[str, Any], int]:
         places = ((g, i, p) for g in self.optimizer.param_groups for i, p in enumerate(g["params"]))
-        return next((g, i) for g, i, p in places if p is self.p[name])
+        return next((g, i) for g, i, p in places if p is of)
 
     def replace(self, name: str, values: Tensor, rows: list[int] | None = None, append: bool = False) -> None:
         """Another parameter, with some rows of the state as 3D Gaussian splatting does, or with none."""
-        (group, i), old = self.group(name), self.p[name]
+        old = self.p[name]
+        group, i = self.group(old)
         state = self.optimizer.state.pop(old, {})
         self.p[name] = new = torch.nn.Parameter(values.clone())
         new.grad = gradient(new, self.steps)
@@ -78,19 +79,22 @@ class World:
         if rows is not None:
             self.optimizer.state[new] = {k: t[rows] if t.shape == old.shape else t for k, t in state.items()}
 
-    def move(self, name: str) -> None:
-        group, i = self.group(name)
-        (other,) = (g for g in self.optimizer.param_groups if g is not group)
+    def move(self, p: Any, to: dict[str, Any] | None = None) -> None:
+        """To another group, but not the last of its own."""
+        group, i = self.group(p)
+        other = to or next(g for g in self.optimizer.param_groups if g is not group)
+        if group is other or len(group["params"]) == 1:
+            return
         for key in ("params", "param_names"):
             other[key].append(group[key].pop(i))
         for g in (group, other):
             g["weight_decay_mask"] = None
 
-    def add_group(self) -> None:
+    def add_group(self, like: Any, seed: int) -> None:
         name = f"h{len(self.p)}"
-        self.p[name] = torch.nn.Parameter(gradient(self.p["d"], len(self.p)))
-        self.p[name].grad = gradient(self.p["d"], 6)
-        self.optimizer.add_param_group({"params": [(name, self.p[name])], "lr": 0.3, "maximize": True})
+        self.p[name] = p = torch.nn.Parameter(gradient(like, seed))
+        p.grad_dtype, p.grad = None, gradient(p, seed + 1)
+        self.optimizer.add_param_group({"params": [(name, p)], "lr": 0.3, "maximize": seed % 2 == 0})
 
     def fail(self, kind: type[Exception], *texts: str) -> None:
         with raises_unchanged(self.optimizer, kind, *texts):
@@ -207,11 +211,11 @@ CHANGES: dict[str, str] = {
     "a parameter appended": "w.replace('a', gradient(a, 5), append=True)",
     # Groups.
     "parameters reordered": "[group['params'].reverse() for group in groups]",
-    "parameter moved to another group": "w.move('d'); w.move('f')",
+    "parameter moved to another group": "w.move(d); w.move(f)",
     "group removed": "[s.pop(p) for p in groups[0]['params'] if len(groups) > 1]; del groups[:-1]",
     "groups reversed": "groups.reverse()",
     "groups another list": "o.param_groups = [dict(group) for group in groups]",
-    "group added": "w.add_group()",
+    "group added": "w.add_group(d, 6)",
     # States.
     "states removed": "del s[a], s[c], s[f]",
     "states cleared": "s.clear()",

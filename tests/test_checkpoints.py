@@ -16,7 +16,6 @@ from helpers import (  # isort: skip
 from torch import Tensor
 
 from fused_optim import AdaBelief, AdamaxW, AdamW
-from fused_optim.storage import BLOCK_FORMATS, REMAINDERS
 
 SHAPES = [(300,), (7, 40), (), (129,)]
 OLD = torch.load(Path(__file__).parent / "data" / "version-1.pt", weights_only=True)
@@ -232,14 +231,6 @@ def test_names_in_another_order_are_warned_of(make: Make) -> None:
 # Loaded
 
 
-def moment(optimizer: Any, p: Tensor, key: str) -> Tensor:
-    state = optimizer.state[p]
-    if state[key].dtype != torch.uint8:
-        return state[key].float()
-    (suffix,) = (suffix for suffix in BLOCK_FORMATS if key + suffix in state)
-    return BLOCK_FORMATS[suffix].decode(state[key], state[key + suffix])
-
-
 WIDTH = ["8bit", "bf16", "fp32"]
 
 
@@ -266,7 +257,7 @@ def test_moments_of_another_format_load(make: Make, rule: Rule, source: str, tar
     unit = {"fp32": 0.0, "bf16": 2.0**-8, "8bit": 2.0**-4}[target]
     for p, twin in zip(params, q):
         for key in ("exp_avg", rule.nu):
-            want, got = moment(optimizer, p, key), moment(loaded, twin, key)
+            want, got = (o.decoded_state(x)[key] for o, x in ((optimizer, p), (loaded, twin)))
             smallest = float(want.abs().max()) * 2.0**-17 if target == "8bit" else 0.0
             if WIDTH.index(source) <= WIDTH.index(target):
                 assert torch.equal(got, want)
@@ -274,12 +265,6 @@ def test_moments_of_another_format_load(make: Make, rule: Rule, source: str, tar
     if source == target:
         check_alike(optimizer, loaded, first=5)
     train(loaded, q, 1)
-
-
-def master_of(optimizer: Any, p: Tensor) -> Tensor:
-    """The float32 that a parameter and its remainder stand for."""
-    remainder = optimizer.state[p]["remainder"]
-    return REMAINDERS[remainder.dtype].decode(p.detach(), remainder)
 
 
 @pytest.mark.parametrize("source", [None, "master", "split16", "split8"])
@@ -293,7 +278,7 @@ def test_masters_of_another_format_load(make: Make, source: str | None, target: 
     if source == "master":
         for p, state in zip(params, saved["state"].values()):
             del state["remainder"]
-            state["master"] = master_of(optimizer, p)
+            state["master"] = optimizer.decoded_state(p)["master"]
     again = like(params)
     if target == "of float16":
         again, target = [torch.nn.Parameter(p.detach().half()) for p in params], None
@@ -305,8 +290,8 @@ def test_masters_of_another_format_load(make: Make, source: str | None, target: 
         if target is None:
             assert set(loaded.state[q]) == set(optimizer.state[p]) - {"remainder"}
             continue
-        want = master_of(optimizer, p) if source else p.detach().float()
-        error = (master_of(loaded, q) - want).abs()
+        want = optimizer.decoded_state(p)["master"] if source else p.detach().float()
+        error = (loaded.decoded_state(q)["master"] - want).abs()
         narrower = target == "split8" and source in ("master", "split16")
         assert bool((error <= want.abs() * (2.0**-15 if narrower else 0.0)).all())
     train(loaded, again, 1)
