@@ -223,22 +223,16 @@ def test_an_integer_parameter_with_a_gradient(make: Make, warm: int) -> None:
 
 def test_overlapping_parameters(make: Make) -> None:
     memory = torch.randn(6, 4)
-    rows = torch.nn.Parameter(memory[:3])
-    overlapping = [
-        torch.nn.Parameter(memory[2:]),
-        torch.nn.Parameter(memory[:, 1]),
-        torch.nn.Parameter(memory.view(torch.int32).view(torch.float32)),
-        torch.nn.Parameter(memory.view(-1)[1::3]),
-        torch.nn.Parameter(memory.view(-1).view(torch.bfloat16)[23:25]),
-    ]
-    for other in overlapping:
+    rows, row = torch.nn.Parameter(memory[:3]), memory.view(-1)
+    others = [memory[2:], memory[:, 1], memory.view(torch.int32).view(torch.float32), row[1::3]]
+    for other in map(torch.nn.Parameter, (*others, row.view(torch.bfloat16)[23:25])):
         for pair in ([rows, other], [other, rows]):
             with raises_with(ValueError, "0 of group 0", "1 of group 0", "overlap"):
                 make(pair)
         with raises_with(ValueError, "0 of group 0", "0 of group 1", "overlap"):
             make([{"params": [rows]}, {"params": [other]}])
-    with raises_with(ValueError, "'x'", "'y'", "overlap"):
-        make([("x", rows), ("y", overlapping[0])])
+        with raises_with(ValueError, "'x'", "'y'", "overlap"):
+            make([("x", rows), ("y", other)])
 
 
 def test_neighbours_and_interleaved_columns_do_not_overlap(make: Make, judge: Judge) -> None:
