@@ -14,6 +14,7 @@ from helpers import (  # isort: skip
     raises_with, set_gradients, snapshot, train, trained,
 )  # fmt: skip
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 # Hyperparameters
 
@@ -178,6 +179,7 @@ CALLS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("make([torch.zeros(1).expand(4).requires_grad_()])", ValueError, ("0 of group 0", "overlap")),
     ("make([torch.randn(5).as_strided((3, 3), (1, 1)).requires_grad_()])", ValueError,
      ("0 of group 0", "overlap")),
+    ("make([('weight', fake)])", (TypeError, ValueError), ("Fake", "memory", "parameter 'weight'")),
     ("make([a], stochastic_rounding=True, master_weights='split8')", ValueError,
      ("stochastic_rounding", "master_weights='split8'")),
 ]  # fmt: skip
@@ -187,8 +189,10 @@ CALLS: list[tuple[str, Any, tuple[str, ...]]] = [
 def test_parameters_that_are_refused(make: Make, call: str, kind: Any, texts: tuple[str, ...]) -> None:
     """With torch's words, where torch refuses them too."""
     a, b = parameters([(3,), (3,)])
+    with FakeTensorMode():
+        fake = torch.nn.Parameter(torch.ones(3))
     with raises_with(kind, *texts):
-        eval(call, {"make": make, "a": a, "b": b, "torch": torch})
+        eval(call, {"make": make, "a": a, "b": b, "fake": fake, "torch": torch})
 
 
 def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, judge: Judge, flatten: bool) -> None:
@@ -199,15 +203,6 @@ def test_lazy_parameters_are_skipped_until_they_have_a_shape(make: Make, judge: 
     for seed in range(3):
         model(torch.randn(4, 5)).sum().backward()
         judge.step(optimizer, str(seed))
-
-
-def test_fake_parameters_are_refused_with_a_reason(make: Make) -> None:
-    from torch._subclasses.fake_tensor import FakeTensorMode
-
-    with FakeTensorMode():
-        model = torch.nn.Linear(3, 2)
-    with raises_with((TypeError, ValueError), "Fake", "memory", "parameter 'weight'"):
-        make(model.named_parameters())
 
 
 @pytest.mark.parametrize("warm", [0, 2])

@@ -15,9 +15,7 @@ from test_backends import Model, backends, cpu, device_of, fused
 
 from fused_optim import AdamaxW, AdamW, reference
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # NumPy's, in the interpreter
+pytestmark = helpers.interpreted
 
 
 def pairwise(values: list[float]) -> float:

@@ -42,16 +42,12 @@ def of_operand(operand: int) -> list[Format]:
     return [f for f in FORMATS.values() if operand in f.operands and f.working == torch.float32]
 
 
-def native_grads(param: Format) -> list[Format]:
-    return [f for f in of_operand(PARAM) if f.plain and native_gradient(param.dtype, f.dtype)]
-
-
 MOMENTS = [(mu, nu) for mu in of_operand(MU) for nu in of_operand(NU) if mu.choice == nu.choice]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
 COVERING = [FP64]
 """Each parameter format with each of moments, and either with each of gradients."""
 for i, param in enumerate(of_operand(PARAM)):
-    grads = native_grads(param)
+    grads = [f for f in of_operand(PARAM) if f.plain and native_gradient(param.dtype, f.dtype)]
     COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
