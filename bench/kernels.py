@@ -192,8 +192,8 @@ def register_limit(row: Row) -> int:
     are told how many there are: what does not fit is seen in spills."""
     if row.get("compiler") == "nvcc":
         return 80 if row["param"] == "fp64" else 64
-    if (row["param"], row["grad"]) == ("fp32", "fp32"):
-        return 72 if row["state"] == "fp32" and row["target"] == "cuda:100" else 64
+    if (row["param"], row["grad"], row["state"]) == ("fp32", "fp32", "fp32"):
+        return 72 if row["target"] == "cuda:100" else 64
     return 80
 
 

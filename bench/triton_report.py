@@ -108,7 +108,8 @@ def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued
             names = (param, grad, *STATES[state])
             working = "fp64" if param == "fp64" else "fp32"
             constants = step.step_constants(rule, *names, target.backend)
-            code = report(step.step_kernel, working, constants, step.THREADS, step.registers(*names[:3]))
+            registers = step.registers(*names[:3], target.arch)
+            code = report(step.step_kernel, working, constants, step.THREADS, registers)
             rows.append(head("step", param, rule, grad, state) | code)
     for working, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
         constants = {"DTYPE": dtype, "LANES": step.PROLOGUE_LANES}

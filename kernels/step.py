@@ -66,12 +66,10 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: s
     }
 
 
-def registers(param: str, grad: str, mu: str) -> int:
+def registers(param: str, grad: str, mu: str, arch: Any) -> int:
     """Registers that a thread of :func:`step_kernel` may take: 64 leave room for four blocks of 256
     threads in 65,536, up to 80 for three. With these nothing spills."""
-    if codecs.CODECS[mu].low_precision and (param, grad) == ("fp32", "fp32"):
-        return 64
-    return 80
+    return 64 if (param, grad, mu) == ("fp32", "fp32", "fp32") and arch in (80, 86, 87, 89, 90) else 80
 
 
 def launch_options(target: str, warp_size: int, threads: int, registers: int) -> dict[str, Any]:
@@ -181,11 +179,13 @@ def _new_param(p, g, mu, nu, at, k, UPDATE: tl.constexpr, PARAM: tl.constexpr):
             # These as constants: then moments and what is corrected of them are the same registers, not copies, two
             # instructions an element.
             late = Coefficients(*c[:6], 1.0, 1.0, 1.0, *c[9:13], 0.0, c[14])
-            u = UPDATE(g, mu, nu, late, rules.divide_in_range, rules.root_in_range)
+            u = UPDATE(g, mu, nu, late, "known")
         else:
-            u = UPDATE(g, mu, nu, c, rules.divide_in_range, rules.root_in_range)
+            u = UPDATE(g, mu, nu, c, "known")
+    elif at.ptx is not None and mu.dtype == tl.float32:
+        u = UPDATE(g, mu, nu, c, "tested")
     else:
-        u = UPDATE(g, mu, nu, c, rules.divide, rules.root)
+        u = UPDATE(g, mu, nu, c, None)
     # The parameter is decoded last: until then it takes fewer registers.
     return rules.apply_update(PARAM.decode(p, at), u, c)
 
@@ -228,7 +228,8 @@ def _step(
     # One branch for both: a multiplication of its own is a predicated instruction for each element, and a copy.
     if (c.grad_divisor != 1) | (c.grad_factor != 1):
         if c.grad_divisor != 1:
-            g = rules.divide(g, c.grad_divisor)
+            RANGE: tl.constexpr = "tested" if at.ptx is not None and g.dtype == tl.float32 else None
+            g = rules.divide_by_number(g, c.grad_divisor, RANGE)
         g *= c.grad_factor
     mu, nu = MOMENTS(g, MU.decode(stored_mu, at), NU.decode(stored_nu, at), c)
     if FAST:

@@ -314,10 +314,10 @@ BEYOND = [2.0**39, 2.0**40, 2.0**41, -(2.0**64), 2.0**127, torch.inf, torch.nan]
 SHOWS_EACH_BIT = named("split16", "fp32", "bf16_dither", "bf16_dither")
 
 
-def check_edges_of_ranges(library: Any, rule: str) -> None:
+def check_edges_of_ranges(library: Any, rule: str, formats: Formats) -> None:
     """Quotients and roots, each bit of which shows: most of the parameter is zeros, and the learning rate is 1.
     Small numbers are divided by small and large ones, and others by large ones."""
-    chunk = library.chunk_size(SHOWS_EACH_BIT)
+    chunk = library.chunk_size(formats)
     hyper = [
         Hyperparameters(1.0, 0.0, b1, b2, eps, eps_root, 0.0, 0.0, nesterov)
         for b1, b2, eps_root in ((0.0, ALL_ONES / 2, 0.0), (0.0, 0.0, 0.0), (0.9, 0.999, 1e-16))
@@ -326,23 +326,26 @@ def check_edges_of_ranges(library: Any, rule: str) -> None:
     kinds = [(SMALL, SMALL, False), (SMALL + LARGE, LARGE, False), (SMALL + LARGE, LARGE, True)]
     cases = [(h, count, kind) for h in range(len(hyper)) for count in (3, 20000) for kind in kinds]
     rows = [Row(chunk, hyper_row=h, count=count) for h, count, _ in cases]
-    worlds = [World(rule, SHOWS_EACH_BIT, rows) for _ in range(2)]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
     i = torch.arange(chunk)
     for world in worlds:
         world.hyper = torch.tensor(hyper, dtype=torch.float64)
         for k, (h, _, (divided, divisors, beyond)) in enumerate(cases):
             g, (p, mu, nu), remainder = world.grads[k], world.stored[k], world.aux[k][0]
-            assert remainder is not None
             # The eight elements of a thread divide the same, since one small number has all divided as usual.
             g.copy_(torch.tensor(divided)[i // 8 % len(divided)])
             mu.copy_(torch.tensor(divided)[i // 8 // len(divided) % len(divided)])
             nu.copy_(torch.tensor(divisors)[i % len(divisors)].abs())
-            p[i % 3 < 2], p[i % 3 == 0], remainder[i % 3 < 2] = 0.0, -0.0, 0
+            p[i % 3 < 2], p[i % 3 == 0] = 0.0, -0.0
+            if remainder is not None:
+                remainder[i % 3 < 2] = 0
             if beyond:
                 (g, mu)[h % 2][5 * k] = nu[7 * k] = BEYOND[h % len(BEYOND)]
     step_both(library, worlds)
     stepped = [torch.stack([t.float().abs() for t in stored]) for stored in worlds[0].stored]
     assert sum(bool((x < 2.0**40).all()) for x in stepped) > len(cases) / 3, "there are no fast paths"
+    for scale in (3.0, 1.7 * 2.0**24):
+        step_both(library, worlds, scale)
 
 
 def check_64_bit_offsets(library: Any, formats: Formats) -> None:

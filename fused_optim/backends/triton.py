@@ -36,37 +36,39 @@ def _why_not(device: torch.device) -> str | None:
 
 
 @cache
-def _target() -> str | None:
-    """What Triton compiles for; nothing in its interpreter."""
-    if _kernels().triton.knobs.runtime.interpret:
+def _target(device: torch.device) -> Any:
+    """What Triton compiles for there (``triton.backends.compiler.GPUTarget``); None in its interpreter."""
+    triton = _kernels().triton
+    if triton.knobs.runtime.interpret:
         return None
-    return "cuda" if torch.version.hip is None else "hip"
+    with torch.accelerator.device_index(device.index):  # None for the CPU, which changes nothing
+        return triton.runtime.driver.active.get_current_target()
 
 
 @cache
 def _options(device: torch.device, threads: int, registers: int) -> dict[str, Any]:
     """The compiler options of a kernel; of 0 threads one warp."""
-    kernels, target = _kernels(), _target()
-    if target is None:
+    if (target := _target(device)) is None:
         return {}
-    warp_size = torch.cuda.get_device_properties(device).warp_size if target == "hip" else 32
-    options: dict[str, Any] = kernels.launch_options(target, warp_size, threads or warp_size, registers)
+    warp = target.warp_size
+    options: dict[str, Any] = _kernels().launch_options(target.backend, warp, threads or warp, registers)
     return options
 
 
 @cache
 def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
     """The step kernel's constants, and the compiler options of the prologue and of the step kernel."""
-    kernels = _kernels()
+    kernels, target = _kernels(), _target(key.device)
+    kind, arch = (None, None) if target is None else (target.backend, target.arch)
     prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
-    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4]))
-    return kernels.step_constants(*key.names, _target()), prologue_options, step_options
+    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4], arch))
+    return kernels.step_constants(*key.names, kind), prologue_options, step_options
 
 
 @cache
 def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> Any:
     """The prologue and the step kernel, loaded onto the device."""
-    with torch.accelerator.device_index(key.device.index):  # None for the CPU, which changes nothing
+    with torch.accelerator.device_index(key.device.index):
         return _kernels().load(key.param.working, scaled, skippable, clips, *_arguments(key))
 
 
