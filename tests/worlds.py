@@ -1,6 +1,7 @@
 """What the tests of compiled kernels step: parameters of awkward sizes and addresses, each with a
 pattern around it that nothing may write to, and the table of them."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -256,6 +257,7 @@ def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> Non
         step_both(library, worlds, scale, found_inf, factor)
 
 
+@functools.cache
 def steps_until_one(beta: float, working: torch.dtype) -> int:
     """The first step number whose bias correction is exactly 1."""
     rounded = float(torch.tensor(beta, dtype=working))
