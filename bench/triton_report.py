@@ -107,9 +107,9 @@ def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued
         for param, grad, state in triples:
             names = (param, grad, *STATES[state])
             working = "fp64" if param == "fp64" else "fp32"
-            constants = step.step_constants(rule, *names, target.backend)
-            registers = step.registers(*names[:3], target.arch)
-            code = report(step.step_kernel, working, constants, step.THREADS, registers)
+            constants = step.step_constants(rule, *names, target)
+            limits = step.THREADS, step.registers(*names[:3], target)
+            code = report(step.step_kernel, working, constants, *limits)
             rows.append(head("step", param, rule, grad, state) | code)
     for working, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
         constants = {"DTYPE": dtype, "LANES": step.PROLOGUE_LANES}

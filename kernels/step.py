@@ -50,9 +50,9 @@ def chunk_size(*formats: str) -> int:
 
 
 @cache
-def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: str | None) -> dict[str, Any]:
-    """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name. ``target``: what is
-    compiled for, "cuda" or "hip", and None in the interpreter."""
+def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: Any) -> dict[str, Any]:
+    """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name. ``target``: the
+    ``GPUTarget`` that is compiled for, and None in the interpreter."""
     return {
         "MOMENTS": getattr(rules, f"{rule}_moments"),
         "UPDATE": getattr(rules, rule),
@@ -62,14 +62,16 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: s
         "NU": codecs.CODECS[nu],
         "CHUNK": chunk_size(param, grad, mu, nu),
         "THREADS": THREADS,
-        "PTX": True if target == "cuda" else None,
+        # What is inlined needs an A100 or newer: no T4 rounds to bfloat16 or has a largest that keeps NaN.
+        "PTX": True if target is not None and target.backend == "cuda" and target.arch >= 80 else None,
     }
 
 
-def registers(param: str, grad: str, mu: str, arch: Any) -> int:
+def registers(param: str, grad: str, mu: str, target: Any) -> int:
     """Registers that a thread of :func:`step_kernel` may take: 64 leave room for four blocks of 256
     threads in 65,536, up to 80 for three. With these nothing spills."""
-    return 64 if (param, grad, mu) == ("fp32", "fp32", "fp32") and arch in (80, 86, 87, 89, 90) else 80
+    all_float32 = (param, grad, mu) == ("fp32", "fp32", "fp32")
+    return 64 if all_float32 and target is not None and target.arch in (80, 86, 87, 89, 90) else 80
 
 
 def launch_options(target: str, warp_size: int, threads: int, registers: int) -> dict[str, Any]:

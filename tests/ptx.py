@@ -182,6 +182,11 @@ def _permute(a: Array, b: Array, selector: Array) -> Array:
     return result.astype(np.uint32)
 
 
+def _funnel_shift(a: Array, b: Array, c: Array) -> Array:
+    pair = a.astype(np.uint64) | (b.astype(np.uint64) << np.uint64(32))
+    return (pair << (c & np.uint32(31)).astype(np.uint64) >> np.uint64(32)).astype(np.uint32)
+
+
 def _bit_field(a: Array, position: Array, length: Array) -> Array:
     bits = 8 * a.dtype.itemsize
     spare = bits - np.minimum(length & 255, bits)
@@ -221,8 +226,8 @@ def _reciprocal_root(x: Array) -> Array:
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "abs": np.abs, "add": np.add, "and": np.bitwise_and, "bfe": _bit_field, "div": np.divide, "max": _largest,
     "min": np.minimum, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
-    "or": np.bitwise_or, "prmt": _permute, "shl": _shift_left, "shr": _shift_right, "sqrt": np.sqrt,
-    "sub": np.subtract, "xor": np.bitwise_xor,
+    "or": np.bitwise_or, "prmt": _permute, "shf": _funnel_shift, "shl": _shift_left, "shr": _shift_right,
+    "sqrt": np.sqrt, "sub": np.subtract, "xor": np.bitwise_xor,
 }  # fmt: skip
 INLINE = {
     ("inline_fma", ("rn",)): fused, ("inline_rcp", ("approx", "ftz")): _reciprocal,
@@ -282,6 +287,8 @@ def _arithmetic(name: str, how: tuple[str, ...], values: Sequence[Array]) -> Arr
     allowed = [("rn",)] if floating and name in ROUNDED else [()]
     if floating and name == "max":
         allowed.append(("NaN",))
+    if name == "shf":
+        allowed = [("l", "wrap")]
     if name not in OPERATIONS or how not in allowed or (floating and name == "min"):
         raise Unknown
     result = OPERATIONS[name](*values)

@@ -28,7 +28,7 @@ FORMATS = [":".join(names) for names in TRIPLES]
 FEW = ["fp32:fp32:fp32", "fp32:fp32:8bit", "bf16:bf16:bf16", "split8:bf16:8bit"]
 COMPILED = [
     ("installed", "cuda:90", FORMATS),
-    *(("installed", target, FEW) for target in ("cuda:80", "cuda:100", "hip:gfx942")),
+    *(("installed", target, FEW) for target in ("cuda:75", "cuda:80", "cuda:100", "hip:gfx942")),
     *((version, target, FEW) for version in OTHERS for target in ("cuda:80", "cuda:90", "cuda:100")),
 ]
 """Everything by one compiler for one target, and by the others what is at its limit of registers."""
@@ -89,7 +89,7 @@ LOSSES = {
     "narrow accesses": ("codecs.py", ALIGNED, "pass", "128-bit loads"),
     "narrow bytes": ("codecs.py", ALIGNED, "pass", "64-bit stores of bytes"),
     "masked full chunks": ("step.py", "codecs.At(start, offset, None,", MASKED, "128-bit loads"),
-    "approximate division": ("rules.py", "return tl.div_rn(x, y)", "return x / y", "approximate"),
+    "approximate division": ("rules.py", "return tl.div_rn(x, d)", "return x / d", "approximate"),
     "approximate square root": ("rules.py", "return tl.sqrt_rn(x)", "return tl.sqrt(x)", "approximate"),
     "lost NaN": ("rules.py", ", propagate_nan=tl.PropagateNan.ALL", "", "nan_dropping_max"),
 }
@@ -113,7 +113,7 @@ SOME = "optimizers or edges and adabelief or sizes and (fp32-fp32-fp32 or split8
 EMULATED = [
     ("installed", "90", "sizes"),
     ("installed", "90", "not sizes"),
-    *(("installed", capability, SOME) for capability in ("80", "100")),
+    *(("installed", capability, SOME) for capability in ("75", "80", "100")),
     *((version, "90", SOME) for version in OTHERS),
 ]
 

@@ -59,10 +59,9 @@ def _options(device: torch.device, threads: int, registers: int) -> dict[str, An
 def _arguments(key: BatchKey) -> tuple[dict[str, Any], ...]:
     """The step kernel's constants, and the compiler options of the prologue and of the step kernel."""
     kernels, target = _kernels(), _target(key.device)
-    kind, arch = (None, None) if target is None else (target.backend, target.arch)
     prologue_options = _options(key.device, kernels.PROLOGUE_LANES, kernels.PROLOGUE_REGISTERS)
-    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4], arch))
-    return kernels.step_constants(*key.names, kind), prologue_options, step_options
+    step_options = _options(key.device, kernels.THREADS, kernels.registers(*key.names[1:4], target))
+    return kernels.step_constants(*key.names, target), prologue_options, step_options
 
 
 @cache
