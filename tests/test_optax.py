@@ -73,9 +73,9 @@ def random_gradients(seed: int, dtype: Any = np.float32, steps: int = STEPS) -> 
     return [{name: one(shape) for name, shape in zip(NAMES, SHAPES)} for _ in range(steps)]
 
 
-def first_parameters(seed: int) -> Tree:
+def first_parameters(seed: int, dtype: Any = np.float32) -> Tree:
     rng = np.random.default_rng(seed)
-    return {name: np.asarray(rng.normal(size=shape), np.float32) for name, shape in zip(NAMES, SHAPES)}
+    return {name: np.asarray(rng.normal(size=shape), dtype) for name, shape in zip(NAMES, SHAPES)}
 
 
 def named(tree: Tree) -> list[tuple[str, torch.nn.Parameter]]:
@@ -266,8 +266,8 @@ def test_complex_parameters_are_pairs_of_reals(rule: str) -> None:
 
 @rules
 def test_float64(rule: str) -> None:
-    """Moments are equal, directions agree: with p = 0, lr = 1 and no decay the parameter shows ``-u``. What
-    becomes of a parameter then is in test_properties.py."""
+    """Moments are equal, directions agree: with p = 0, lr = 1 and no decay the parameter shows ``-u``. And
+    whole parameters."""
     zeros = {name: np.zeros(shape) for name, shape in zip(NAMES, SHAPES)}
     optimizer = optimizer_of(rule, zeros, lr=1.0, weight_decay=0.0)
     with enable_x64(True):
@@ -284,6 +284,13 @@ def test_float64(rule: str) -> None:
                 torch.testing.assert_close(-got["params"][name], want[name], rtol=1e-12, atol=0)
             moments = [got[key] for key in got if key != "params"]
             assert_same_bits(moments, [to_torch(state.mu), to_torch(state.nu)], "moments")
+        grads, start = random_gradients(16, np.float64, steps=15), first_parameters(17, np.float64)
+        optimizer = optimizer_of(rule, start)
+        run_ours(optimizer, grads)
+        params, _ = run_optax(ORACLES[rule].whole, start, grads)
+        for name, want in to_torch(params).items():
+            # p is of order 1 and each of the 15 steps of order 0.01, its u good to 1e-12.
+            torch.testing.assert_close(ours(optimizer, 0)["params"][name], want, rtol=1e-12, atol=1e-12)
 
 
 @rules
