@@ -1,4 +1,4 @@
-// The CUDA step on the CPU: csrc/step_cuda*.cu as they are, over a runtime that runs a launched
+// The CUDA step on the CPU: csrc/step_cuda*.cu and their bindings as they are, over a runtime that runs a launched
 // kernel at once, warp after warp. Compiled and driven by test_cuda_compiled.py, which puts an
 // empty cuda_runtime.h on the include path. The last block, warp and lane go first, since no
 // result may depend on their order, and what waits for the device is missing, since the step
@@ -10,7 +10,6 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
-#include <exception>
 #include <random>
 #include <string>
 #include <vector>
@@ -39,7 +38,7 @@ struct Launched {
   int64_t blocks, threads, stream;
 };
 int n_launched = 0;
-Launched launched[2];
+Launched launched[2];  // the last two
 }  // namespace
 
 cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -153,13 +152,13 @@ uint32_t __byte_perm(uint32_t x, uint32_t y, uint32_t selector) {
 
 #include "step_cuda_kernels.cu"
 #include "step_cuda.cu"
+#include "bindings_cuda.cpp"
 
 template <class Task>
 cudaError_t cudaLaunchKernel(void (*kernel)(Task), dim3 grid, dim3 block, void** arguments, size_t,
                              cudaStream_t stream) {
   if (refuse) return cudaErrorLaunchFailure;
-  if (n_launched == 2) return cudaErrorLaunchFailure;
-  launched[n_launched++] = {grid.x, block.x, reinterpret_cast<int64_t>(stream)};
+  launched[n_launched++ % 2] = {grid.x, block.x, reinterpret_cast<int64_t>(stream)};
   for (blockIdx.x = grid.x; blockIdx.x-- > 0;)
     for (threadIdx.x = block.x; threadIdx.x > 0;) {
       threadIdx.x -= Warp::kSize;
@@ -168,67 +167,14 @@ cudaError_t cudaLaunchKernel(void (*kernel)(Task), dim3 grid, dim3 block, void**
   return cudaSuccess;
 }
 
-namespace {
-
-// What `use` throws goes to `error`, cut to `size` bytes.
-template <class Use>
-int64_t guarded(char* error, int64_t size, const Use& use) {
-  try {
-    return use();
-  } catch (const std::exception& caught) {
-    error[std::string(caught.what()).copy(error, size - 1)] = '\0';
-    return -1;
-  }
-}
-
-}  // namespace
-
 extern "C" {
 
-// `numbers`: the fields of CudaTask and the stream.
-int64_t step_on_host(const char* rule, const char* param, const char* grad, const char* mu, const char* nu,
-                     const int64_t* numbers, char* error, int64_t size) {
+// How many launches there were since the last call.
+int launches() {
+  const int n = n_launched;
   n_launched = 0;
-  fused_optim::CudaTask task;
-  std::memcpy(&task, numbers, sizeof(task));
-  return guarded(error, size, [&] {
-    fused_optim::step_cuda({rule, param, grad, mu, nu}, task, numbers[11]);
-    return n_launched;
-  });
+  return n;
 }
-
-// `numbers`: the fields of NormTask or ClipTask and the stream.
-int64_t square_sums_on_host(const char* grad, const int64_t* numbers, char* error, int64_t size) {
-  n_launched = 0;
-  fused_optim::NormTask task;
-  std::memcpy(&task, numbers, sizeof(task));
-  return guarded(error, size, [&] {
-    fused_optim::square_sums_cuda(grad, task, numbers[6]);
-    return n_launched;
-  });
-}
-
-int64_t load_on_host(const char* rule, const char* param, const char* grad, const char* mu, const char* nu, char* error,
-                     int64_t size) {
-  return guarded(error, size, [&] {
-    fused_optim::check_cuda();
-    fused_optim::load_cuda({rule, param, grad, mu, nu});
-    return 0;
-  });
-}
-
-int64_t clip_on_host(const int64_t* numbers, char* error, int64_t size) {
-  n_launched = 0;
-  fused_optim::ClipTask task;
-  std::memcpy(&task, numbers, sizeof(task));
-  return guarded(error, size, [&] {
-    fused_optim::clip_cuda(task, numbers[5]);
-    return n_launched;
-  });
-}
-
-int64_t chunk_size() { return fused_optim::kChunk; }
-int64_t coefficients_bytes() { return fused_optim::kCoefficientsBytes; }
 
 // Blocks, threads and stream of a launch of the last step.
 const int64_t* launch_of_last_step(int i) { return &launched[i].blocks; }

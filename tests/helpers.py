@@ -35,7 +35,6 @@ class Rule(NamedTuple):
 
     @property
     def nu(self) -> str:
-        """The state's key of the second moment."""
         return REFERENCES[self.reference].states[1]
 
 
@@ -157,7 +156,6 @@ def train(optimizer: torch.optim.Optimizer, params: Sequence[Tensor], steps: int
 
 
 def like(params: Parameters) -> Parameters:
-    """New parameters of the same values."""
     return [torch.nn.Parameter(p.detach().clone()) for p in params]
 
 
@@ -172,7 +170,6 @@ def trained(
 
 
 def copies(values: Any) -> Any:
-    """Nested containers with every tensor cloned."""
     if isinstance(values, Tensor):
         return values.detach().clone()
     if isinstance(values, dict):
@@ -233,7 +230,6 @@ def raises_unchanged(
 def coefficients_of(
     hyper: Hyperparameters, count: int, dtype: torch.dtype, scale: float | None, factor: float
 ) -> Coefficients:
-    """The reference's coefficients of one parameter."""
     table, divisor = torch.tensor([hyper], dtype=F64), None if scale is None else torch.tensor(scale)
     clip = torch.tensor([0, 0, factor], dtype=F64)
     return Coefficients(*(c[0] for c in coefficients(table, torch.tensor([count]), dtype, divisor, clip)))
@@ -263,7 +259,6 @@ class Judge:
         self.norm = torch.zeros((), dtype=F64)
 
     def step(self, optimizer: Any, what: str = "step", **numbers: float) -> None:
-        """Make a step, which must be as expected."""
         want = self.expected(optimizer, **numbers)
         optimizer.step()
         assert_same_bits(snapshot(optimizer), want, what)
@@ -294,7 +289,6 @@ class Judge:
         return want
 
     def _clip(self, optimizer: Any, scale: Tensor | None) -> float:
-        """The clip coefficient."""
         sums = [torch.zeros(0, dtype=F64)]
         for p in (p for group in optimizer.param_groups for p in group["params"] if p.grad is not None):
             g = plain(p.grad).to(formats_of(p.dtype, *self.formats).param.working).flatten()

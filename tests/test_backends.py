@@ -14,11 +14,10 @@ import pytest
 import torch
 from helpers import F32, F64, FORMATS, RULES, Judge, assert_same_bits, gradient, in_a_process, interpreted
 from torch import Tensor
-from worlds import COVERING, Row, World
+from worlds import COVERING, Row, World, steps_until_one
 
 from fused_optim import AdaBelief, AdamaxW
 from fused_optim.backends import BACKENDS, extension, native, uploaded, valid_now
-from fused_optim.reference import bias_correction
 from fused_optim.rules import RULES as REFERENCES
 from fused_optim.storage import Formats
 
@@ -37,7 +36,6 @@ def fresh_memory_is_nan() -> Iterator[None]:
 
 
 def device_of(backend: str) -> str:
-    """Where a backend can be tried here."""
     return "cuda" if backend == "cuda" or torch.cuda.is_available() and backend == "triton" else "cpu"
 
 
@@ -155,6 +153,16 @@ def tensors(n: int) -> list[tuple[tuple[int, ...], str, str]]:
     ]  # fmt: skip
 
 
+def check_layouts(rule: str, backend: str, format: str, chosen: Sequence[Any], **options: Any) -> None:
+    """Of :func:`tensors` those that are chosen; two of them start late."""
+    shapes, layouts, of_gradients = zip(*chosen)
+    model = Model(rule, backend, shapes, format, layouts, **options)
+    model.set_gradients(skip=(2, 4))
+    model.step()
+    model.set_gradients(layouts=of_gradients)
+    model.step()
+
+
 @pytest.mark.parametrize(("sees_gpu", "said", "reason"), [
     (True, None, None), (False, None, "torch sees no GPU"), (True, "no kernel image", "no kernel image; FUSED_OPTIM"),
 ])  # fmt: skip
@@ -199,19 +207,14 @@ def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
 @rules
 @formats
 def test_every_rule_in_every_format(backend: str, rule: str, format: str) -> None:
-    """Tensors of all sizes and layouts in one step; two of them start late. Half of the rules are flat.
+    """Tensors of all sizes and layouts in one step. Half of the rules are flat.
     Eager, and Triton in its interpreter, take no vectors: there a format's rules share the tensors out."""
     i, j = list(RULES).index(rule), list(FORMATS).index(format)
     chosen = tensors(program(format))
     if backend == "eager" or backend == "triton" and device_of(backend) == "cpu":
         chosen = chosen[(i + j) % len(RULES) :: len(RULES)]
-    shapes, layouts, of_gradients = zip(*chosen)
     options = {"flatten": (i // 2 + j) % 2 == 1, "maximize": j % 2 == 0}
-    model = Model(rule, backend, shapes, format, layouts, **options)
-    model.set_gradients(skip=(2, 4))
-    model.step()
-    model.set_gradients(layouts=of_gradients)
-    model.step()
+    check_layouts(rule, backend, format, chosen, **options)
 
 
 @fused
@@ -319,8 +322,6 @@ def test_one_unusual_value_in_a_full_program(backend: str, format: str) -> None:
 
 
 COUNTS = [0, 1, 158, 159, 160, 999, 12345678, 2**31 - 3, 2**31 - 2, 2**31 - 1]
-LAST = {0.9: 164, 0.999: 17320}
-"""By beta the last step at which the bias correction is not 1."""
 
 
 @fused
@@ -328,12 +329,7 @@ LAST = {0.9: 164, 0.999: 17320}
 def test_step_numbers(backend: str, rule: str, format: str) -> None:
     """From the first to where they saturate. Bias corrections become 1, and no sooner may a backend leave out
     the divisions, in full programs and in tails. A number below 0 ends too."""
-    for beta, last in LAST.items():
-        corrections = bias_correction(
-            torch.tensor([beta] * 2, dtype=F64), torch.tensor([last, last + 1]), F32
-        )
-        assert (corrections == 1).tolist() == [False, True]
-    counts = [*COUNTS, *(last - 1 for last in LAST.values() for _ in range(2))]
+    counts = [*COUNTS, *(steps_until_one(beta, F32) - 2 for beta in (0.9, 0.999) for _ in range(2))]
     model = Model(
         rule, backend, [(65,)] * len(COUNTS) + [(program(format),), (100,)] * 2, format,
         groups=lambda params: [

@@ -8,7 +8,7 @@ import copy
 import dataclasses
 import pickle
 import random
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import pytest
@@ -60,14 +60,14 @@ class World:
         )
         self.kept: list[Any] = []
 
-    def group(self, name: str) -> tuple[dict[str, Any], int]:
-        """A parameter's group and its place there."""
+    def group(self, of: Any) -> tuple[dict[str, Any], int]:
         places = ((g, i, p) for g in self.optimizer.param_groups for i, p in enumerate(g["params"]))
-        return next((g, i) for g, i, p in places if p is self.p[name])
+        return next((g, i) for g, i, p in places if p is of)
 
     def replace(self, name: str, values: Tensor, rows: list[int] | None = None, append: bool = False) -> None:
         """Another parameter, with some rows of the state as 3D Gaussian splatting does, or with none."""
-        (group, i), old = self.group(name), self.p[name]
+        old = self.p[name]
+        group, i = self.group(old)
         state = self.optimizer.state.pop(old, {})
         self.p[name] = new = torch.nn.Parameter(values.clone())
         new.grad = gradient(new, self.steps)
@@ -79,19 +79,22 @@ class World:
         if rows is not None:
             self.optimizer.state[new] = {k: t[rows] if t.shape == old.shape else t for k, t in state.items()}
 
-    def move(self, name: str) -> None:
-        group, i = self.group(name)
-        (other,) = (g for g in self.optimizer.param_groups if g is not group)
+    def move(self, p: Any, to: dict[str, Any] | None = None) -> None:
+        """To another group, but not the last of its own."""
+        group, i = self.group(p)
+        other = to or next(g for g in self.optimizer.param_groups if g is not group)
+        if group is other or len(group["params"]) == 1:
+            return
         for key in ("params", "param_names"):
             other[key].append(group[key].pop(i))
         for g in (group, other):
             g["weight_decay_mask"] = None
 
-    def add_group(self) -> None:
+    def add_group(self, like: Any, seed: int) -> None:
         name = f"h{len(self.p)}"
-        self.p[name] = torch.nn.Parameter(gradient(self.p["d"], len(self.p)))
-        self.p[name].grad = gradient(self.p["d"], 6)
-        self.optimizer.add_param_group({"params": [(name, self.p[name])], "lr": 0.3, "maximize": True})
+        self.p[name] = p = torch.nn.Parameter(gradient(like, seed))
+        p.grad_dtype, p.grad = None, gradient(p, seed + 1)
+        self.optimizer.add_param_group({"params": [(name, p)], "lr": 0.3, "maximize": seed % 2 == 0})
 
     def fail(self, kind: type[Exception], *texts: str) -> None:
         with raises_unchanged(self.optimizer, kind, *texts):
@@ -113,6 +116,25 @@ class World:
         handle.remove()
         assert_same_bits(snapshot(self.optimizer), want)
 
+    def interrupt(self, by: AbstractContextManager[Any]) -> list[bool]:
+        """A step that is interrupted, or not: every parameter is whole, with its state. If it was, which
+        of them are as they had to become."""
+        before, want = snapshot(self.optimizer), self.judge.expected(self.optimizer)
+        try:
+            with by:
+                self.optimizer.step()
+        except (KeyboardInterrupt, MemoryError, RuntimeError):
+            got, stepped = snapshot(self.optimizer), []
+            for i, (p, state) in enumerate(zip(got["params"], got["states"])):
+                old = before["states"][i]  # states are made, and steps become tensors, before the launch
+                made = {k: torch.zeros_like(t) for k, t in state.items() if k not in old}
+                old = {**old, **made, **({"step": torch.tensor(int(old["step"]))} if "step" in old else {})}
+                stepped.append(same_bits([p, state], [want["params"][i], want["states"][i]]))
+                assert stepped[i] or same_bits([p, state], [before["params"][i], old]), f"{i} is half stepped"
+            return stepped
+        assert_same_bits(snapshot(self.optimizer), want)
+        return []
+
     def new_gradients(self, names: str | None = None) -> None:
         for i, (name, p) in enumerate(self.p.items()):
             given = p.requires_grad and (names is None or name in names)
@@ -126,6 +148,14 @@ class World:
         for _ in range(steps):
             self.new_gradients()
             self.step()
+
+
+def same_bits(got: Any, want: Any) -> bool:
+    try:
+        assert_same_bits(got, want)
+    except (AssertionError, pytest.fail.Exception):
+        return False
+    return True
 
 
 CHANGES: dict[str, str] = {
@@ -165,7 +195,8 @@ CHANGES: dict[str, str] = {
     "gradients exchanged with one outside": "a.grad, c.grad = c.grad, a.grad",
     "one gradient of two": "a.grad = b.grad",
     "gradients in a bucket": "bucket(a, b, d, e)",
-    "gradients of another dtype": "recast(a, torch.float64); recast(d, torch.bfloat16); recast(f, a.dtype)",
+    "gradients of another dtype": "recast(a, torch.float64); recast(b, torch.float16); recast(d, torch.bfloat16); "
+    "recast(e, torch.float8_e4m3fn); recast(f, a.dtype)",
     # Parameters.
     "data replaced": "a.data = 2 * a.data.clone(); f.data = 2 * f.data.clone()",
     "data written": "a.data.mul_(0.5); d.data[:50] = 0",
@@ -180,11 +211,11 @@ CHANGES: dict[str, str] = {
     "a parameter appended": "w.replace('a', gradient(a, 5), append=True)",
     # Groups.
     "parameters reordered": "[group['params'].reverse() for group in groups]",
-    "parameter moved to another group": "w.move('d'); w.move('f')",
+    "parameter moved to another group": "w.move(d); w.move(f)",
     "group removed": "[s.pop(p) for p in groups[0]['params'] if len(groups) > 1]; del groups[:-1]",
     "groups reversed": "groups.reverse()",
     "groups another list": "o.param_groups = [dict(group) for group in groups]",
-    "group added": "w.add_group()",
+    "group added": "w.add_group(d, 6)",
     # States.
     "states removed": "del s[a], s[c], s[f]",
     "states cleared": "s.clear()",
@@ -244,7 +275,7 @@ def bucket(*params: Any) -> None:
 
 def recast(p: Any, dtype: torch.dtype) -> None:
     p.grad_dtype = None  # any
-    p.grad = p.grad.to(dtype)
+    p.grad = (p.grad.double() / 3).to(dtype)
 
 
 def grow(storage: Any) -> None:
@@ -410,23 +441,6 @@ def test_a_change_that_is_refused(
 # Interrupted
 
 
-def interrupted(w: World, warm: int, by: Any = None) -> list[bool]:
-    """A step that is interrupted; each parameter is whole, as it was or as it had to become. Which did."""
-    before, want = snapshot(w.optimizer), w.judge.expected(w.optimizer)
-    with by or nullcontext(), pytest.raises(KeyboardInterrupt):
-        w.optimizer.step()
-    got = snapshot(w.optimizer)
-    done = [torch.equal(g, x) for g, x in zip(got["params"][:-1], want["params"])]
-    for i, stepped in enumerate(done):
-        source = want if stepped else before
-        assert_same_bits(got["params"][i], source["params"][i])
-        if stepped or warm:
-            assert_same_bits(got["states"][i], source["states"][i])
-        else:
-            assert not any(t.any() for t in got["states"][i].values())
-    return done
-
-
 class InterruptedWrite(TorchDispatchMode):
     """The write of this number, among those that PyTorch makes itself, is interrupted before it is made."""
 
@@ -455,7 +469,7 @@ def test_interrupted_in_a_write(backend: str, format: str, flatten: bool) -> Non
         w = World("adabelief", backend, flatten, format)
         w.train(1)
         w.new_gradients()
-        interrupted(w, 1, InterruptedWrite(number))
+        assert w.interrupt(InterruptedWrite(number))
         w.step()
         w.train(1)
 
@@ -491,7 +505,8 @@ def test_interrupted_between_two_launches(
         w.train(warm)
         w.new_gradients("abcdef")  # without that of g, which needs a new plan
         calls.update(step=0, load=0)
-        done = interrupted(w, warm)
+        done = w.interrupt(nullcontext())[:-1]
+        assert len(done) == 6
         assert any(done) == (when != "loaded" and (launch == 2 or when == "after"))
         assert all(done) == (launch == 2 and when == "after")
         for names in ("abcdefg", "bdf", "abcdefg"):

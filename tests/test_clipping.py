@@ -5,20 +5,17 @@ import copy
 import itertools
 import math
 import pickle
-from typing import Any
 
 import helpers
 import pytest
 import test_backends as b
 import torch
-from helpers import F32, F64, FORMATS, RULES, Make, assert_same_bits, parameters, raises_with, train
+from helpers import F32, F64, FORMATS, RULES, Make, assert_same_bits, parameters, train
 from test_backends import Model, backends, cpu, device_of, fused
 
 from fused_optim import AdamaxW, AdamW, reference
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*encountered in:RuntimeWarning"
-)  # NumPy's, in the interpreter
+pytestmark = helpers.interpreted
 
 
 def pairwise(values: list[float]) -> float:
@@ -39,18 +36,12 @@ def test_the_order_of_a_sum(n: int) -> None:
 @backends
 @pytest.mark.parametrize("format", FORMATS)
 def test_every_format_and_layout(backend: str, format: str) -> None:
-    """Of all sizes and layouts; two parameters start late."""
     i = list(FORMATS).index(format)
     chosen = b.tensors(b.program(format))
     if backend == "triton" and device_of(backend) == "cpu":
         chosen = chosen[i % 3 :: 3]
-    shapes, layouts, of_gradients = zip(*chosen)
     rule = b.turn(list(RULES), i)
-    model = Model(rule, backend, shapes, format, layouts, flatten=i % 4 < 2, max_grad_norm=0.5)
-    model.set_gradients(skip=(2, 4))
-    model.step()
-    model.set_gradients(layouts=of_gradients)
-    model.step()
+    b.check_layouts(rule, backend, format, chosen, flatten=i % 4 < 2, max_grad_norm=0.5)
 
 
 @backends
@@ -180,28 +171,6 @@ def test_cpu_with_any_number_of_threads(format: str) -> None:
         with b.threads(n):
             shapes = [(50003,), *[(i,) for i in range(10)]]
             Model("adamw", "cpu", shapes, format, flatten=flatten, max_grad_norm=1e-2).train(1)
-
-
-WRONG: list[tuple[dict[str, Any], type[Exception], str]] = [
-    ({"max_grad_norm": 0.0}, ValueError, "max_grad_norm must be positive, or None"),
-    ({"max_grad_norm": -1}, ValueError, "Invalid max_grad_norm value: -1.0"),
-    ({"max_grad_norm": math.nan}, ValueError, "Invalid max_grad_norm value: nan"),
-    ({"max_grad_norm": "1"}, TypeError, "max_grad_norm must be a number, got '1'"),
-    ({"max_grad_norm": True}, TypeError, "max_grad_norm must be a number, got True"),
-    ({"skip_nonfinite": 1}, TypeError, "skip_nonfinite must be True or False, got 1"),
-]
-
-
-@pytest.mark.parametrize(("options", "kind", "text"), WRONG, ids=str)
-def test_wrong_arguments(make: Make, options: dict[str, Any], kind: type[Exception], text: str) -> None:
-    with raises_with(kind, text):
-        make(parameters(), **options)
-
-
-@pytest.mark.parametrize("name", ["max_grad_norm", "skip_nonfinite"])
-def test_options_of_the_whole_optimizer(make: Make, name: str) -> None:
-    with raises_with(ValueError, f"{name} is an option of the whole optimizer, and group 0 names it"):
-        make([{"params": parameters(), name: 1.0}])
 
 
 def test_what_is_told_before_and_after_steps(make: Make) -> None:

@@ -14,9 +14,9 @@ import re
 import shutil
 import struct
 import subprocess
+import sysconfig
 from collections import Counter
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 from itertools import cycle, product
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,6 +29,7 @@ from helpers import assert_same_bits, built_once
 from torch import Tensor
 from worlds import COVERING, FEW, FP32, FP64, GUARD, LOW_PRECISION, Formats, Row, Work, World, each, named
 
+import bench.kernels
 from fused_optim.rules import RULES
 from fused_optim.storage import FORMATS
 from fused_optim.table import Batch
@@ -73,63 +74,53 @@ def clip_task(sums: Tensor, max_grad_norm: Tensor, clip: Tensor, skipped: Tensor
 
 
 class Host:
-    """The shared library of cuda_on_host.cpp."""
+    """The extension's bindings over the runtime of cuda_on_host.cpp, and what that tells."""
 
     def __init__(self, path: Path) -> None:
+        spec = importlib.util.spec_from_file_location("_cuda", path)
+        self.cuda = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(self.cuda)
         self.library = ctypes.CDLL(str(path))
-        steps = ("step_on_host", "square_sums_on_host", "clip_on_host", "load_on_host")
-        for name in (*steps, "chunk_size", "coefficients_bytes", "e4m3_differences"):
-            getattr(self.library, name).restype = ctypes.c_int64
+        self.library.e4m3_differences.restype = ctypes.c_int64
         self.library.launch_of_last_step.restype = ctypes.POINTER(ctypes.c_int64)
         self.library.refuse_launches.argtypes = [ctypes.c_bool]
 
-    def call(self, name: str, *arguments: Any) -> int:
-        error = ctypes.create_string_buffer(1000)
-        encoded = [a.encode() if isinstance(a, str) else a for a in arguments]
-        result = getattr(self.library, name)(*encoded, error, ctypes.c_int64(len(error)))
-        if result < 0:
-            raise RuntimeError(error.value.decode())
-        return result
-
-    def step_of(self, *names_and_numbers: Any) -> int:
-        numbers = (ctypes.c_int64 * 12)(*names_and_numbers[5:])
-        return self.call("step_on_host", *names_and_numbers[:5], numbers)
-
     def step(self, work: Work, stream: int = 0) -> int:
-        """How many launches there were."""
-        size = len(work.batch.counters) * self.library.coefficients_bytes()
+        size = len(work.batch.counters) * self.cuda.coefficients_bytes
         coefficients = torch.full((size + GUARD,), 255, dtype=torch.uint8)
         names = [work.batch.key.rule.name, *(f.name for f in work.formats)]
-        launched = self.step_of(*names, *task_of(work, coefficients), stream)
+        self.cuda.step(names, task_of(work, coefficients), stream)
         assert bool((coefficients[size:] == 255).all()), "written past the coefficients"
-        return launched
+        return self.library.launches()
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-        numbers = (ctypes.c_int64 * 7)(*norm_task(batch, grad_scale, sums), 0)
-        assert self.call("square_sums_on_host", batch.key.grad.name, numbers) == 1
+        self.cuda.square_sums(batch.key.grad.name, norm_task(batch, grad_scale, sums), 0)
+        assert self.library.launches() == 1
 
     def clip(self, sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
         clip = torch.empty(4, dtype=torch.float64)
-        numbers = (ctypes.c_int64 * 6)(*clip_task(sums, max_grad_norm, clip, skipped), 0)
-        assert self.call("clip_on_host", numbers) == 1
+        self.cuda.clip(clip_task(sums, max_grad_norm, clip, skipped), 0)
+        assert self.library.launches() == 1
         return clip
 
     def chunk_size(self, formats: Formats | None = None) -> int:
-        return int(self.library.chunk_size())
+        return self.cuda.chunk_size
 
 
 @pytest.fixture(scope="session")
 def host(tmp_path_factory: pytest.TempPathFactory) -> Host:
+    pybind11 = pytest.importorskip("pybind11", reason="needs pybind11")
     compiler = shutil.which("g++")
     if compiler is None:
         pytest.skip("needs g++")
+    include = [pybind11.get_include(), sysconfig.get_paths()["include"], CSRC]
 
     def build(folder: Path) -> None:
         (folder / "cuda_runtime.h").touch()
         flags = ["-std=c++17", "-O1", "-fPIC", "-shared", "-Wno-unknown-pragmas", "-fno-strict-aliasing"]
-        source, library = ROOT / "tests" / "cuda_on_host.cpp", folder / "library.so"
-        command = [compiler, *flags, *setup_flags("EXACT"), f"-I{folder}", f"-I{CSRC}", source, "-o", library]
-        subprocess.run(command, check=True)
+        included = [f"-I{path}" for path in (folder, *include)]
+        command = [compiler, *flags, *setup_flags("EXACT"), *included, ROOT / "tests" / "cuda_on_host.cpp"]
+        subprocess.run([*command, "-o", folder / "library.so"], check=True)
 
     return Host(built_once(tmp_path_factory, "cuda_on_host", build) / "library.so")
 
@@ -193,7 +184,8 @@ def test_launches(host: Host) -> None:
     empty = World("adamaxw", FP32, [Row(0), Row(0)])
     assert empty.step(host, empty.inputs(None, None)) == 2
     assert [int(s) for s in empty.steps] == [1, 1]
-    assert host.step_of("adamaxw", *["fp32"] * 4, *[0] * 12) == 0
+    host.cuda.step(["adamaxw", *["fp32"] * 4], [0] * 11, 0)
+    assert host.library.launches() == 0
 
 
 def test_refused_launches_are_errors(host: Host) -> None:
@@ -206,11 +198,13 @@ def test_refused_launches_are_errors(host: Host) -> None:
         )
         with pytest.raises(RuntimeError, match=prologue):
             world.step(host, world.inputs(None, None))
-        with pytest.raises(RuntimeError, match="^loading a kernel failed: the error's text.*80,90"):
-            host.call("load_on_host", "adabelief", *["fp32"] * 4)
+        for load in (host.cuda.check, lambda: host.cuda.load(["adabelief", *["fp32"] * 4])):
+            with pytest.raises(RuntimeError, match="^loading a.* failed: the error's text.*80,90"):
+                load()
     finally:
         host.library.refuse_launches(False)
-    assert host.call("load_on_host", "adabelief", *["fp32"] * 4) == 0
+    host.cuda.check()
+    host.cuda.load(["adabelief", *["fp32"] * 4])
     assert_same_bits(world.contents(), before)
 
 
@@ -224,8 +218,9 @@ UNKNOWN = [
 
 @pytest.mark.parametrize("names", UNKNOWN)
 def test_unknown_names_are_errors(host: Host, names: tuple[str, ...]) -> None:
-    with pytest.raises(RuntimeError, match=".*".join(names)):
-        host.step_of(*names, *[0] * 12)
+    for use in (lambda: host.cuda.step(names, [0] * 11, 0), lambda: host.cuda.load(names)):
+        with pytest.raises(ValueError, match=".*".join(names)):
+            use()
 
 
 def test_the_extension() -> None:
@@ -234,11 +229,6 @@ def test_the_extension() -> None:
     numbers, divisors, words = 9, 4, 3
     assert cuda.coefficients_bytes == 8 * (numbers + 3 * divisors) + 4 * (words + 1)
     assert re.fullmatch(r"\d+(,\d+)*", cuda.archs) and cuda.compiler.startswith("nvcc ")
-    for names in UNKNOWN:
-        with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.step(names, [0] * 11, 0)
-        with pytest.raises(ValueError, match=".*".join(names)):
-            cuda.load(names)
     if not torch.cuda.is_available():
         with pytest.raises(RuntimeError, match="^loading a kernel failed: .* driver"):
             cuda.check()
@@ -256,8 +246,6 @@ EXACT_IN_PTX = re.compile(
 
 
 class Kernel(NamedTuple):
-    """A kernel's name and the template's arguments."""
-
     name: str
     arguments: tuple[str, ...]
 
@@ -265,15 +253,12 @@ class Kernel(NamedTuple):
         return f"{self.name}<{', '.join(self.arguments)}>"
 
 
-@dataclass
-class Resources:
+class Resources(NamedTuple):
     registers: int
-    stack: int
-    spills: int
+    stack: int  # in bytes, as is what was spilled
 
 
-@dataclass
-class Code:
+class Code(NamedTuple):
     """What nvcc made of the kernels, by architecture and kernel."""
 
     resources: dict[str, dict[Kernel, Resources]]
@@ -285,24 +270,15 @@ def nvcc() -> str:
     """The command, or a skip with the reason."""
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     found = shutil.which("nvcc", path=f"{home}/bin") if home else shutil.which("nvcc")
-    if found is None:
-        pytest.skip("needs nvcc on the PATH or under CUDA_HOME")
-    if shutil.which("c++filt") is None:
-        pytest.skip("needs c++filt")
+    if found is None or shutil.which("c++filt") is None:
+        pytest.skip("needs c++filt, and nvcc on the PATH or under CUDA_HOME")
     return found
 
 
-def cuobjdump(nvcc: str) -> str:
-    """The toolkit's, or the one that Triton's wheel carries."""
-    triton = importlib.util.find_spec("triton")
-    folders = [Path(nvcc).resolve().parent, Path("/usr/local/cuda/bin")]
-    folders += [
-        Path(p, "backends/nvidia/bin") for p in (triton.submodule_search_locations or [] if triton else [])
-    ]
-    found = shutil.which("cuobjdump", path=os.pathsep.join([*map(str, folders), os.environ["PATH"]]))
-    if found is None:
-        pytest.skip("needs cuobjdump, from the CUDA toolkit or from Triton's wheel")
-    return found
+def cuobjdump() -> Path:
+    """The one that Triton's wheel carries, or a skip."""
+    pytest.importorskip("triton", reason="needs cuobjdump from Triton's wheel, which is for Linux only")
+    return bench.kernels.cuobjdump()
 
 
 def output_of(*command: object) -> str:
@@ -332,9 +308,7 @@ def by_kernel(text: str, part: str, arch: str, function: str, read: Callable[[st
 
 
 def resources_of(body: str) -> Resources:
-    spilled = r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads"
-    stack, stores, loads = map(int, re.search(spilled, body).groups())
-    return Resources(int(re.search(r"Used (\d+) registers", body)[1]), stack, stores + loads)
+    return Resources(*map(int, re.search(r"REG:(\d+) STACK:(\d+)", body).groups()))
 
 
 def operations_of(body: str) -> list[str]:
@@ -342,10 +316,8 @@ def operations_of(body: str) -> list[str]:
     return re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@\S+\s+)?([A-Z][\w.]*)", body, re.MULTILINE)
 
 
-def read_resources(log: str) -> dict[str, dict[Kernel, Resources]]:
-    """From what ``ptxas -v`` says."""
-    entry = "Compiling entry function "
-    return by_kernel(log, f"(?={entry})", r"' for 'sm_(\w+)'", entry, resources_of)
+def read_resources(text: str) -> dict[str, dict[Kernel, Resources]]:
+    return by_kernel(text, "Fatbin elf code:", r"arch = sm_(\w+)", "Function ", resources_of)
 
 
 def read_sass(text: str) -> dict[str, dict[Kernel, list[str]]]:
@@ -401,31 +373,23 @@ def write_source(folder: Path, kernels: Iterable[Kernel]) -> Path:
     return path
 
 
-def compile_code(folder: Path, archs: Iterable[str], kernels: Iterable[Kernel], csrc: Path = CSRC) -> None:
-    """What setup.py's command makes of the kernels, and the log of it, into ``folder``."""
-    targets = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
-    command = [nvcc(), "-c", "-O3", "-std=c++17", *setup_flags("NVCC_EXACT"), *targets, f"-I{csrc}"]
-    command += ["-Xptxas=-v", write_source(folder, kernels), "-o", folder / "kernels.o"]
-    (folder / "log").write_text(output_of(*command))
+def compile_code(target: Path, archs: Iterable[str], kernels: Iterable[Kernel], csrc: Path = CSRC) -> None:
+    """By setup.py's flags."""
+    for_archs = [f"-gencode=arch=compute_{a},code=[sm_{a},compute_{a}]" for a in archs]
+    command = [nvcc(), "-c", "-O3", "-std=c++17", *setup_flags("NVCC_EXACT"), *for_archs, f"-I{csrc}"]
+    output_of(*command, write_source(target.parent, kernels), "-o", target)
 
 
-def read_code(folder: Path) -> Code:
-    reader, target = cuobjdump(nvcc()), folder / "kernels.o"
-    return Code(
-        read_resources((folder / "log").read_text()),
-        read_sass(output_of(reader, "-sass", target)),
-        read_ptx(output_of(reader, "-ptx", target)),
-    )
+def read_code(target: Path) -> Code:
+    readers = (read_resources, "-res-usage"), (read_sass, "-sass"), (read_ptx, "-ptx")
+    return Code(*(read(output_of(cuobjdump(), option, target)) for read, option in readers))
 
 
 @pytest.fixture(scope="session")
 def code(tmp_path_factory: pytest.TempPathFactory) -> Code:
-    cuobjdump(nvcc())  # skips before anything is compiled
-
-    def build(folder: Path) -> None:
-        compile_code(folder, ARCHS, COMPILED)
-
-    return read_code(built_once(tmp_path_factory, "cuda_code", build))
+    cuobjdump()  # skips before anything is compiled
+    built = built_once(tmp_path_factory, "cuda_code", lambda to: compile_code(to / "code.o", ARCHS, COMPILED))
+    return read_code(built / "code.o")
 
 
 def resource_problems(resources: dict[Kernel, Resources]) -> list[str]:
@@ -433,7 +397,7 @@ def resource_problems(resources: dict[Kernel, Resources]) -> list[str]:
     problems = []
     for kernel, used in resources.items():
         limit = 80 if "Fp64" in kernel.arguments else 64
-        if used.registers > limit or used.stack or used.spills:
+        if used.registers > limit or used.stack:
             problems.append(f"{kernel}: {used}, at most {limit} registers")
     return problems
 
@@ -528,36 +492,17 @@ def test_every_name_is_found() -> None:
 
 def test_every_kernel_is_built_without_spills() -> None:
     cuda = pytest.importorskip("fused_optim._cuda", reason="fused_optim._cuda is not built")
-    text = demangled(output_of(cuobjdump(nvcc()), "-res-usage", cuda.__file__))
-    for part in re.split(r"^Fatbin elf code:", text, flags=re.MULTILINE)[1:]:
-        used = re.findall(r"Function (.*?<.*>\(.*)$\s+REG:(\d+) STACK:(\d+)", part, re.MULTILINE)
-        resources = {kernel_of(name): Resources(int(r), int(s), 0) for name, r, s in used}
+    for resources in read_resources(output_of(cuobjdump(), "-res-usage", cuda.__file__)).values():
         assert resource_problems(resources) == []
 
 
 @pytest.mark.kernels
 @pytest.mark.parametrize("arch", ARCHS)
-def test_every_kernel_is_there(code: Code, arch: str) -> None:
-    for kernels in (code.resources, code.sass, code.ptx):
-        assert set(kernels[arch]) == {*COMPILED, *PROLOGUES, *SQUARE_SUMS, CLIP}
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("arch", ARCHS)
-def test_registers(code: Code, arch: str) -> None:
-    assert resource_problems(code.resources[arch]) == []
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("arch", ARCHS)
-def test_accesses(code: Code, arch: str) -> None:
-    assert access_problems(code.sass[arch]) == []
-
-
-@pytest.mark.kernels
-@pytest.mark.parametrize("arch", ARCHS)
-def test_arithmetic(code: Code, arch: str) -> None:
-    assert arithmetic_problems(code.ptx[arch]) == []
+def test_the_code(code: Code, arch: str) -> None:
+    resources, sass, ptx = (of[arch] for of in code)
+    for found in (resources, sass, ptx):
+        assert set(found) == {*COMPILED, *PROLOGUES, *SQUARE_SUMS, CLIP}
+    assert [*resource_problems(resources), *access_problems(sass), *arithmetic_problems(ptx)] == []
 
 
 class Emulated:
@@ -573,7 +518,7 @@ class Emulated:
     def step(self, work: Work) -> int:
         formats, inputs = work.formats, work.inputs
         counters = work.batch.counters
-        size = len(counters) * self.host.library.coefficients_bytes()
+        size = len(counters) * self.host.cuda.coefficients_bytes
         coefficients = torch.full((size,), 255, dtype=torch.uint8)
         given = [t for t in inputs[1:] if t is not None]
         task = struct.pack("11q", *task_of(work, coefficients))
@@ -650,19 +595,17 @@ def test_lost_exactness_is_seen(tmp_path: Path, flag: str, found: list[str]) -> 
 
 @pytest.mark.kernels
 def test_lost_vectors_and_registers_are_seen(tmp_path: Path) -> None:
-    cuobjdump(nvcc())
-    shutil.copytree(CSRC, tmp_path / "csrc")
-
-    def replace(file: str, old: str, new: str) -> None:
-        path = tmp_path / "csrc" / file
-        assert path.read_text().count(old) == 1, f"{old!r} is not in {file}"
-        path.write_text(path.read_text().replace(old, new))
-
-    replace("cuda_kernels.h", "struct alignas(bytes) Access", "struct Access")
-    replace("cuda_kernels.h", "sizeof(T) == 8 ? 3 : 4", "8")
-    compile_code(tmp_path, ["90"], COMPILED_TO_LOSE, tmp_path / "csrc")
-    lost = read_code(tmp_path)
+    cuobjdump()
+    csrc = Path(shutil.copytree(CSRC, tmp_path / "csrc"))
+    text = (csrc / "cuda_kernels.h").read_text()
+    for old, new in (("struct alignas(bytes) Access", "struct Access"), ("sizeof(T) == 8 ? 3 : 4", "8")):
+        assert text.count(old) == 1, f"{old!r} is not in cuda_kernels.h"
+        text = text.replace(old, new)
+    (csrc / "cuda_kernels.h").write_text(text)
+    compile_code(tmp_path / "code.o", ["90"], COMPILED_TO_LOSE, csrc)
+    lost = read_code(tmp_path / "code.o")
     steps = [str(k) for k in COMPILED_TO_LOSE]
     problems = access_problems(lost.sass["90"])
     assert all(any(problem.startswith(f"{kernel}:") for problem in problems) for kernel in steps)
-    assert any("spills" in problem for problem in resource_problems(lost.resources["90"]))
+    assert any(used.stack for used in lost.resources["90"].values())
+    assert resource_problems(lost.resources["90"])

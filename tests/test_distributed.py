@@ -119,6 +119,12 @@ def options_of(format: str, **more: Any) -> tuple[Any, torch.dtype, dict[str, An
     return rule.optimizer, dtype, {"lr": 0.01, "weight_decay": 0.1, **rule.options, **options, **more}
 
 
+def trainer(format: str, of: Callable[[torch.dtype], nn.Module], **more: Any) -> tuple[Any, Any]:
+    make, dtype, options = options_of(format, **more)
+    model = of(dtype)
+    return model, make(model.parameters(), **options)
+
+
 def small_model(dtype: torch.dtype = F32) -> nn.Sequential:
     """With shards that are uneven, empty on the last rank, or begin in the middle of eight elements."""
     torch.manual_seed(1)
@@ -140,18 +146,25 @@ def backward(model: nn.Module, step: int) -> None:
     model(torch.randn(4, 9, dtype=p.dtype)).square().sum().backward()
 
 
+def placed_like(p: Tensor, t: Tensor) -> Tensor:
+    return distribute_tensor(t, p.device_mesh, p.placements) if isinstance(p, DTensor) else t.clone()
+
+
 def fill(model: nn.Module, seed: int) -> None:
     """Gradients that depend on nothing but the seed, placed like their parameters."""
     for i, p in enumerate(model.parameters()):
-        g = gradient(torch.empty(p.shape, dtype=p.dtype), 1000 * seed + i)
-        p.grad = distribute_tensor(g, p.device_mesh, p.placements) if isinstance(p, DTensor) else g
+        p.grad = placed_like(p, gradient(torch.empty(p.shape, dtype=p.dtype), 1000 * seed + i))
 
 
-def step_like(single: Any, twin: nn.Module, optimizer: Any, model: nn.Module, what: str) -> None:
+def step_like(
+    single: Any, twin: nn.Module, optimizer: Any, model: nn.Module, what: str,
+    after_backward: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
     """Steps with the gradients of backward passes, which must be the single process's."""
-    for step in range(3):
+    for step in range(4):
         optimizer.zero_grad()
         backward(model, step)
+        after_backward()
         for p, q in zip(model.parameters(), twin.parameters()):
             q.grad = whole(p.grad).clone()
         optimizer.step()
@@ -185,24 +198,17 @@ def state_of(optimizer: Any) -> list[dict[str, Tensor]]:
 
 @check
 def fsdp2_steps_like_one_process(folder: Path) -> None:
-    """In every format that does not have blocks, with clipping, and resharded between steps."""
+    """In every format that does not have blocks, with clipping, and resharded before each step."""
     for format in EXACT:
-        make, dtype, options = options_of(format)
-        model, twin = sharded(dtype), small_model(dtype)
-        optimizer, single = (make(m.named_parameters(), **options) for m in (model, twin))
-        for step in range(4):
-            optimizer.zero_grad()
-            backward(model, step)
+        (model, optimizer), (twin, single) = (trainer(format, of) for of in (sharded, small_model))
+
+        def clip_and_reshard(model: Any = model) -> None:
             nn.utils.clip_grad_norm_(model.parameters(), 0.5)
-            for p, q in zip(model.parameters(), twin.parameters()):
-                q.grad = whole(p.grad)
-            optimizer.step()
-            single.step()
-            if step == 1:
-                model.unshard()
-                model.reshard()
-            assert_same_bits(values_of(model), values_of(twin), f"{format}, step {step}")
-            assert_same_bits(state_of(optimizer), state_of(single), format)
+            model.unshard()
+            model.reshard()
+
+        step_like(single, twin, optimizer, model, format, clip_and_reshard)
+        assert_same_bits(state_of(optimizer), state_of(single), format)
         for p in model.parameters():
             like_p = [v for k, v in optimizer.state[p].items() if k != "step"]
             assert all((v.device_mesh, v.placements) == (p.device_mesh, p.placements) for v in like_p)
@@ -227,11 +233,7 @@ def clipping_takes_the_norm_of_all_ranks(folder: Path) -> None:
                 q.grad = gradient(q, 10 * step + i)
                 if step == 2 and i == 0:
                     q.grad[-1] = torch.inf
-                p.grad = (
-                    distribute_tensor(q.grad, mesh, p.placements)
-                    if isinstance(p, DTensor)
-                    else q.grad.clone()
-                )
+                p.grad = placed_like(p, q.grad)
             ours.step()
             single.step()
             assert ours.grad_norm is not None and single.grad_norm is not None
@@ -245,36 +247,39 @@ def clipping_takes_the_norm_of_all_ranks(folder: Path) -> None:
 def each_backend_steps_shards(folder: Path) -> None:
     """As eager does, 8 bits too, whose blocks are a shard's own; eager's are those of its local values."""
     for format in FORMATS:
-        make, dtype, options = options_of(format)
-        models = [sharded(dtype) for _ in range(2)]
-        optimizers = [make(m.parameters(), backend=b, **options) for m, b in zip(models, ("cpu", "eager"))]
-        for model, optimizer in zip(models, optimizers):
+        trainers = [trainer(format, sharded, backend=backend) for backend in ("cpu", "eager")]
+        for model, optimizer in trainers:
             steps(model, optimizer, 3)
-        assert_same_bits(*(values_of(m) for m in models), format)
-        assert_same_bits(*(state_of(o) for o in optimizers), format)
+        assert_same_bits(*(values_of(model) for model, _ in trainers), format)
+        assert_same_bits(*(state_of(optimizer) for _, optimizer in trainers), format)
 
 
 @check
 def mixed_precision(folder: Path) -> None:
     """float32 parameters computed with in bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
-    model, twin = sharded(mp_policy=policy), small_model()
-    make, _, options = options_of("bf16")
-    optimizer, single = make(model.parameters(), **options), make(twin.parameters(), **options)
+    model, optimizer = trainer("bf16", lambda dtype: sharded(dtype, mp_policy=policy))
+    twin, single = trainer("bf16", small_model)
     step_like(single, twin, optimizer, model, "bf16")
 
 
-def check_placements(mesh: Any, placements: list[Any], formats: list[str], gradients: Any = None) -> None:
+WEIGHTS = [(6, 10), (3, 7), (1, 5), (8,)]
+
+
+def check_placements(
+    mesh: Any, placements: list[Any], formats: list[str],
+    place_gradient: Callable[[Tensor], Tensor] | None = None, shapes: Any = WEIGHTS,
+) -> None:  # fmt: skip
     """A step of DTensors placed so is the single process's."""
     for format in formats:
         make, dtype, options = options_of(format)
-        twins = parameters([(6, 10), (3, 7), (1, 5), (8,)], dtype)
+        twins = parameters(shapes, dtype)
         params = [nn.Parameter(distribute_tensor(p.detach().clone(), mesh, placements)) for p in twins]
         optimizer, single = make(params, **options), make(twins, **options)
         for seed in range(3):
             for i, (p, q) in enumerate(zip(params, twins)):
                 q.grad = gradient(q, 1000 * seed + i)
-                p.grad = distribute_tensor(q.grad, mesh, gradients or placements)
+                p.grad = place_gradient(q.grad) if place_gradient else placed_like(p, q.grad)
             optimizer.step()
             single.step()
         for p, q in zip(params, twins):
@@ -287,19 +292,13 @@ def other_placements(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2,))
     for placement in (Replicate(), Shard(0)):
         check_placements(mesh, [placement], EXACT)
-    check_placements(mesh, [Shard(0)], EXACT, gradients=[Replicate()])
-    make, _, options = options_of("fp32")
-    for p_placed in ([Shard(1)], [Replicate()]):
-        (q,) = parameters([(6, 10)])
-        p = nn.Parameter(distribute_tensor(q.detach().clone(), mesh, p_placed))
-        optimizer, single = make([p], **options), make([q], **options)
-        for seed in range(3):
-            q.grad = gradient(q, seed)
-            half = q.grad / 2  # summed over both ranks, exactly
-            p.grad = DTensor.from_local(half, mesh, [Partial()])
-            optimizer.step()
-            single.step()
-        assert_same_bits(whole(p.detach()), q.detach())
+    check_placements(mesh, [Shard(0)], EXACT, lambda g: distribute_tensor(g, mesh, [Replicate()]))
+
+    def halves(g: Tensor) -> DTensor:  # summed over both ranks, exactly
+        return DTensor.from_local(g / 2, mesh, [Partial()])
+
+    check_placements(mesh, [Shard(1)], ["fp32"], halves, WEIGHTS[:3])
+    check_placements(mesh, [Replicate()], ["fp32"], halves)
 
 
 @check
@@ -326,9 +325,7 @@ def states_of_shards_as_values(folder: Path) -> None:
     """Taken out they are placed like their parameter. Put back, or whole into another optimizer, they are the
     same values; and the next steps are the same."""
     for format in ("fp32", "split16+bf16", "split8+8bit"):
-        make, dtype, options = options_of(format)
-        models = [sharded(dtype) for _ in range(3)]
-        ours, put_back, other = (make(m.parameters(), **options) for m in models)
+        models, (ours, put_back, other) = zip(*(trainer(format, sharded) for _ in range(3)))
         for model, optimizer in zip(models[:2], (ours, put_back)):
             steps(model, optimizer, 2)
         for p, q, r in zip(*(m.parameters() for m in models)):
@@ -354,16 +351,6 @@ def states_of_shards_as_values(folder: Path) -> None:
 # Checkpoints
 
 
-def resumed(format: str, model: nn.Module, **more: Any) -> tuple[nn.Module, Any]:
-    """A new model that is sharded too, and an optimizer of other numbers."""
-    make, dtype, options = options_of(format, **more)
-    again = sharded(dtype) if isinstance(next(model.parameters()), DTensor) else small_model(dtype)
-    with torch.no_grad():
-        for p in again.parameters():
-            p.mul_(0.5)
-    return again, make(again.parameters(), **{**options, "lr": 0.7, "weight_decay": 0.3})
-
-
 OPTIONS = {
     "sharded": StateDictOptions(),
     "flattened": StateDictOptions(flatten_optimizer_state_dict=True),
@@ -377,9 +364,7 @@ def state_dicts_of_checkpoint_helpers(folder: Path) -> None:
     """torch.distributed.checkpoint.state_dict, in every format: the next steps are the same, and count and
     seed."""
     for format in FORMATS:
-        make, dtype, options = options_of(format)
-        model = sharded(dtype)
-        optimizer = make(model.parameters(), **options)
+        model, optimizer = trainer(format, sharded)
         optimizer.seed = 7
         steps(model, optimizer, 2)
         kept = []
@@ -389,7 +374,10 @@ def state_dicts_of_checkpoint_helpers(folder: Path) -> None:
             gather = replace(given, broadcast_from_rank0=False)
             saved = get_optimizer_state_dict(model, optimizer, options=gather)
             assert how != "from rank 0" or dist.get_rank() == 0 or saved == {}
-            again, other = resumed(format, model)
+            again, other = trainer(format, sharded, lr=0.7, weight_decay=0.3)
+            with torch.no_grad():
+                for p in again.parameters():
+                    p.mul_(0.5)
             set_model_state_dict(again, get_model_state_dict(model))
             set_optimizer_state_dict(again, other, saved, options=given)
             kept.append((how, again, other))
@@ -414,14 +402,18 @@ SEEN: list[int] = []
 def asking_for_a_state_dict_changes_nothing(folder: Path) -> None:
     """Before the first step torch's helpers make one with lr 0 and gradients 0."""
     some = ["8bit", "split8", "stochastic"]
+
+    def with_negative_zeros(dtype: torch.dtype) -> nn.Module:
+        model = sharded(dtype)
+        with torch.no_grad():
+            for p in model.parameters():
+                p.to_local()[:1] = -0.0
+        return model
+
     for lr, formats in ((0.01, some), (torch.tensor(0.01), ["fp32"]), (seeing, ["split16+bf16"])):
         for format in formats:
-            make, dtype, options = options_of(format, lr=lr)
-            model, twin = sharded(dtype), sharded(dtype)
-            with torch.no_grad():
-                for p in (*model.parameters(), *twin.parameters()):
-                    p.to_local()[:1] = -0.0
-            optimizer, other = make(model.parameters(), **options), make(twin.parameters(), **options)
+            trainers = [trainer(format, with_negative_zeros, lr=lr) for _ in range(3)]
+            (model, optimizer), (_, other), (again, fresh) = trainers
             before = values_of(model)
             SEEN.clear()
             get_optimizer_state_dict(model, optimizer)
@@ -433,10 +425,6 @@ def asking_for_a_state_dict_changes_nothing(folder: Path) -> None:
             assert_same_bits(state_of(optimizer), state_of(other))
             steps(model, optimizer, 2)
             assert SEEN == ([0, 1] if lr is seeing else [])
-            fresh = make((again := sharded(dtype)).parameters(), **options)
-            with torch.no_grad():
-                for p in again.parameters():
-                    p.to_local()[:1] = -0.0
             steps(again, fresh, 2)
             assert_same_bits(values_of(model), values_of(again), format)
 
@@ -465,22 +453,22 @@ def read_checkpoint(folder: Path, format: str, model: nn.Module, optimizer: Any)
 
 def read_and_step(folder: Path, shard: bool) -> None:
     """The next steps after a checkpoint of two ranks are as they would have been."""
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
     for format in FORMATS:
-        make, dtype, options = options_of(format, lr=seeing)
-        model = sharded(dtype) if shard else small_model(dtype)
-        optimizer = make(model.parameters(), **options)
+        same_bits = format in EXACT or ranks == 2  # else blocks have other bounds
+        model, optimizer = trainer(format, sharded if shard else small_model, lr=seeing)
         read_checkpoint(folder, format, model, optimizer)
         assert (optimizer.param_groups[0]["count"], optimizer.seed) == (2, 7)
         saved = torch.load(folder / f"{format}.pt", weights_only=True)
         assert_same_bits(values_of(model), saved["values"], format)
-        if format in EXACT or (dist.is_initialized() and dist.get_world_size() == 2):
+        if same_bits:
             assert_same_bits(state_of(optimizer), saved["state"], format)
         steps(model, optimizer, 2, first=2)
         for name, value in values_of(model).items():
             want = saved["next values"][name]
-            if format in EXACT or (dist.is_initialized() and dist.get_world_size() == 2):
+            if same_bits:
                 assert_same_bits(value, want, f"{format} {name}")
-            else:  # blocks have other bounds: within two steps of lr 0.01
+            else:  # within two steps of lr 0.01
                 assert float((value - want).abs().max()) < 0.02
 
 
@@ -488,9 +476,7 @@ def read_and_step(folder: Path, shard: bool) -> None:
 def checkpoints_are_written_and_read(folder: Path) -> None:
     """By dcp.save and dcp.load; other numbers of ranks read these too."""
     for format in FORMATS:
-        make, dtype, options = options_of(format, lr=seeing)
-        model = sharded(dtype)
-        optimizer = make(model.parameters(), **options)
+        model, optimizer = trainer(format, sharded, lr=seeing)
         optimizer.seed = 7
         steps(model, optimizer, 2)
         for flatten in forms_of(format):
@@ -521,9 +507,8 @@ def meshes_of_two_dimensions(folder: Path) -> None:
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     check_placements(mesh, [Replicate(), Shard(0)], EXACT)
     check_placements(mesh, [Shard(0), Shard(0)], EXACT)
-    model, twin = sharded(mesh=mesh), small_model()
-    make, _, options = options_of("bf16")
-    optimizer, single = make(model.parameters(), **options), make(twin.parameters(), **options)
+    model, optimizer = trainer("bf16", lambda dtype: sharded(dtype, mesh=mesh))
+    twin, single = trainer("bf16", small_model)
     steps(model, optimizer, 3)
     steps(twin, single, 3)
     assert_same_bits(values_of(model), values_of(twin))
@@ -584,11 +569,10 @@ VIEWS_AND_FLAT = [(False, False), (False, True), (True, False), (True, True)]
 @check
 def ddp(folder: Path) -> None:
     """With gradients that are views of DDP's buckets, and not; list and flat."""
-    make, _, options = options_of("fp32")
     for views, flatten in VIEWS_AND_FLAT:
-        model, twin = DistributedDataParallel(small_model(), gradient_as_bucket_view=views), small_model()
-        optimizer = make(model.parameters(), flatten=flatten, **options)
-        single = make(twin.parameters(), **options)
+        replicated = DistributedDataParallel(small_model(), gradient_as_bucket_view=views)
+        model, optimizer = trainer("fp32", lambda _, m=replicated: m, flatten=flatten)
+        twin, single = trainer("fp32", small_model)
         step_like(single, twin, optimizer, model, f"views {views}, flatten {flatten}")
 
 

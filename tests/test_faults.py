@@ -117,7 +117,7 @@ def test_interrupted_at_any_time(
     w = Model(MODEL, options, "adabelief", backend, flatten)
     for i in range(25):
         w.new_gradients()
-        interrupted += w.interrupt(alarm((1 + i) * (4e-5 if backend == "cpu" else 1.5e-4)))
+        interrupted += bool(w.interrupt(alarm((1 + i) * (4e-5 if backend == "cpu" else 1.5e-4))))
         w.step()
     record_property("steps interrupted", interrupted)
 
@@ -203,25 +203,6 @@ threading.Thread(target=optimizer.step, daemon=True).start()
 time.sleep(quarter)
 """
     in_a_process(STEPPED.replace("200000", "2**25").replace("num_threads(4)", "num_threads(2)") + code)
-
-
-@cpu
-def test_workers_of_a_data_loader() -> None:
-    """They are forked after a step with threads, step models of their own, and the main process steps on."""
-    code = """
-class Steps(torch.utils.data.Dataset):
-    def __len__(self):
-        return 8
-    def __getitem__(self, i):
-        q = torch.ones(100000, requires_grad=True)
-        q.grad = torch.full_like(q, 0.5)
-        AdaBelief([q], backend="cpu").step()
-        return q[:3].detach()
-for batch in torch.utils.data.DataLoader(Steps(), num_workers=2, multiprocessing_context="fork"):
-    optimizer.step()
-    assert (batch == batch[0, 0]).all() and batch[0, 0] != 1
-"""
-    in_a_process(STEPPED + code)
 
 
 def test_two_threads_and_a_backward_pass_beside_them(make: Make, flatten: bool) -> None:

@@ -14,19 +14,10 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import (
-    BF16,
-    F16,
-    F32,
-    F64,
-    RULES,
-    Judge,
-    assert_same_bits,
-    generated,
-    gradient,
-    raises_with,
-    snapshot,
-)
+
+from helpers import (  # isort: skip
+    BF16, F16, F32, F64, RULES, Judge, assert_same_bits, generated, gradient, raises_with, snapshot,
+)  # fmt: skip
 from hypothesis import strategies as st
 from test_backends import LAYOUTS, outside, special_values, tensors, threads
 from test_changes import InterruptedWrite, World, bucket, hide_the_extension
@@ -134,20 +125,6 @@ class Model(World):
         if params:
             torch.autograd.backward(params, [gradient(p, seed) for p in params])
 
-    def add(self, seed: int) -> None:
-        name = f"p{len(self.p)}"
-        self.p[name] = p = torch.nn.Parameter(gradient(self.stepped[seed % len(self.stepped)], seed))
-        p.grad_dtype, p.grad = None, gradient(p, seed + 1)
-        self.optimizer.add_param_group({"params": [(name, p)], "lr": 0.3, "maximize": seed % 2 == 0})
-
-    def regroup(self, p: Any, group: dict[str, Any], other: dict[str, Any]) -> None:
-        if group is other or len(group["params"]) == 1:
-            return
-        i = next(i for i, x in enumerate(group["params"]) if x is p)
-        for key in ("params", "param_names"):
-            other[key].append(group[key].pop(i))
-        group["weight_decay_mask"] = other["weight_decay_mask"] = None
-
     def load_an_older_one(self) -> None:
         """What does not fit changes nothing; nor does what a warning, an error here, says of other names."""
         self.kept.append(self.optimizer.state_dict())
@@ -169,34 +146,6 @@ class Model(World):
         storage.resize_(size)
         torch.empty(0, dtype=torch.uint8).set_(storage).copy_(contents)
         assert_same_bits(snapshot(self.optimizer), before)
-
-    def interrupt(self, by: contextlib.AbstractContextManager[Any]) -> bool:
-        """A step that is interrupted, or not: every parameter is whole, with its state. Whether it was."""
-        before, want = snapshot(self.optimizer), self.judge.expected(self.optimizer)
-        try:
-            with by:
-                self.optimizer.step()
-        except (KeyboardInterrupt, MemoryError, RuntimeError):
-            got = snapshot(self.optimizer)
-            for i, (p, state) in enumerate(zip(got["params"], got["states"])):
-                old = before["states"][i]  # states are made, and steps become tensors, before the launch
-                made = {k: torch.zeros_like(t) for k, t in state.items() if k not in old}
-                old = {**old, **made, **({"step": torch.tensor(int(old["step"]))} if "step" in old else {})}
-                whole = [(before["params"][i], old), (want["params"][i], want["states"][i])]
-                assert same_bits(p, state, *whole[0]) or same_bits(p, state, *whole[1]), (
-                    f"{i} is half stepped"
-                )
-            return True
-        assert_same_bits(snapshot(self.optimizer), want)
-        return False
-
-
-def same_bits(p: Tensor, state: Any, other_p: Tensor, other_state: Any) -> bool:
-    try:
-        assert_same_bits([p, state], [other_p, other_state])
-    except (AssertionError, pytest.fail.Exception):
-        return False
-    return True
 
 
 @contextlib.contextmanager
@@ -241,12 +190,12 @@ EVENTS: dict[str, str] = {
     "(setattr(p, 'grad', None), setattr(p, 'data', p.data.to(BF16 if p.dtype == F32 else F32)))",
     "to": "torch.nn.ParameterList(w.stepped).to(memory_format=torch.channels_last)",
     # Groups.
-    "added": "w.add(n)",
+    "added": "w.add_group(w.stepped[n % len(w.stepped)], n)",
     "group removed": "len(groups) > 1 and [s.pop(x, 0) for x in groups.pop(n % len(groups))['params']]",
     "groups reversed": "groups.reverse()",
     "groups another list": "o.param_groups = [dict(group) for group in groups]",
     "reordered": "group['params'].reverse()",
-    "moved to another group": "w.regroup(p, group, groups[n % len(groups)])",
+    "moved to another group": "w.move(p, groups[n % len(groups)])",
     # States.
     "removed": "s.pop(p, None)",
     "cleared": "s.clear()",
@@ -296,8 +245,7 @@ COMPILED = {name: compile(statements, name, "exec") for name, statements in EVEN
 def do(w: Model, name: str, which: int, n: int) -> None:
     o, p = w.optimizer, w.stepped[which % len(w.stepped)]
     like = [x for x in w.stepped if x is not p and (x.shape, x.dtype) == (p.shape, p.dtype)]
-    group = next(g for g in o.param_groups if any(x is p for x in g["params"]))
-    names = {"w": w, "o": o, "s": o.state, "groups": o.param_groups, "group": group, "n": n, "p": p}
+    names = {"w": w, "o": o, "s": o.state, "groups": o.param_groups, "group": w.group(p)[0], "n": n, "p": p}
     used = {
         f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, special_values, threads)
     }

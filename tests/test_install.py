@@ -143,7 +143,6 @@ def builder(tmp_path_factory: pytest.TempPathFactory) -> Builder:
 
 
 def compiled(names: list[str]) -> list[str]:
-    """The compiled modules among ``names``."""
     suffixes = (SUFFIX, ".so", ".pyd", ".dylib", ".o", ".a")
     return sorted(Path(name).name.removesuffix(SUFFIX) for name in names if name.endswith(suffixes))
 
@@ -252,13 +251,18 @@ def check_wheel(builder: Builder, tree: Path, env: Mapping[str, str], modules: l
     return log
 
 
+LACKS = "nvcc does not compile for compute capabilities 90, 13"
+
+
 @needs_compiler
 def test_wheels_after_each_other(builder: Builder, tree: Path, cuda: dict[str, str]) -> None:
-    """Nothing of an earlier build in the same tree is in a wheel."""
+    """Nothing of an earlier build in the same tree is in a wheel, nor what nvcc does not compile."""
     log = check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_BUILD": "cuda"}, ["_cpu", "_cuda"])
     assert archs_in(log) == ["sm_80", "sm_90", "compute_90"]
     check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_BUILD": "cpu"}, ["_cpu"])
     check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_BUILD": "none"}, [])
+    log = check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "90,13"}, ["_cpu"])
+    assert re.search(f'warning: .*"fused_optim._cuda" failed: {LACKS}', log, re.IGNORECASE), log
     bindings = tree / "csrc" / "bindings_cpu.cpp"
     bindings.write_text(bindings.read_text() + "#error broken\n")
     log = check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "80; 100a"}, ["_cuda"])
@@ -286,15 +290,6 @@ def test_builds_after_each_other_in_place(builder: Builder, tree: Path, cuda: di
         assert modules() == built, mode
     check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_BUILD": "none"}, [])
     assert modules() == ["_cpu"], "a wheel is no reason to remove the tree's modules"
-
-
-LACKS = "nvcc does not compile for compute capabilities 90, 13"
-
-
-@needs_compiler
-def test_an_arch_that_nvcc_lacks(builder: Builder, tree: Path, cuda: dict[str, str]) -> None:
-    log = check_wheel(builder, tree, {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "90,13"}, ["_cpu"])
-    assert re.search(f'warning: .*"fused_optim._cuda" failed: {LACKS}', log, re.IGNORECASE), log
 
 
 NO_NVCC = "error: fused_optim._cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME"

@@ -37,13 +37,8 @@ def grows(run: Callable[[int], None], times: int) -> tuple[int, int]:
 @pytest.mark.parametrize("state_format", ["fp32", "8bit"])
 def test_steps(flatten: bool, state_format: str, record_property: Record) -> None:
     params = [torch.nn.Parameter(torch.ones(n)) for n in (3, 40, 300, 1)]
-    optimizer = RULES["adabelief"].optimizer(
-        params,
-        lr=lambda count: 1e-3 / (1 + count % 7),
-        state_format=state_format,
-        flatten=flatten,
-        backend="cpu",
-    )
+    options = {"state_format": state_format, "flatten": flatten, "backend": "cpu"}
+    optimizer = RULES["adabelief"].optimizer(params, lr=lambda count: 1e-3 / (1 + count % 7), **options)
 
     def run(i: int) -> None:
         for k, p in enumerate(params):

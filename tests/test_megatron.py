@@ -18,8 +18,6 @@ from helpers import (  # isort: skip
 )  # fmt: skip
 from fused_optim import AdamW
 
-pytestmark = pytest.mark.filterwarnings("error")
-
 NAMES = {"exp_avg_var": "exp_avg_sq", "exp_inf": "exp_avg_sq", "master": "master_param"}
 """What Megatron calls that which ``decoded_state`` names otherwise."""
 

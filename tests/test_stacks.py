@@ -26,10 +26,7 @@ def trainer(model: torch.nn.Module, compiled: str, lr: Any, **options: Any) -> t
         whole = torch.compile(train, backend="eager")
     else:
         step = torch.compile(optimizer.step, backend="eager")
-    return (
-        lambda: (train(optimizer.step), schedule.step()),
-        lambda: (whole(step), schedule.step()),
-    )
+    return lambda: (train(optimizer.step), schedule.step()), lambda: (whole(step), schedule.step())
 
 
 @pytest.mark.filterwarnings("ignore:Guards may run slower:RuntimeWarning")  # of Python 3.13.0

@@ -1,6 +1,7 @@
 """What the tests of compiled kernels step: parameters of awkward sizes and addresses, each with a
 pattern around it that nothing may write to, and the table of them."""
 
+import functools
 import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -42,16 +43,12 @@ def of_operand(operand: int) -> list[Format]:
     return [f for f in FORMATS.values() if operand in f.operands and f.working == torch.float32]
 
 
-def native_grads(param: Format) -> list[Format]:
-    return [f for f in of_operand(PARAM) if f.plain and native_gradient(param.dtype, f.dtype)]
-
-
 MOMENTS = [(mu, nu) for mu in of_operand(MU) for nu in of_operand(NU) if mu.choice == nu.choice]
 FP32, FP64 = named("fp32", "fp32", "fp32", "fp32"), named("fp64", "fp64", "fp64", "fp64")
 COVERING = [FP64]
 """Each parameter format with each of moments, and either with each of gradients."""
 for i, param in enumerate(of_operand(PARAM)):
-    grads = native_grads(param)
+    grads = [f for f in of_operand(PARAM) if f.plain and native_gradient(param.dtype, f.dtype)]
     COVERING += [Formats(param, grads[(i + k) % len(grads)], *moments) for k, moments in enumerate(MOMENTS)]
 LOW_PRECISION = [f for f in COVERING if f.mu.low_precision]
 WITH_CODES = named("fp32", "fp32", "e4m3", "e5m3")
@@ -235,31 +232,6 @@ def special_values(formats: Formats) -> Iterator[tuple[bool, str, float, float |
             yield True, "nu", x, None
 
 
-def special_worlds(rule: str, formats: Formats, chunk: int) -> tuple[list[World], list[bool]]:
-    """Two alike, each row a full chunk with one special value: in a warp's first, middle or last lane of
-    eight elements. And of each row whether its warp must notice."""
-    warp = 256
-    cases = [
-        (chunk - 3 * warp + place, case)
-        for case in special_values(formats)
-        for place in (0, warp // 2 + 3, warp - 1)
-    ]
-    rows = [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))]
-    worlds = [World(rule, formats, rows) for _ in range(2)]
-    for world in worlds:
-        world.new_gradients()
-        for row, (i, (_, operand, x, remainder)) in enumerate(cases):
-            if operand == "grad":
-                world.grads[row][i] = x
-            else:
-                k = ("param", "mu", "nu").index(operand)
-                world.stored[row][k][i] = x
-                aux = world.aux[row][k]
-                if aux is not None and remainder is not None:
-                    aux[i if len(aux) == chunk else i // 128] = remainder
-    return worlds, [noticed for _, (noticed, *_) in cases]
-
-
 # Contracts that compiled kernels are held to, however they are run: a library has chunk_size(formats) and
 # step(work, **where), which returns how many launches it took.
 
@@ -285,6 +257,7 @@ def check_sizes_and_alignments(library: Any, rule: str, formats: Formats) -> Non
         step_both(library, worlds, scale, found_inf, factor)
 
 
+@functools.cache
 def steps_until_one(beta: float, working: torch.dtype) -> int:
     """The first step number whose bias correction is exactly 1."""
     rounded = float(torch.tensor(beta, dtype=working))
@@ -309,10 +282,29 @@ def check_corrections_that_become_one(library: Any, rule: str, formats: Formats)
 
 
 def check_special_values(library: Any, rule: str, formats: Formats) -> tuple[list[World], list[bool]]:
-    """Gives what :func:`special_worlds` gives."""
-    worlds, noticed = special_worlds(rule, formats, library.chunk_size(formats))
+    """Each row is a full chunk with one special value: in a warp's first, middle or last lane of eight
+    elements. Gives the worlds, and of each row whether its warp must notice."""
+    chunk, warp = library.chunk_size(formats), 256
+    cases = [
+        (chunk - 3 * warp + place, case)
+        for case in special_values(formats)
+        for place in (0, warp // 2 + 3, warp - 1)
+    ]
+    rows = [Row(chunk, hyper_row=k % 2 * NESTEROV) for k in range(len(cases))]
+    worlds = [World(rule, formats, rows) for _ in range(2)]
+    for world in worlds:
+        world.new_gradients()
+        for row, (i, (_, operand, x, remainder)) in enumerate(cases):
+            if operand == "grad":
+                world.grads[row][i] = x
+                continue
+            k = ("param", "mu", "nu").index(operand)
+            world.stored[row][k][i] = x
+            aux = world.aux[row][k]
+            if aux is not None and remainder is not None:
+                aux[i if len(aux) == chunk else i // 128] = remainder
     step_both(library, worlds)
-    return worlds, noticed
+    return worlds, [noticed for _, (noticed, *_) in cases]
 
 
 ALL_ONES = 2 - 2.0**-23

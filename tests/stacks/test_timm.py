@@ -36,16 +36,8 @@ def fit(model: Any, optimizer: Any, steps: int = 4) -> None:
 def test_factory(rule: str, options: dict[str, Any], flatten: bool) -> None:
     """By a registered name: groups with and without decay, or a learning rate for each layer."""
     model, name = vit(), RULES[rule].optimizer.__name__
-    optimizer = create_optimizer_v2(
-        model,
-        f"our{name}",
-        lr=0.01,
-        weight_decay=0.1,
-        betas=(0.8, 0.99),
-        eps=1e-7,
-        flatten=flatten,
-        **options,
-    )
+    numbers = {"lr": 0.01, "weight_decay": 0.1, "betas": (0.8, 0.99), "eps": 1e-7}
+    optimizer = create_optimizer_v2(model, f"our{name}", flatten=flatten, **numbers, **options)
     assert type(optimizer) is RULES[rule].optimizer
     assert sorted({group["weight_decay"] for group in optimizer.param_groups}) == [0.0, 0.1]
     assert {(group["betas"], group["eps"]) for group in optimizer.param_groups} == {((0.8, 0.99), 1e-7)}
