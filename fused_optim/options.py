@@ -29,7 +29,9 @@ _NOT_HERE = {
     "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
-_BESIDE_LR = "betas weight_decay eps eps_root reference_lr maximize nesterov differentiable".split()
+_BESIDE_LR = (
+    "betas", "weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable",
+)  # fmt: skip
 TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
 # What all groups have alike, since all that saves optimizers saves groups: the first one's, or this.
 COMMON = {"count": 0, "seed": 0}

@@ -24,7 +24,9 @@ from .layout import gradient_of, local
 from .rules import Rule
 from .storage import Format, Formats
 
-ROW_COLUMNS = "numel counter param mu nu param_aux mu_aux nu_aux key offset".split()
+ROW_COLUMNS = (
+    "numel", "counter", "param", "mu", "nu", "param_aux", "mu_aux", "nu_aux", "key", "offset",
+)  # fmt: skip
 ADDRESSES = slice(ROW_COLUMNS.index("param"), ROW_COLUMNS.index("key"))
 VECTOR_BYTES = 16  # what a full chunk's addresses must be multiples of: one 128-bit access
 
