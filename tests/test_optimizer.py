@@ -114,19 +114,27 @@ def test_closures(make: Make, flatten: bool) -> None:
     assert optimizer.step() is None
 
 
-def test_autograd_records_nothing(make: Make, flatten: bool) -> None:
-    """Of gradients, a scale and a schedule that require a gradient; the last parameter has gaps, and is copied."""
+@pytest.mark.parametrize("max_grad_norm", [None, 0.5])
+def test_autograd_records_nothing(make: Make, flatten: bool, max_grad_norm: float | None) -> None:
+    """Of gradients, a scale and a schedule that require a gradient, and no graph is kept. The last parameter has
+    gaps, and is copied, as its gradient is."""
     params = [*parameters([(4,)]), torch.nn.Parameter(torch.ones(3, 8)[:, ::2])]
     scale = torch.tensor(2.0, requires_grad=True)
-    optimizer = make(params, lr=lambda count: scale * 0.1, flatten=flatten)
-    optimizer.grad_scale = scale
+    optimizer = make(params, lr=lambda count: scale * 0.1, flatten=flatten, max_grad_norm=max_grad_norm)
+    optimizer.grad_scale, factors = scale, []
     for seed in range(3):
         set_gradients(params, seed)
         for p in params:
-            p.grad.requires_grad_()
+            factor = torch.ones_like(p).requires_grad_()
+            factors.append(weakref.ref(factor))
+            grad = p.grad * factor
+            p.grad = grad if p.dim() == 1 else grad.mT.contiguous().mT
         optimizer.step()
     states = [t for p in params for t in optimizer.state[p].values()]
-    assert all(t.grad_fn is None for t in (*params, *states, *(p.grad for p in params)))
+    made = [params[0].grad] * flatten + [optimizer.grad_norm] * (max_grad_norm is not None)
+    assert all(t.grad_fn is None for t in (*params, *states, *made))
+    del p.grad, params[0].grad, factor, grad, made
+    assert [ref() for ref in factors] == [None] * 6
 
 
 # Learning rates
