@@ -104,7 +104,7 @@ class FusedOptimizer(StateAccess):
     @property
     def seed(self) -> int:
         """Of ``stochastic_rounding``, in [0, 2^32). Saved. 0 unless set, so that replicas round alike."""
-        return int(self.param_groups[0]["seed"])
+        return int(options.common_of(self.param_groups)["seed"])
 
     @seed.setter
     def seed(self, seed: int) -> None:
@@ -142,7 +142,7 @@ class FusedOptimizer(StateAccess):
             with torch.enable_grad():
                 loss = closure()
         groups = self.param_groups
-        common = groups[0] if groups else options.COMMON
+        common = options.common_of(groups)
         count = common["count"]
         if count == 0 and not self.state and checkpoint.asks_for_states(groups):
             self.init_state()

@@ -33,8 +33,6 @@ _BESIDE_LR = (
     "betas", "weight_decay", "eps", "eps_root", "reference_lr", "maximize", "nesterov", "differentiable",
 )  # fmt: skip
 TORCHS = ("foreach", "fused", "capturable", *_NOT_HERE)  # in the order of the constructors
-# What all groups have alike, since all that saves optimizers saves groups: the first one's, or this.
-COMMON = {"count": 0, "seed": 0}
 VERSION = 2  # of state dicts; those of 0.1 have none
 
 
@@ -90,6 +88,12 @@ def check_max_grad_norm(value: Any) -> float | None:
     if checked == 0:
         raise ValueError("Invalid max_grad_norm value: 0.0; max_grad_norm must be positive, or None")
     return checked
+
+
+def common_of(groups: list[Group]) -> Group:
+    """Where ``"count"`` and ``"seed"`` are. All groups have the same, since all that saves optimizers saves
+    groups."""
+    return groups[0] if groups else {"count": 0, "seed": 0}
 
 
 def where_of(index: int) -> str:  # the first group, which most optimizers have alone, is not named
@@ -169,7 +173,7 @@ def _scheduled_value(key: str, schedule: Schedule, count: int) -> float:
 
 def complete_group(group: Group, others: list[Group], settings: dict[str, Any]) -> None:
     """Check a new group and give it all that belongs in one; ``settings`` are the whole optimizer's."""
-    index, common = len(others), others[0] if others else COMMON
+    index, common = len(others), common_of(others)
     for key, value in settings.items():
         if group.pop(key, value) != value:  # ZeroRedundancyOptimizer gives the constructor's here too
             raise ValueError(
@@ -275,10 +279,8 @@ class HyperparameterTable:
     def read(self, groups: list[Group], count: int) -> None:
         """Take the groups' numbers as they are now, of callables at ``count``. They are checked where they
         have changed."""
-        for group in groups:
-            if group.get("schedules"):
-                run_schedules(groups, count)
-                break
+        if any(group.get("schedules") for group in groups):
+            run_schedules(groups, count)
         read: list[list[Any]] = [
             [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _BESIDE_LR)]
             for i, group in enumerate(groups)
