@@ -324,3 +324,25 @@ def test_a_tree_with_one_leaf_differs_by_the_reciprocal_alone(rule: str) -> None
     one_leaf = divided if jax.__version_info__ <= (0, 6, 2) else multiplied[0]
     assert_same_vector(np.asarray(alone["a"]), one_leaf, "one leaf, by reciprocals")
     assert (divided != multiplied[0]).mean() > 0.1
+
+
+@rules
+def test_maximize_is_optax_on_negated_gradients(rule: str) -> None:
+    grads, start = random_gradients(9, steps=15), first_parameters(10)
+    optimizer = optimizer_of(rule, start, maximize=True)
+    run_ours(optimizer, grads)
+    negated = [{name: -g for name, g in grad.items()} for grad in grads]
+    params, _ = run_optax(ORACLES[rule].whole, start, negated)
+    assert_same_bits(ours(optimizer, 0)["params"], to_torch(params), rule)
+
+
+def test_decay_is_selected_by_weight_decay() -> None:
+    """An infinite parameter with weight decay becomes NaN even where the factor of the decay
+    is 0, and one without weight decay stays."""
+    for decay, want in ((0.1, torch.nan), (0.0, torch.inf)):
+        p = torch.nn.Parameter(torch.full((2,), torch.inf))
+        optimizer = AdaBelief([p], lr=0.1, weight_decay=decay, decoupled_lr=True, backend="eager")
+        optimizer.param_groups[0]["lr"] = 0.0
+        p.grad = torch.ones(2)
+        optimizer.step()
+        assert_same_bits(p.detach(), torch.full((2,), want), f"weight_decay {decay}")
