@@ -492,7 +492,10 @@ def test_every_name_is_found() -> None:
 
 def test_every_kernel_is_built_without_spills() -> None:
     cuda = pytest.importorskip("fused_optim._cuda", reason="fused_optim._cuda is not built")
-    for resources in read_resources(output_of(cuobjdump(), "-res-usage", cuda.__file__)).values():
+    built = read_resources(output_of(cuobjdump(), "-res-usage", cuda.__file__))
+    assert set(built) == set(cuda.archs.split(","))
+    for resources in built.values():
+        assert {*COMPILED, CLIP} <= set(resources)
         assert resource_problems(resources) == []
 
 
