@@ -69,7 +69,7 @@ whether it exists; a mask of None for all. ``block_mask``: the same of their blo
 of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
 parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be
 stored with low precision are below ``step.LIMIT``, so that none is infinite or NaN or rounds to infinity, and no
-moment in memory is infinite or NaN (see ``step._all_finite``); no second moment is negative. ``ptx``: a full chunk for NVIDIA's GPUs.
+moment in memory is infinite or NaN (see ``step._all_finite``); no second moment is negative. ``ptx``: a full chunk for NVIDIA's GPUs from the A100 on.
 True or None, since Triton makes tensors of other constants in a tuple.
 """
 

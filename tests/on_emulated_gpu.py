@@ -85,12 +85,13 @@ def test_a_step(check: Callable[[Library], Any]) -> None:
 @pytest.mark.parametrize("formats", [FP32, worlds.WITH_CODES, *worlds.FEW[2:]], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_without_a_gradient_cost_no_more(rule: str, formats: Formats, count: int) -> None:
-    """Instructions of a full chunk: with zero gradients and moments no more than with others, divided by corrections
-    and a gradient scale or not. With a NaN some are divided as usual, or all stepped twice."""
+    """Instructions of a full chunk: with zero gradients and moments no more than with others, divided by a gradient
+    scale and, at first, by both bias corrections. With a NaN some are divided as usual, or all stepped twice."""
     issued = []
     for values in (None, 0.0, torch.nan):
         row = worlds.Row(LIBRARY.chunk_size(formats), hyper_row=2, count=count)  # without eps_root
         world = worlds.World(rule, formats, [row])
+        world.hyper[row.hyper_row, 2] = 0.9
         world.new_gradients()
         if values is not None:
             world.grads[0].fill_(values)
