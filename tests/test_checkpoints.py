@@ -455,3 +455,5 @@ def test_a_seed_is_checked(seed: Any) -> None:
     with raises_with((TypeError, ValueError), "seed", repr(seed)):
         optimizer.seed = seed
     assert optimizer.seed == 7
+    optimizer.param_groups = []
+    assert optimizer.seed == 0
