@@ -20,6 +20,9 @@ from .environment import ROOT
 from .formats import STATES, part_bytes
 
 Row = dict[str, Any]
+INLINE = re.compile(r"// begin inline asm.*?// end inline asm|\{\s*(?:fma|rcp|rsqrt)\.[^{}]*\}", re.DOTALL)
+"""Inline assembly in PTX: Triton's between comments, and that of ``csrc/cuda_kernels.h`` in braces, since cuobjdump
+leaves comments out."""
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -50,7 +53,7 @@ def nvidia_counts(ptx: str, usage: str, sass: str = "") -> Row:
     """What one kernel's code holds; with ``sass`` the instructions issued, too. Contraction shows in PTX only:
     division and square root expand to FFMA in SASS; what stands in inline assembly no compiler chose. nvcc reads
     the table with ``.nc``, which is not counted."""
-    chosen = re.sub(r"// begin inline asm.*?// end inline asm", "", ptx, flags=re.DOTALL)
+    chosen = INLINE.sub("", ptx)
     used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
     assert used is not None, usage
     spilled = int(used[2]) + int(used[3]) + count(r"\b(?:ld|st)\.local", ptx)

@@ -1,6 +1,7 @@
 // What a rule multiplies and divides by: fused_optim.reference.coefficients in C++, in the same order.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
 #if defined(__CUDACC__)
@@ -23,19 +24,14 @@ struct Hyperparameters {
 template <class T>
 struct Divisor {
   T value;
-  T reciprocal;     // 0 where quotients need a division: see vectors.h
+  T reciprocal;     // NaN where quotients need a division: see vectors.h and cuda_kernels.h
   uint32_t is_one;  // once for all, and as an integer: a processor is done with it sooner
 };
 
 template <class T>
 FUSED_OPTIM_HD Divisor<T> divisor(T value) {
-#if defined(__CUDA_ARCH__)
-  return {value, T(0), value == T(1)};
-#else
-  // Of a negative one the multiplications would lose the sign of a zero.
   const bool usual = value >= T(0x1p-14) && value <= T(0x1p24);
-  return {value, usual ? T(1) / value : T(0), value == T(1)};
-#endif
+  return {value, usual ? T(1) / value : T(NAN), value == T(1)};
 }
 
 template <class X, class T>
@@ -49,8 +45,8 @@ struct Coefficients {
   T beta1, one_minus_beta1, beta2, one_minus_beta2, eps, eps_root;
   Divisor<T> bias_correction1, bias_correction1_next, bias_correction2;
   T neg_lr, decay;
-  Divisor<T> grad_divisor;  // negative to ascend: dividing by it negates the quotient, bit for bit
-  T grad_factor;            // what the quotient is multiplied by: the clip coefficient, 1 for none
+  Divisor<T> grad_divisor;  // the gradient scale, 1 for none
+  T grad_factor;            // what the quotient is multiplied by: the clip coefficient, 1 for none; negative to ascend
   uint32_t decay_kind;      // see fused_optim.reference.Coefficients
   uint32_t nesterov;        // 1 or 0
   uint32_t count;           // the step number
@@ -91,8 +87,8 @@ FUSED_OPTIM_HD Coefficients<T> coefficients(const Hyperparameters& h, int64_t co
   c.neg_lr = static_cast<T>(-h.lr);
   c.decay = static_cast<T>(decoupled ? h.weight_decay * (h.lr / h.initial_lr) : h.weight_decay);
   c.decay_kind = h.weight_decay == 0.0 ? 0 : decoupled ? 2 : 1;
-  c.grad_divisor = divisor(h.maximize != 0.0 ? -grad_scale : grad_scale);
-  c.grad_factor = grad_factor;
+  c.grad_divisor = divisor(grad_scale);
+  c.grad_factor = h.maximize != 0.0 ? -grad_factor : grad_factor;
   c.nesterov = h.nesterov != 0.0;
   c.count = static_cast<uint32_t>(count);
   return c;

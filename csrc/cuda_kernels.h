@@ -21,8 +21,75 @@ struct alignas(bytes) Access {
   uint32_t word[bytes / 4];
 };
 
+// Full chunks of float32 arithmetic are stepped by fewer operations, which give the same bits where all new values are
+// below this in magnitude. Where one is not, a warp steps its elements again, by the usual operations.
+constexpr float kUsualLimit = 0x1p40f;
+
+// A number that is divided, and taken the root of, by approximations that are made exact: by fewer instructions than
+// a float, without a branch, and NaN for what they are not exact for. docs/numerics.md has the proofs.
+struct Usual {
+  float x;
+  FUSED_OPTIM_DEVICE Usual(float x) : x(x) {}
+};
+FUSED_OPTIM_DEVICE Usual operator+(Usual a, Usual b) { return a.x + b.x; }
+FUSED_OPTIM_DEVICE Usual operator-(Usual a, Usual b) { return a.x - b.x; }
+FUSED_OPTIM_DEVICE Usual operator*(Usual a, Usual b) { return a.x * b.x; }
+FUSED_OPTIM_DEVICE Usual absolute(Usual a) { return absolute(a.x); }
+FUSED_OPTIM_DEVICE Usual maximum(Usual a, Usual b) { return maximum(a.x, b.x); }
+
+#if defined(__CUDA_ARCH__)
+// a * b + c, rounded once. Braces tell assembly that is inlined from what a compiler contracts or approximates.
+FUSED_OPTIM_DEVICE float fused(float a, float b, float c) {
+  asm("{fma.rn.f32 %0, %1, %2, %3;}" : "=f"(a) : "f"(a), "f"(b), "f"(c));
+  return a;
+}
+FUSED_OPTIM_DEVICE float about_reciprocal(float x) {
+  asm("{rcp.approx.ftz.f32 %0, %0;}" : "+f"(x));
+  return x;
+}
+FUSED_OPTIM_DEVICE float about_reciprocal_root(float x) {
+  asm("{rsqrt.approx.ftz.f32 %0, %0;}" : "+f"(x));
+  return x;
+}
+#else
+FUSED_OPTIM_DEVICE float fused(float a, float b, float c) { return fmaf(a, b, c); }
+FUSED_OPTIM_DEVICE float about_reciprocal(float x) { return 1.0f / (absolute(x) < 0x1p-126f ? x * 0.0f : x); }
+FUSED_OPTIM_DEVICE float about_reciprocal_root(float x) { return 1.0f / sqrtf(absolute(x) < 0x1p-126f ? x * 0.0f : x); }
+#endif
+
+// NaN where x is not zero and below 2^exponent. The remainder's sign is such that -0 stays -0.
+FUSED_OPTIM_DEVICE float quotient(float x, float divisor, float reciprocal, int exponent) {
+  const float near = x * reciprocal, exact = fused(-fused(near, divisor, -x), reciprocal, near);
+  // Twice the bits have no sign, and those of a zero, less 1, are the largest.
+  return bits_of(x) * 2 - 1 < (uint32_t{127} + exponent << 24) - 1 ? NAN : exact;
+}
+FUSED_OPTIM_DEVICE Usual operator/(Usual x, const Divisor<float>& d) {
+  return d.is_one ? x : quotient(x.x, d.value, d.reciprocal, -100);
+}
+FUSED_OPTIM_DEVICE Usual operator/(Usual x, Usual d) {
+  const float near = about_reciprocal(d.x);
+  return quotient(x.x, d.x, fused(fused(-d.x, near, 1.0f), near, near), -80);
+}
+
+// What the root is taken of: with what is added to it, it takes one operation less.
+struct Root {
+  float of;
+};
+FUSED_OPTIM_DEVICE Root square_root(Usual v) { return {v.x}; }
+FUSED_OPTIM_DEVICE Usual operator+(Root root, float eps) {
+  // Of zero 2^-126 is taken, whose root does not change eps unless that is tiny; else none is right, nor with a large eps.
+  const float zero = eps >= 0x1p-66f ? 0x1p-126f : 0.0f, scaled = fused(root.of, 0x1p60f, eps < 0x1p40f ? zero : NAN);
+  const float inverse = about_reciprocal_root(scaled), near = scaled * inverse;
+  const float exact = fused(fused(-near, near, scaled), inverse * 0.5f, near);
+  return fused(exact, 0x1p-30f, eps);
+}
+
+FUSED_OPTIM_DEVICE float value_of(Usual a) { return a.x; }
+template <class T>
+FUSED_OPTIM_DEVICE T value_of(T a) { return a; }
+
 // Codecs of finite values alone: Finite<Codec> loads and stores the bits that Codec does, but not where a new value is
-// infinite, NaN or not below kFiniteLimit in magnitude, or a code in memory is that of infinity or NaN. (A zero with
+// infinite, NaN or not below kUsualLimit in magnitude, or a code in memory is that of infinity or NaN. (A zero with
 // a negative remainder, which somebody wrote to the parameter, is decoded to a NaN; so the new parameter is one too.)
 template <class Codec>
 struct Finite : Codec {
@@ -57,7 +124,7 @@ struct Finite<E4M3> : E4M3 {
   }
 };
 
-// With a sign, which finite values have not, the bits are above kFiniteLimit.
+// With a sign, which finite values have not, the bits are above the limit.
 template <>
 struct Finite<E5M3> : E5M3 {
   static FUSED_OPTIM_HD uint32_t magnitude(float x) { return bits_of(x); }
@@ -275,11 +342,8 @@ struct Elements {
     return (special & 0x80808080u) != 0;
   }
 
-  // Whether a new value needs a codec for all values. Of blocks largest() says so.
-  FUSED_OPTIM_DEVICE bool is_special(int k) const {
-    if constexpr (Codec::low_precision && !kBlocked<Codec>) return !(absolute(value[k]) < float_of(kFiniteLimit));
-    return false;
-  }
+  // Whether a new value is not usual. Of blocks largest() says so.
+  FUSED_OPTIM_DEVICE bool is_special(int k) const { return !kBlocked<Codec> && !(absolute(value[k]) < kUsualLimit); }
 
   // Of what the block's aux depends on.
   FUSED_OPTIM_DEVICE uint32_t largest() const {
@@ -314,6 +378,10 @@ struct Elements {
   }
 };
 
+// What full chunks of float32 arithmetic have a loop of their own for. Of branches of each element nvcc follows all the
+// ways through eight of them, for hours; and without divisions by 1 a step takes a fifth less. Nesterov's is never late.
+enum Stage : uint32_t { kEarly, kLate, kNesterov };
+
 // A row's operands from the beginning of a chunk on, and what else a step depends on.
 template <class Param, class Grad, class Mu, class Nu>
 struct Operands {
@@ -324,7 +392,12 @@ struct Operands {
   int64_t begin;  // the first element's index in the parameter
   Place place;
   Coefficients<typename Param::Working> c;
+  Stage stage;
 };
+
+// Whether `n` neighbours are stepped as Usuals.
+template <class T, int n>
+constexpr bool kUsual = n > 1 && std::is_same<T, float>::value;
 
 // `n` neighbours of each.
 template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
@@ -351,27 +424,27 @@ struct Neighbours {
     asm volatile("" ::: "memory");  // all of it before anything else, so that reads wait together
   }
 
-  // `first`: the index in the parameter. Returns whether a new value is special, where no block says so.
-  // With low-precision moments a full chunk has two loops, with and without the first moment's corrections. To ask
-  // for each element takes up to 16% more instructions where there are corrections, and two loops take up to 7%
-  // more with float32 moments. Without corrections, each element asks for the second moment's: a third loop saves 3
-  // instructions of 64, but with corrections it took up to 3.3% more. Nesterov's correction is 1 where this is.
-  FUSED_OPTIM_DEVICE bool update(const Coefficients<T>& c, int64_t first, const Place& place) {
-    p.begin(first, place);
-    mu.begin(first, place);
-    nu.begin(first, place);
-    Coefficients<T> known = c;
-    known.grad_divisor.is_one = 0;  // what is asked for is its value: a flag took up to 1% more
-    if (n > 1 && Mu::low_precision && c.bias_correction1.is_one) {
-      known.bias_correction1.is_one = known.bias_correction1_next.is_one = 1;
-      return update_each(known);
-    }
-    known.bias_correction1.is_one = known.bias_correction1_next.is_one = known.bias_correction2.is_one = 0;
-    return update_each(known);
+  // `i`: the first one's index in the chunk. Returns whether a new value is special, where no block says so.
+  template <class From>
+  FUSED_OPTIM_DEVICE bool update(const From& operands, int i) {
+    p.begin(operands.begin + i, operands.place);
+    mu.begin(operands.begin + i, operands.place);
+    nu.begin(operands.begin + i, operands.place);
+    Coefficients<T> c = operands.c;
+    c.grad_divisor.is_one = c.bias_correction1.is_one = c.bias_correction1_next.is_one = c.bias_correction2.is_one = 0;
+    c.nesterov = operands.stage == kNesterov;
+    if constexpr (!kUsual<T, n>) return update_each<T>(c);
+    c.nesterov = 1;
+    if (operands.stage == kNesterov) return update_each<Usual>(c);
+    c.nesterov = 0;
+    if (operands.stage == kEarly) return update_each<Usual>(c);
+    c.bias_correction1.is_one = c.bias_correction2.is_one = 1;
+    return update_each<Usual>(c);
   }
 
  private:
   // What can be encoded is at once: with eight values of each operand waiting some kernels spilled at 64 registers.
+  template <class Number>
   FUSED_OPTIM_DEVICE bool update_each(const Coefficients<T>& c) {
     bool special = false;
 #pragma unroll
@@ -380,12 +453,16 @@ struct Neighbours {
       g.decode(k);
       mu.decode(k);
       nu.decode(k);
+      Number new_p = p.value[k], grad = g.value[k], new_mu = mu.value[k], new_nu = nu.value[k];
       // One branch for both: a factor's own test takes an instruction of each element.
       if (c.grad_divisor.value != T(1) || c.grad_factor != T(1)) {
-        if (c.grad_divisor.value != T(1)) g.value[k] = g.value[k] / c.grad_divisor;
-        g.value[k] *= c.grad_factor;
+        if (c.grad_divisor.value != T(1)) grad = grad / c.grad_divisor;
+        grad = grad * c.grad_factor;
       }
-      step<Rule>(p.value[k], g.value[k], mu.value[k], nu.value[k], c);
+      step<Rule>(new_p, grad, new_mu, new_nu, c);
+      p.value[k] = value_of(new_p);
+      mu.value[k] = value_of(new_mu);
+      nu.value[k] = value_of(new_nu);
       special |= p.is_special(k) | mu.is_special(k) | nu.is_special(k);
       p.encode(k);
       mu.encode(k);
@@ -399,20 +476,21 @@ struct Neighbours {
 template <class T, class... Codec>
 constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
 
-// A thread's `n` elements from `i` on of a full chunk, with low-precision moments by the codecs of finite values:
-// where some lane of the warp has a special value it writes nothing and returns false.
+// A thread's `n` elements from `i` on of a full chunk: where some lane of the warp has a special value it writes nothing
+// and returns false. Float64 has none.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
-  std::conditional_t<Mu::low_precision, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
+  constexpr bool usual = kUsual<typename Param::Working, n>;
+  std::conditional_t<usual, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
                      Neighbours<Rule, Param, Grad, Mu, Nu, n>>
       x;
   x.read_exponents(operands, i);
   x.read(operands, i);
   bool special = x.mu.has_special_codes() | x.nu.has_special_codes();
-  special |= x.update(operands.c, operands.begin + i, operands.place);
+  special |= x.update(operands, i);
   const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
-  special |= maximum(mu_largest, nu_largest) >= kFiniteLimit;
-  if (Mu::low_precision && __any_sync(kAllLanes, special)) return false;
+  special |= maximum(mu_largest, nu_largest) >= bits_of(kUsualLimit);
+  if (usual && __any_sync(kAllLanes, special)) return false;
   // What is written needs no register any more, and mu's codec takes the most. Else some kernels spill 8 to 24 bytes.
   x.p.write(operands.p, i, 0);
   x.nu.write(operands.nu, i, largest_of_lanes<Nu::block / n>(nu_largest));
@@ -439,7 +517,7 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
 #pragma unroll 1
       for (int i = first + lane; i < first + kSpan<Mu> && i < end; i += kLanes) {
         x.read(operands, i);
-        x.update(operands.c, operands.begin + i, operands.place);
+        x.update(operands, i);
         if (write) {
           x.p.write(operands.p, i, 0);
           x.mu.write(operands.mu, i, mu_largest);
@@ -456,14 +534,15 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
   }
 }
 
-// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where arithmetic takes pairs. Then some
-// 64 KiB of loads are in flight, or 48 with 8-bit moments, several times what hides the latency of an H100's memory.
-template <class T>
+// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where arithmetic takes pairs and for
+// low-precision moments, some of which spill 8 bytes at 64. Then some 48 KiB of loads are in flight or more, several times
+// what hides the latency of an H100's memory.
+template <class T, class Mu>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
 
 // A block steps a chunk; one more writes the step numbers.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working, Mu>)
     step_kernel(const CudaTask task) {
   const int64_t block = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
@@ -484,24 +563,22 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   const Operands<Param, Grad, Mu, Nu> operands{
       {row.param, row.param_aux, begin}, {read_only(task.grads + chunk.row), 0, begin},
       {row.mu, row.mu_aux, begin}, {row.nu, row.nu_aux, begin},
-      begin + row.offset, {c.count, static_cast<uint64_t>(row.key)}, c};
+      begin + row.offset, {c.count, static_cast<uint64_t>(row.key)}, c,
+      c.nesterov ? kNesterov : c.bias_correction1.is_one && c.bias_correction2.is_one ? kLate : kEarly};
   const int lane = thread % kLanes;
   int i = thread * n;
-  if (full && !Mu::low_precision) {
-#pragma unroll 1
-    for (; i < kChunk; i += round) step_neighbours<Rule, n>(operands, i);
-    return;
-  }
-  const int length = static_cast<int>(row.numel - begin < kChunk ? row.numel - begin : kChunk);
   // A warp that meets a special value steps its round as spans, by the code that short chunks have.
 #pragma unroll 1
   do {
-    int first = thread / kLanes * span, end = length, stride = kThreads / kLanes * span;
+    int first = thread / kLanes * span, end = kChunk, stride = kThreads / kLanes * span;
     if (full) {
       if (step_neighbours<Rule, n>(operands, i)) continue;
       first = i - lane * n;
       end = first + kLanes * n;
       stride = span;
+    } else {
+      const int64_t left = read_only(&task.rows[chunk.row].numel) - ~chunk.chunk * kChunk;
+      if (left < kChunk) end = static_cast<int>(left);
     }
     step_spans<Rule>(operands, first, end, stride, lane);
   } while (full && (i += round) < kChunk);

@@ -216,7 +216,7 @@ FUSED_OPTIM_HD Words in_register(Words constant) {
 FUSED_OPTIM_HD FUSED_OPTIM_ISA::Floats operator/(FUSED_OPTIM_ISA::Floats x, const Divisor<float>& divisor) {
   using namespace FUSED_OPTIM_ISA;
   if (divisor.is_one) return x;
-  if (divisor.reciprocal == 0 || !all_divide_fast(bits_of(absolute(x)))) return x / divisor.value;
+  if (std::isnan(divisor.reciprocal) || !all_divide_fast(bits_of(absolute(x)))) return x / divisor.value;
   const Floats d = Floats{} + divisor.value, reciprocal = Floats{} + divisor.reciprocal;
   const Floats near = x * reciprocal;
   // In this order: with the remainder negated, -0 would give 0.

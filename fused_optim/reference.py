@@ -50,9 +50,9 @@ class Coefficients(NamedTuple):
     neg_lr: Tensor
     decay: Tensor  # weight decay, times ``lr / initial_lr`` with ``decoupled_lr``
     decay_kind: Tensor  # 0: no decay; 1: in the update, which is times lr; 2 (decoupled_lr): in the parameter
-    grad_divisor: Tensor  # grad_scale, 1 for none; negative to ascend: the quotient is negated, bit for bit
+    grad_divisor: Tensor  # grad_scale, 1 for none
     nesterov: Tensor
-    grad_factor: Tensor  # what the quotient is multiplied by: the clip coefficient, 1 for none
+    grad_factor: Tensor  # what the quotient is multiplied by: the clip coefficient, 1 for none; negative to ascend
 
 
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
@@ -76,7 +76,8 @@ def coefficients(
     counts = torch.stack([count, (count + 1).clamp(max=MAX_COUNT), count])
     corrections = bias_correction(torch.stack([h.beta1, h.beta1, h.beta2]), counts, dtype)
     decoupled = h.initial_lr != 0
-    scale = torch.ones_like(h.lr) if grad_scale is None else grad_scale.to(torch.float64)
+    ones = torch.ones_like(h.lr)
+    factor = ones if clip is None else ones * clip[2]
     exact = Coefficients(
         beta1=h.beta1,
         one_minus_beta1=1 - h.beta1,
@@ -90,9 +91,9 @@ def coefficients(
         neg_lr=-h.lr,
         decay=torch.where(decoupled, h.weight_decay * (h.lr / h.initial_lr), h.weight_decay),
         decay_kind=torch.where(h.weight_decay != 0, torch.where(decoupled, 2.0, 1.0), 0.0),
-        grad_divisor=torch.where(h.maximize != 0, -scale, scale),
+        grad_divisor=ones if grad_scale is None else ones * grad_scale.to(torch.float64),
         nesterov=h.nesterov,
-        grad_factor=torch.ones_like(h.lr) if clip is None else clip[2].expand_as(h.lr),
+        grad_factor=torch.where(h.maximize != 0, -factor, factor),
     )
     return Coefficients(*(value.to(dtype) for value in exact))
 

@@ -142,9 +142,9 @@ def prologue_kernel(
     tl.store(c + 9, (-1.0 * lr).to(DTYPE), live)
     tl.store(c + 10, tl.where(decoupled, weight_decay * relative_lr, weight_decay).to(DTYPE), live)
     tl.store(c + 11, tl.where(weight_decay != 0, tl.where(decoupled, 2.0, 1.0), 0.0).to(DTYPE), live)
-    tl.store(c + 12, tl.where(tl.load(h + 7, live, other=0) != 0, -1.0 * divisor, divisor), live)
+    tl.store(c + 12, divisor, live)
     tl.store(c + 13, tl.load(h + 8, live, other=0).to(DTYPE), live)
-    tl.store(c + 14, factor.to(DTYPE), live)
+    tl.store(c + 14, tl.where(tl.load(h + 7, live, other=0) != 0, -1.0 * factor, factor).to(DTYPE), live)
     tl.store(c + NUM_COEFFICIENTS, skip.to(DTYPE), live)
     if DTYPE == tl.float32:  # float64 has no format that rounds by the step number
         tl.store(c + NUM_COEFFICIENTS + 1, count.to(tl.int32).to(tl.float32, bitcast=True), live)

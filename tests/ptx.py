@@ -20,6 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import bench.kernels
+
 WARP = 32
 Array = np.ndarray[Any, Any]
 
@@ -116,8 +118,7 @@ def parse(ptx: str) -> list[Kernel]:
 def parse_entry(text: str) -> Kernel:
     """A kernel, from its name on."""
     # What stands in inline assembly gets names of its own.
-    inline = r"(// begin inline asm)(.*?)// end inline asm"
-    text = re.sub(inline, lambda m: re.sub(r"\b(fma|rcp|rsqrt)\.", r"inline_\1.", m[2]), text, flags=re.DOTALL)
+    text = bench.kernels.INLINE.sub(lambda m: re.sub(r"\b(fma|rcp|rsqrt)\.", r"inline_\1.", m[0]), text)
     text = re.sub(r"//[^\n]*", "", text)
     head, _, body = re.split(r"^}", text, maxsplit=1, flags=re.MULTILINE)[0].partition("{")
     threads = re.search(r"\.(?:reqntid|maxntid) (\d+)(?:, 1)*\s*$", head, re.MULTILINE)
@@ -226,14 +227,14 @@ def _reciprocal_root(x: Array) -> Array:
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "abs": np.abs, "add": np.add, "and": np.bitwise_and, "bfe": _bit_field, "div": np.divide, "max": _largest,
     "min": np.minimum, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
-    "or": np.bitwise_or, "prmt": _permute, "shf": _funnel_shift, "shl": _shift_left, "shr": _shift_right,
+    "or": np.bitwise_or, "prmt": _permute, "rcp": np.reciprocal, "shf": _funnel_shift, "shl": _shift_left, "shr": _shift_right,
     "sqrt": np.sqrt, "sub": np.subtract, "xor": np.bitwise_xor,
 }  # fmt: skip
 INLINE = {
     ("inline_fma", ("rn",)): fused, ("inline_rcp", ("approx", "ftz")): _reciprocal,
     ("inline_rsqrt", ("approx", "ftz")): _reciprocal_root,
 }  # fmt: skip
-ROUNDED = frozenset(["add", "sub", "mul", "div", "sqrt"])
+ROUNDED = frozenset(["add", "sub", "mul", "div", "rcp", "sqrt"])
 """Operations that must say that they round to nearest: a compiler may contract those that do not."""
 COMPARISONS: dict[str, Callable[[Array, Array], Array]] = {
     "eq": np.equal, "ne": np.not_equal, "lt": np.less, "le": np.less_equal, "gt": np.greater,

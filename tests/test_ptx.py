@@ -133,6 +133,8 @@ KNOWN = [
     ("setp.geu.f32 %p2, %r3, %r4; selp.b32 %r8, 10, 20, %p2;", (NAN, 0), 10),
     ("setp.nan.f64 %p2, %rd3, %rd3; not.pred %p3, %p2; selp.b32 %r8, 10, 20, %p3;", (f64(1.0),), 10),
     ("setp.eq.u32 %p2, %r1, 0; @!%p2 mov.u32 %r3, 9; mov.u32 %r8, %r3;", (4,), 4),
+    ("rcp.rn.f32 %r8, %r3;", (f32(-3.0),), 0xBEAAAAAB),
+    ("{fma.rn.f32 %r8, %r3, %r4, %r5;}", (f32(1 + 2.0**-23), f32(1 - 2.0**-23), f32(-1.0)), f32(-(2.0**-46))),
     *((f"// begin inline asm\n{operation}\n// end inline asm\n", *known) for operation, *known in (
         ("fma.rn.f32 %r8, %r3, %r4, %r5;", (f32(1 + 2.0**-23), f32(1 - 2.0**-23), f32(-1.0)), f32(-(2.0**-46))),
         # 2^-70 below a tie, which it would be if it were rounded to float64 first.

@@ -217,7 +217,7 @@ def special_values(formats: Formats) -> Iterator[tuple[bool, str, float, float |
     yield False, "grad", 0.0, None
     for x in (torch.inf, -torch.inf, torch.nan, 2.0**127):
         yield True, "grad", x, None
-        yield formats.param.low_precision, "param", x, 0
+        yield True, "param", x, 0
     if formats.param.name.startswith("split"):
         for zero in (0.0, -0.0):
             yield True, "param", zero, -1  # somebody wrote it
