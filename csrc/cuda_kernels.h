@@ -425,7 +425,7 @@ struct Neighbours {
   }
 
   // `i`: the first one's index in the chunk. Returns whether a new value is special, where no block says so.
-  template <class From>
+  template <class Number, class From>
   FUSED_OPTIM_DEVICE bool update(const From& operands, int i) {
     p.begin(operands.begin + i, operands.place);
     mu.begin(operands.begin + i, operands.place);
@@ -433,7 +433,7 @@ struct Neighbours {
     Coefficients<T> c = operands.c;
     c.grad_divisor.is_one = c.bias_correction1.is_one = c.bias_correction1_next.is_one = c.bias_correction2.is_one = 0;
     c.nesterov = operands.stage == kNesterov;
-    if constexpr (!kUsual<T, n>) return update_each<T>(c);
+    if constexpr (!std::is_same<Number, Usual>::value) return update_each<T>(c);
     c.nesterov = 1;
     if (operands.stage == kNesterov) return update_each<Usual>(c);
     c.nesterov = 0;
@@ -476,21 +476,26 @@ struct Neighbours {
 template <class T, class... Codec>
 constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
 
-// A thread's `n` elements from `i` on of a full chunk: where some lane of the warp has a special value it writes nothing
-// and returns false. Float64 has none.
+// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has a special value it writes nothing
+// and returns false, or, where all is float32, steps them once more: a moment that no gradient comes to any more decays
+// to a subnormal number and stays there. (With other parameters the kernels spill 16 to 32 bytes.) Float64 has none.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
-  constexpr bool usual = kUsual<typename Param::Working, n>;
-  std::conditional_t<usual, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
+  using T = typename Param::Working;
+  constexpr bool usual = kUsual<T, n>;
+  std::conditional_t<Mu::low_precision, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
                      Neighbours<Rule, Param, Grad, Mu, Nu, n>>
       x;
   x.read_exponents(operands, i);
   x.read(operands, i);
   bool special = x.mu.has_special_codes() | x.nu.has_special_codes();
-  special |= x.update(operands, i);
+  special |= x.template update<std::conditional_t<usual, Usual, T>>(operands, i);
   const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
   special |= maximum(mu_largest, nu_largest) >= bits_of(kUsualLimit);
-  if (usual && __any_sync(kAllLanes, special)) return false;
+  if (usual && __any_sync(kAllLanes, special)) {
+    if constexpr (n == 8) return false;
+    x.template update<T>(operands, i);
+  }
   // What is written needs no register any more, and mu's codec takes the most. Else some kernels spill 8 to 24 bytes.
   x.p.write(operands.p, i, 0);
   x.nu.write(operands.nu, i, largest_of_lanes<Nu::block / n>(nu_largest));
@@ -517,7 +522,7 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
 #pragma unroll 1
       for (int i = first + lane; i < first + kSpan<Mu> && i < end; i += kLanes) {
         x.read(operands, i);
-        x.update(operands, i);
+        x.template update<typename Param::Working>(operands, i);
         if (write) {
           x.p.write(operands.p, i, 0);
           x.mu.write(operands.mu, i, mu_largest);

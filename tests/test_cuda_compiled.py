@@ -131,9 +131,10 @@ def in_turns(*others: Iterable[Any]) -> list[tuple[Any, ...]]:
 
 
 SKIPPED, SKIPPING = (named("bf16", "fp32", "fp32", "fp32"), FEW[-1]), (1.0, -1.0, torch.inf, torch.nan)
+A_WARP = 256  # the elements that one steps at once, or twice as many
 ON_HOST = [
     *((worlds.check_sizes_and_alignments, *of) for of in product(RULES, COVERING)),
-    *((worlds.check_edges_of_ranges, *of) for of in product(RULES, (FP32, worlds.SHOWS_EACH_BIT))),
+    *((worlds.check_edges_of_ranges, *of, A_WARP) for of in product(RULES, (FP32, worlds.SHOWS_EACH_BIT))),
     *((worlds.check_counters, *of, 8) for of in in_turns((FP32, FP64))),
     *((worlds.check_corrections_that_become_one, *of) for of in product(RULES, (FP32, FP64))),
     *((worlds.check_corrections_that_become_one, *of) for of in in_turns(LOW_PRECISION)),
@@ -564,7 +565,7 @@ def emulated(host: Host, code: Code) -> Emulated:
 OF_PTX = [
     *((worlds.check_sizes_and_alignments, *pair) for pair in PAIRS),
     *((worlds.check_special_values, *pair) for pair in PAIRS if pair[1] in LOW_PRECISION),
-    *((worlds.check_edges_of_ranges, *pair) for pair in PAIRS if pair[1] in (FP32, worlds.SHOWS_EACH_BIT)),
+    *((worlds.check_edges_of_ranges, *pair, A_WARP) for pair in PAIRS if pair[1] in (FP32, worlds.SHOWS_EACH_BIT)),
     *((worlds.check_all_codes_under_all_exponents, given) for given in worlds.GRAD_EXPONENTS),
     *((worlds.check_corrections_that_become_one, *pair) for pair in PAIRS if pair[1] in FEW),
     *((worlds.check_counters, "adamaxw", f, 5) for f in FEW),

@@ -316,9 +316,10 @@ BEYOND = [2.0**39, 2.0**40, 2.0**41, -(2.0**64), 2.0**127, torch.inf, torch.nan]
 SHOWS_EACH_BIT = named("split16", "fp32", "bf16_dither", "bf16_dither")
 
 
-def check_edges_of_ranges(library: Any, rule: str, formats: Formats) -> None:
+def check_edges_of_ranges(library: Any, rule: str, formats: Formats, together: int = 8) -> None:
     """Quotients and roots, each bit of which shows: most of the parameter is zeros, and the learning rate is 1.
-    Small numbers are divided by small and large ones, and others by large ones."""
+    Small numbers are divided by small and large ones, and others by large ones. ``together``: elements that are all
+    divided as usual if one of them is small."""
     chunk = library.chunk_size(formats)
     hyper = [
         Hyperparameters(1.0, 0.0, b1, b2, eps, eps_root, 0.0, 0.0, nesterov)
@@ -330,13 +331,13 @@ def check_edges_of_ranges(library: Any, rule: str, formats: Formats) -> None:
     rows = [Row(chunk, hyper_row=h, count=count) for h, count, _ in cases]
     worlds = [World(rule, formats, rows) for _ in range(2)]
     i = torch.arange(chunk)
+    j = i // together
     for world in worlds:
         world.hyper = torch.tensor(hyper, dtype=torch.float64)
         for k, (h, _, (divided, divisors, beyond)) in enumerate(cases):
             g, (p, mu, nu), remainder = world.grads[k], world.stored[k], world.aux[k][0]
-            # The eight elements of a thread divide the same, since one small number has all divided as usual.
-            g.copy_(torch.tensor(divided)[i // 8 % len(divided)])
-            mu.copy_(torch.tensor(divided)[i // 8 // len(divided) % len(divided)])
+            g.copy_(torch.tensor(divided)[(j + k) % len(divided)])
+            mu.copy_(torch.tensor(divided)[(j // len(divided) + k) % len(divided)])
             nu.copy_(torch.tensor(divisors)[i % len(divisors)].abs())
             p[i % 3 < 2], p[i % 3 == 0] = 0.0, -0.0
             if remainder is not None:
