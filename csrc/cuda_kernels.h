@@ -539,15 +539,14 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
   }
 }
 
-// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where arithmetic takes pairs and for
-// low-precision moments, some of which spill 8 bytes at 64. Then some 48 KiB of loads are in flight or more, several times
-// what hides the latency of an H100's memory.
-template <class T, class Mu>
+// Blocks that a multiprocessor must have registers for: 64 a thread, or 80 where arithmetic takes pairs. Then some
+// 64 KiB of loads are in flight, or 48 with 8-bit moments, several times what hides the latency of an H100's memory.
+template <class T>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
 
 // A block steps a chunk; one more writes the step numbers.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
-__global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working, Mu>)
+__global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working>)
     step_kernel(const CudaTask task) {
   const int64_t block = blockIdx.x;
   const int thread = static_cast<int>(threadIdx.x);
@@ -582,6 +581,7 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
       end = first + kLanes * n;
       stride = span;
     } else {
+      // Read again: kept until here it takes registers, and of 64 some spill.
       const int64_t left = read_only(&task.rows[chunk.row].numel) - ~chunk.chunk * kChunk;
       if (left < kChunk) end = static_cast<int>(left);
     }
