@@ -30,6 +30,7 @@ struct Divisor {
 
 template <class T>
 FUSED_OPTIM_HD Divisor<T> divisor(T value) {
+  // Of a negative one the multiplications would lose the sign of a zero.
   const bool usual = value >= T(0x1p-14) && value <= T(0x1p24);
   return {value, usual ? T(1) / value : T(NAN), value == T(1)};
 }
