@@ -312,18 +312,18 @@ class HyperparameterTable:
         self._steady = inputs if steady else {}
         return inputs
 
-    @torch.no_grad()
     def _on(self, device: torch.device, groups: list[Group], *amp: Tensor | None) -> Inputs:
         table, on_gpu = self._rows, device.type != "cpu"
         if on_gpu:
-            table = uploaded(self.on_device, device, device, lambda: self._rows)
+            [table] = uploaded(self.on_device, device, {device: lambda: self._rows})
         if self._device_lrs:  # all at once: a copy of each is a launch of each
-            column = table[:, Hyperparameters._fields.index("lr")].view(-1, 2)
-            lrs = [
-                groups[i]["lr"].reshape(()).to(device) if lr is None else column[i, 0]
-                for i, (lr, *_) in enumerate(self._read)
-            ]
-            column.copy_(torch.stack(lrs)[:, None])
+            with torch.no_grad():
+                column = table[:, Hyperparameters._fields.index("lr")].view(-1, 2)
+                lrs = [
+                    groups[i]["lr"].reshape(()).to(device) if lr is None else column[i, 0]
+                    for i, (lr, *_) in enumerate(self._read)
+                ]
+                column.copy_(torch.stack(lrs)[:, None])
         # A copy to the CPU is waited for: there the host reads it.
         scalars = (t if t is None else t.reshape(()).to(device, torch.float32, non_blocking=on_gpu) for t in amp)
         return Inputs(table, *scalars)

@@ -1,6 +1,6 @@
 """What a backend is, and how a table gets to its device."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -42,24 +42,26 @@ class Backend:
     steps_all_at_once: bool = True  # whether ``step`` makes all of a batch or nothing, whatever interrupts it
 
 
-def uploaded(held: dict[Any, Tensor], key: Any, device: torch.device, make: Callable[[], Tensor]) -> Tensor:
-    """``held[key]`` on ``device``, made where it is missing; the host does not wait for a copy. Its memory is
-    not given away before what this stream has yet to do is done."""
-    made = key not in held
-    if made:
-        held[key] = source = make()
-        if device.type != source.device.type:
-            pinned = source.pin_memory()
-            held[key] = pinned.to(device, non_blocking=True)
-            vars(held[key])["source"] = pinned  # a captured copy reads it at each replay
-    if device.type == "cuda":
-        about, stream = vars(held[key]), torch.cuda.current_stream(device)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if made:
-            about.update(stream=stream, captured=capturing)
-        elif stream != about["stream"] and not capturing:
+def uploaded(
+    held: dict[Any, Tensor], device: torch.device, makes: Mapping[Any, Callable[[], Tensor]]
+) -> list[Tensor]:  # fmt: skip
+    """``held[key]`` for each key of ``makes``, on ``device``, made in this order where it is missing; the host
+    does not wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
+    stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    capturing = stream is not None and torch.cuda.is_current_stream_capturing()
+    for key, make in makes.items():
+        if key not in held:
+            made = source = make()
+            if device.type != source.device.type:
+                pinned = source.pin_memory()
+                made = pinned.to(device, non_blocking=True)
+                vars(made)["source"] = pinned  # a captured copy reads it at each replay
+            if stream is not None:
+                vars(made).update(stream=stream, captured=capturing)
+            held[key] = made
+        elif stream is not None and not capturing and stream != vars(held[key])["stream"]:
             held[key].record_stream(stream)
-    return held[key]
+    return [held[key] for key in makes]
 
 
 def valid_now(held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -67,14 +69,15 @@ def valid_now(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t for key, t in held.items() if not vars(t).get("captured", False)}
 
 
-def tables_on(batch: Batch, *names: str) -> list[Tensor]:
-    """Of a batch's tables, which are its attributes, those named, in the memory of its device."""
-    return [uploaded(batch.on_device, x, batch.key.device, partial(getattr, batch, x)) for x in names]
+def tables_on(batch: Batch, *names: str, **others: Callable[[], Tensor]) -> list[Tensor]:
+    """Of a batch's tables, which are its attributes, those named, in the memory of its device; and ``others``."""
+    makes = {name: partial(getattr, batch, name) for name in names}
+    return uploaded(batch.on_device, batch.key.device, makes | others)
 
 
 def table_on(batch: Batch, chunk_size: int) -> list[Tensor]:
-    """The batch's rows, gradients, chunks and counters in the memory of its device. Chunks, 26 MiB of them for
+    """The batch's rows, gradients, counters and chunks in the memory of its device. Chunks, 26 MiB of them for
     seven billion parameters, are made there."""
-    rows, grads, counters = tables_on(batch, "rows", "grads", "counters")
-    make = partial(batch.chunks_of, rows, grads, chunk_size)
-    return [rows, grads, uploaded(batch.on_device, "chunks", batch.key.device, make), counters]
+    held = batch.on_device
+    chunks = lambda: batch.chunks_of(held["rows"], held["grads"], chunk_size)
+    return tables_on(batch, "rows", "grads", "counters", chunks=chunks)
