@@ -5,6 +5,7 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
+#include <iterator>
 #include <string>
 #include <vector>
 
@@ -91,42 +92,37 @@ class Addresses {
       const bool missing = grad.is_none();
       if (kinds_[i] == kNotStepped ? !missing : missing && kinds_[i] != kGradOptional) return kChanged;
       if (kinds_[i] == kNotStepped) continue;
-      int64_t address = 0, elements = 0;
-      if (!same_tensor(p, address, elements) || !same(address)) return kChanged;
+      if (!same_tensor(p) || !same(&address_, 1)) return kChanged;
       // A gradient that is missing is like its parameter, and of its address the lowest bits stay.
-      if (!same_tensor(missing ? p : grad.ptr(), address, elements)) return kChanged;
+      if (!same_tensor(missing ? p : grad.ptr())) return kChanged;
       int64_t& known = grads_[stepped++];
-      if (missing) address = known % 16;
+      const int64_t address = missing ? known % 16 : address_;
       if (remembering_ || address == known) continue;
-      if ((address ^ known) % 16 != 0 || (!missing && elements != 0 && freed(grad, address))) return kChanged;
+      if ((address ^ known) % 16 != 0 || (!missing && freed(grad, address))) return kChanged;
       if (answer != kGradsToggled) answer = missing || known < 16 ? kGradsToggled : kGradsMoved;
       known = address;
     }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(held); ++i) {
-      int64_t address = 0, elements = 0;
-      if (!same_tensor(PyList_GET_ITEM(held, i), address, elements) || !same(address)) return kChanged;
-    }
+    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(held); ++i)
+      if (!same_tensor(PyList_GET_ITEM(held, i)) || !same(&address_, 1)) return kChanged;
     return answer;
   }
 
-  bool same_tensor(PyObject* t, int64_t& address, int64_t& elements) {
+  // Whether a tensor is as remembered but for its address, which is left in address_.
+  bool same_tensor(PyObject* t) {
     DLTensor d;
     if (api_->dltensor_from_py_object_no_sync(t, &d) != 0) {
       PyErr_Clear();
       return false;
     }
-    address = reinterpret_cast<int64_t>(d.data) + static_cast<int64_t>(d.byte_offset);
-    elements = 1;
-    bool all = same(d.ndim) && same(d.dtype.code << 8 | d.dtype.bits) && same(d.device_type) && same(d.device_id);
-    for (int k = 0; all && k < d.ndim; ++k) {
-      all = same(d.shape[k]) && same(d.strides[k]);
-      elements *= d.shape[k];
-    }
+    address_ = reinterpret_cast<int64_t>(d.data) + static_cast<int64_t>(d.byte_offset);
+    const int64_t kind[] = {d.ndim, d.dtype.code << 8 | d.dtype.bits, d.device_type, d.device_id};
+    const bool all = same(kind, std::size(kind)) && same(d.shape, d.ndim) && same(d.strides, d.ndim);
     constexpr int kFloat = 2, kComplex = 5;
     // A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
     if (all && (d.dtype.code == kComplex || (d.ndim == 0 && d.dtype.code == kFloat))) {
       const py::handle tensor(t);
-      all = same(tensor.attr("is_conj")().cast<bool>()) && same(tensor.attr("is_neg")().cast<bool>());
+      const int64_t lazy[] = {tensor.attr("is_conj")().cast<bool>(), tensor.attr("is_neg")().cast<bool>()};
+      return same(lazy, std::size(lazy));
     }
     return all;
   }
@@ -134,16 +130,20 @@ class Addresses {
   // Of freed memory the address is the tensor's offset in its storage, which is below this.
   static bool freed(const py::object& t, int64_t address) {
     constexpr int64_t kLowestAddress = int64_t{1} << 40;
-    return address < kLowestAddress && t.attr("untyped_storage")().attr("data_ptr")().cast<int64_t>() == 0;
+    return address < kLowestAddress && t.attr("numel")().cast<int64_t>() != 0 &&
+           t.attr("untyped_storage")().attr("data_ptr")().cast<int64_t>() == 0;
   }
 
-  // Whether a number is the remembered one, or remembers it.
-  bool same(int64_t number) {
+  // Whether these numbers are the next that are remembered, or remembers them.
+  bool same(const int64_t* numbers, size_t n) {
     if (remembering_) {
-      numbers_.push_back(number);
+      numbers_.insert(numbers_.end(), numbers, numbers + n);
       return true;
     }
-    return next_ < numbers_.size() && numbers_[next_++] == number;
+    if (n > numbers_.size() - next_) return false;
+    for (size_t k = 0; k < n; ++k)
+      if (numbers[k] != numbers_[next_++]) return false;
+    return true;
   }
 
   const std::string kinds_;
@@ -153,6 +153,7 @@ class Addresses {
   bool remembering_ = true;
   std::vector<int64_t> numbers_;
   size_t next_ = 0;
+  int64_t address_ = 0;  // of the tensor that was asked last
 };
 
 }  // namespace fused_optim
