@@ -46,11 +46,18 @@ const Isa& isa_named(const std::string& name) {
   throw std::invalid_argument("no CPU code for instruction set '" + name + "'");
 }
 
-struct Task : Table {
-  const Hyperparameters* hyper;
+struct Task;
+
+// What stays the same while a batch lives.
+struct Prepared : Table {
+  void (*run)(const Task&);
   StepElements step_elements;
   bool grad_is_own;
   int64_t chunk_size;
+};
+
+struct Task : Prepared {
+  const Hyperparameters* hyper;
   double grad_scale, grad_factor;
   int threads;
 };
@@ -133,15 +140,28 @@ void without_interpreter(Body body) {
   if (thrown) std::rethrow_exception(thrown);
 }
 
-void step_cpu(const std::string& isa, const NameStrings& strings, int64_t chunk_size,
-              const std::array<int64_t, 6>& table, int64_t hyper, double grad_scale, double grad_factor, int threads) {
+// Not a class of pybind11's, which ends the process where memory for an instance runs out.
+template <class T>
+py::capsule kept(std::unique_ptr<T> made) {
+  py::capsule capsule(made.get(), [](void* it) { delete static_cast<T*>(it); });
+  made.release();
+  return capsule;
+}
+
+py::capsule prepare(const std::string& isa, const NameStrings& strings, int64_t chunk_size,
+                    const std::array<int64_t, 6>& table) {
   const Names names = names_of(strings);
   const StepElements step_elements = isa_named(isa).find(names);
   if (step_elements == nullptr) throw std::invalid_argument("no CPU code for " + text_of(names));
-  const bool grad_is_own = !same(names.grad, Fp32::name);
-  const Task task{bit_cast<Table>(table), reinterpret_cast<const Hyperparameters*>(hyper), step_elements,
-                  grad_is_own, chunk_size, grad_scale, grad_factor, threads};
-  without_interpreter([&] { same(names.mu, Fp64::name) ? run<double>(task) : run<float>(task); });
+  return kept(std::make_unique<Prepared>(
+      Prepared{bit_cast<Table>(table), same(names.mu, Fp64::name) ? run<double> : run<float>, step_elements,
+               !same(names.grad, Fp32::name), chunk_size}));
+}
+
+void step_cpu(const py::capsule& prepared, int64_t hyper, double grad_scale, double grad_factor, int threads) {
+  const Task task{*prepared.get_pointer<Prepared>(), reinterpret_cast<const Hyperparameters*>(hyper), grad_scale,
+                  grad_factor, threads};
+  without_interpreter([&] { task.run(task); });
 }
 
 void square_sums(const std::string& isa, const std::string& grad, const std::array<int64_t, 6>& fields, int threads) {
@@ -168,16 +188,13 @@ PYBIND11_MODULE(_cpu, m) {
     for (const NamedIsa& isa : isas()) names.emplace_back(isa.first);
     return names;
   });
+  m.def("prepare", &prepare);
   m.def("step", &step_cpu);
   m.def("square_sums", &square_sums);
-  // None where it does not work. Not a class of pybind11's, which ends the process where memory for an instance
-  // runs out.
+  // None where it does not work.
   m.def("addresses", [](py::list params, py::list held, std::string kinds, int64_t grads) -> py::object {
     auto made = std::make_unique<Addresses>(std::move(params), std::move(held), std::move(kinds), grads);
-    if (!made->works()) return py::none();
-    py::capsule kept(made.get(), [](void* addresses) { delete static_cast<Addresses*>(addresses); });
-    made.release();
-    return std::move(kept);
+    return made->works() ? py::object(kept(std::move(made))) : py::none();
   });
   m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list objects,
                   py::list param_lists, py::dict state) {

@@ -285,7 +285,7 @@ def cpu_step(isa: str, world: World) -> None:
     batch, counters, size = world.batch, world.batch.counters, 16384
     fields = [*(t.data_ptr() for t in (batch.rows, batch.grads, batch.chunks(size))), len(batch.chunks(size))]
     fields += [counters.data_ptr(), len(counters)]
-    CPU.step(isa, batch.names, size, fields, world.hyper.data_ptr(), 1.0, 1.0, 1)
+    CPU.step(CPU.prepare(isa, batch.names, size, fields), world.hyper.data_ptr(), 1.0, 1.0, 1)
 
 
 @cpu

@@ -79,8 +79,8 @@ def _prepared(batch: Batch) -> tuple[Any, ...]:
     falls out of the caches."""
     cpu = extension("_cpu")[0]
     table = *_fields(batch.rows, batch.grads, batch.chunks(CPU_CHUNK)), *_fields(batch.counters)
-    step = partial(cpu.step, instruction_set(cpu), batch.names, CPU_CHUNK, table)
-    batch.prepared = step, batch.numel // CPU_CHUNK
+    prepared = cpu.prepare(instruction_set(cpu), batch.names, CPU_CHUNK, table)
+    batch.prepared = partial(cpu.step, prepared), batch.numel // CPU_CHUNK
     return batch.prepared
 
 
