@@ -40,7 +40,8 @@ class FlatBuffers:
     def slot(self, part: Part, p: Tensor) -> Tensor:
         """The slot of ``p`` in the buffer of ``self.param``, ``self.grad`` or a part of the state."""
         shape, stride = part.shape(p), p.stride() if part.block == 1 else (1,)
-        with torch.inference_mode(False):
+        # torch exports tensors on the current device alone.
+        with torch.inference_mode(False), torch.accelerator.device_index(self.device.index):
             if part not in self.buffers:
                 end = self._bounds(part, self.params[-1])[1]
                 self.buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)

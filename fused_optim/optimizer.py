@@ -151,6 +151,10 @@ class FusedOptimizer(StateAccess):
         capturing = has_gpu and torch.cuda.is_current_stream_capturing()
         if capturing:
             options.check_capture(groups)
+            # Kept, since what changes replaces it. The events of pinned memory that is freed in a capture belong to
+            # its graph, and torch fails where it asks them later.
+            batches = () if self._plan is None else self._plan.batches
+            self._captured += [self._plan, self._hyper.on_device, *(dict(b.on_device) for _, b in batches)]
         self._hyper.read(groups, count)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         given = (common["seed"], scale is not None, found_inf is not None)

@@ -130,6 +130,26 @@ def test_capture_and_replay_with_a_learning_rate_on_the_gpu(backend: str, flatte
     pair.check()
 
 
+def test_what_changes_before_a_capture(backend: str, flatten: bool) -> None:
+    """What it replaces was uploaded on the stream that captures, and must not be freed there."""
+    pair = Pair(backend, flatten=flatten)
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        pair.ours.step()
+    torch.cuda.synchronize()
+    pair.ours.param_groups[0]["lr"] = 1e-3
+    for p in pair.params:
+        p.grad = p.grad.clone()
+    with torch.cuda.graph(graph, stream=stream):
+        pair.ours.step()
+    graph.replay()
+    pair.ours.param_groups[0]["lr"] = 1e-4
+    pair.ours.step()
+    pair.eager_steps(1e-2, 1e-3, 1e-4)
+    pair.check()
+
+
 def test_learning_rates_of_many_kinds(backend: str) -> None:
     """On the GPU, of any dtype, beside numbers: the same bits as numbers."""
     lrs = [
@@ -240,10 +260,10 @@ def test_grad_scaler(backend: str, in_step: bool, overflow: bool) -> None:
     pair.check()
 
 
-def test_a_second_device(backend: str) -> None:
+def test_a_second_device(backend: str, flatten: bool) -> None:
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU only")
-    pair = Pair(backend, devices=("cuda:0", "cuda:1"))
+    pair = Pair(backend, devices=("cuda:0", "cuda:1"), flatten=flatten)
     for _ in range(3):
         pair.ours.step()
         pair.eager.step()
