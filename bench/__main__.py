@@ -93,13 +93,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     if given.command == "cliffs":
         return measure(given, [plan.cliffs])
-    if given.command == "host":
-        return measure(given, [c.run for c in plan.HOST])
-    if given.command == "all":
-        return measure(given, [c.run for c in plan.everything(given.device)])
-    every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))
-    dtypes = given.dtype or ("float32",)
-    chosen = [replace(every, workload=w.name, dtype=dtype) for w in given.workloads for dtype in dtypes]
+    chosen = plan.everything(given.device) if given.command == "all" else plan.HOST
+    if given.command == "step":
+        every = plan.Comparison("", formats=tuple(plan.OPTIONS), layouts=plan.LAYOUTS, only=tuple(given.only))
+        dtypes = given.dtype or ("float32",)
+        chosen = [replace(every, workload=w.name, dtype=dtype) for w in given.workloads for dtype in dtypes]
     return measure(given, [c.run for c in chosen])
 
 

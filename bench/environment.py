@@ -5,6 +5,7 @@ import platform
 import re
 import subprocess
 import time
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ def _output(*command: str) -> str:
     return ran.stdout.strip() if ran.returncode == 0 else ""
 
 
+@cache
 def describe(device: str) -> dict[str, Any]:
     """What a figure depends on, as far as it can be told."""
     installed = {d.name.lower().replace("_", "-"): d.version for d in metadata.distributions()}

@@ -1,11 +1,9 @@
 """What is compared with what."""
 
 import os
-import signal
 import statistics
 import subprocess
-import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
@@ -66,8 +64,7 @@ class Comparison:
         return compare(cases, effort, self.starts) + absent
 
 
-_HOST = Comparison("", layouts=LAYOUTS, peers=(TORCH,), measure="host")
-HOST = [replace(_HOST, workload=name) for name in ("1x1", "148x1", "1000x1")]
+HOST = [Comparison(n, layouts=LAYOUTS, peers=(TORCH,), measure="host") for n in ("1x1", "148x1", "1000x1")]
 
 
 def everything(device: str) -> list[Comparison]:
@@ -92,16 +89,11 @@ def everything(device: str) -> list[Comparison]:
 
 
 @contextmanager
-def spinning(processes: int) -> Iterator[Callable[[bool], None]]:
-    """Processes that use a core each, or stand still, as they are told; they go away with the block."""
-    started = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(processes)]
-
-    def spin(busy: bool) -> None:
-        for process in started:
-            process.send_signal(signal.SIGCONT if busy else signal.SIGSTOP)
-
+def spinning(processes: int) -> Iterator[None]:
+    """Processes that use a core each, until the block ends."""
+    started = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(processes)]
     try:
-        yield spin
+        yield
     finally:
         for process in started:
             process.kill()
@@ -111,15 +103,13 @@ def spinning(processes: int) -> Iterator[Callable[[bool], None]]:
 def in_turns(cases: Sequence[Case], processes: int, effort: Effort) -> list[Record]:
     """A provider's steps of several workloads, those of BUSY beside spinning ``processes``, compared with the
     first."""
-    with spinning(processes) as spin:
-        spin(False)
-        workers = [Worker(case, effort) for case in cases]
-        for _ in range(effort.rounds):
-            for worker in (w for w in workers if w.well):
-                spin(worker.case.workload.condition == BUSY)
+    workers = [Worker(case, effort) for case in cases]
+    for _ in range(effort.rounds):
+        for worker in (w for w in workers if w.well):
+            with spinning(processes if worker.case.workload.condition == BUSY else 0):
                 worker.take_turn()
-        for worker in workers:
-            worker.stop()
+    for worker in workers:
+        worker.stop()
     lines, title = [record(w) for w in workers], f"{cases[0].provider}, {cases[0].workload.title}"
     for worker, line in zip(workers, lines):
         line |= {"title": title, "provider": line["title"], "measure": "cliffs"}

@@ -44,8 +44,7 @@ class Provider:
     layout: str = ""
 
     @property
-    def loop(self) -> bool:
-        """Whether it is a roofline, and no optimizer."""
+    def loop(self) -> bool:  # whether it is a roofline, and no optimizer
         return not self.algorithm
 
     def why_not(self, device: str, dtype: str, tensors: int) -> str | None:

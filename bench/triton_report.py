@@ -1,9 +1,5 @@
-"""What the Triton kernels compile to, for GPUs that need not be there.
-
-    python -m bench.triton_report --target cuda:90 --target hip:gfx942
-
-prints one JSON object for each kernel. It compiles with whatever Triton comes first on ``PYTHONPATH``.
-"""
+"""What the Triton kernels compile to, for GPUs that need not be there: one JSON object for each kernel,
+compiled by whatever Triton comes first on ``PYTHONPATH``."""
 
 import argparse
 import importlib
@@ -61,12 +57,7 @@ def nvidia_report(kernel: Any, issued: bool) -> Row:
 
 def amd_report(kernel: Any) -> Row:
     llir, assembly = kernel.asm["llir"], kernel.asm["amdgcn"]
-
-    def field(name: str) -> int:
-        found = re.search(rf"\.{name}:\s*(\d+)", assembly)
-        assert found is not None, name
-        return int(found[1])
-
+    fields = {name: int(value) for name, value in re.findall(r"\.(\w+):\s*(\d+)", assembly)}
     fused = count(r"\bv_(?:fma|fmac|mac|mad)_f(?:32|64)", assembly) + 2 * count(r"\bv_pk_fma_f32", assembly)
     # A correctly rounded division and square root are sequences with fused steps of their own.
     expanded = {r"\bv_div_fixup_f": 5, r"\bv_sqrt_f32": 2, r"\bv_rsq_f32": 5, r"\bv_rsq_f64": 7}
@@ -77,8 +68,8 @@ def amd_report(kernel: Any) -> Row:
     # Scalar registers spill into lanes of vector registers, not to memory.
     spilled = ("vgpr_spill_count", "private_segment_fixed_size")
     return {
-        "registers": field("vgpr_count"),
-        "spill_bytes": sum(map(field, spilled)),
+        "registers": fields["vgpr_count"],
+        "spill_bytes": sum(map(fields.__getitem__, spilled)),
         "loads": {}, "stores": {},
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),

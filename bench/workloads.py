@@ -79,8 +79,6 @@ CONDITIONS: dict[str, Callable[[Any], Any]] = {
     BUSY: lambda p: None,  # bench.plan sees to it
 }
 """What is done to a parameter with its gradient, by a name that follows a workload's and a colon."""
-
-
 KNOWN = f"{', '.join(MODELS)}, any 2^n, or NxM: N tensors of M"
 
 
