@@ -152,7 +152,7 @@ struct Tile {
       write_vector(stored + i, x, n);
     } else {
       const Floats there = first_of(x, n);
-      take_magnitudes(magnitude_bits(there));
+      take_magnitudes(Codec::finite_magnitude(there));
       write_vector(values + i, there);
     }
   }
