@@ -109,18 +109,13 @@ struct FiniteE4M3 : E4M3 {
 // An address that the table holds. From a bare integer the compiler would make generic accesses, which are slower.
 template <class T>
 FUSED_OPTIM_DEVICE T* global(int64_t address) {
-#if defined(__CUDA_ARCH__)
   return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
-#else
-  return reinterpret_cast<T*>(address);
-#endif
 }
 
 // What the launch does not write goes through the read-only path and tensors do not, so that machine code tells them
 // apart: tests/test_cuda_compiled.py counts each.
 template <class T>
 FUSED_OPTIM_DEVICE T read_only(const T* p) {
-#if defined(__CUDA_ARCH__)
   using Word = std::conditional_t<alignof(T) == 8, unsigned long long, unsigned>;
   struct Words {
     Word word[sizeof(T) / sizeof(Word)];
@@ -128,9 +123,6 @@ FUSED_OPTIM_DEVICE T read_only(const T* p) {
 #pragma unroll
   for (size_t i = 0; i < sizeof(T) / sizeof(Word); ++i) words.word[i] = __ldg(reinterpret_cast<const Word*>(p) + i);
   return bit_cast<T>(words);
-#else
-  return *p;
-#endif
 }
 
 FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
@@ -149,16 +141,6 @@ __global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTa
   const T grad_factor = task.clip == nullptr ? T(1) : static_cast<T>(read_only(task.clip + 2));
   static_cast<Coefficients<T>*>(task.coefficients)[i] =
       coefficients<T>(task.hyper[counter.hyper], count, grad_scale, grad_factor);
-}
-
-// One thread's share of writing the new step numbers, which no other block reads.
-template <class T>
-FUSED_OPTIM_DEVICE void advance_counters(const CudaTask& task, int thread) {
-  if (skips(task)) return;
-  const Coefficients<T>* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
-#pragma unroll 1
-  for (int64_t i = thread; i < task.n_counters; i += kThreads)
-    *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
 }
 
 // What codecs are given and return for what is stored: integers in 32 bits.
@@ -228,7 +210,6 @@ FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
   return x;
 }
 
-// One operand of a chunk.
 template <class Codec>
 struct Array {
   typename Codec::Stored* stored;
@@ -263,7 +244,6 @@ struct Elements {
 
   static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
 
-  // What the codec asks for to round element `k`.
   FUSED_OPTIM_DEVICE uint32_t random(int k) const {
     if constexpr (Codec::random == kDither) return dither(index + static_cast<uint32_t>(k), place, operand);
     if constexpr (Codec::random == kPhilox) {
@@ -353,7 +333,6 @@ struct Operands {
   Stage stage;
 };
 
-// `n` neighbours of each.
 template <class Rule, int n, bool finite, class Param, class Grad, class Mu, class Nu>
 struct Neighbours {
   using T = typename Param::Working;
@@ -487,7 +466,7 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
 template <class T>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
 
-// A block steps a chunk; one more writes the step numbers.
+// A block steps a chunk; one more writes the new step numbers, which no other block reads.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working>)
     step_kernel(const CudaTask task) {
@@ -498,12 +477,19 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu>;
   static_assert(kChunk % round == 0, "a chunk must be whole rounds of all threads");
   static_assert(kLanes * n % span == 0, "a warp's neighbours must be whole spans");
-  if (block == task.n_chunks) return advance_counters<T>(task, thread);
+  const auto* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
+  if (block == task.n_chunks) {
+    if (skips(task)) return;
+#pragma unroll 1
+    for (int64_t i = thread; i < task.n_counters; i += kThreads)
+      *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
+    return;
+  }
   // Asked for first and looked at last: the read hides behind those of the table.
   const bool skip = skips(task);
   const Chunk chunk = read_only(task.chunks + block);
   const Row row = read_only(task.rows + chunk.row);
-  const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
+  const Coefficients<T> c = read_only(coefficients + row.counter);
   if (skip) return;
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;

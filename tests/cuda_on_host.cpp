@@ -131,6 +131,15 @@ double __shfl_xor_sync(unsigned lanes, double x, int difference) {
   return x;
 }
 
+template <class T>
+T __ldg(const T* p) {
+  T x;
+  std::memcpy(&x, p, sizeof(x));  // what lies there may be of another type
+  return x;
+}
+
+void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
+
 int n_yes = 0;  // votes of warps
 
 int __any_sync(unsigned lanes, int x) {
