@@ -238,6 +238,7 @@ struct Elements {
   InMemory<typename Codec::Stored, n, Codec::is_upper_half> stored, new_stored;
   InMemory<Aux, kAuxEach<Codec> ? n : 1> aux, new_aux;
   uint32_t index;
+  uint64_t group;  // of Philox's bits
   Place place;
   PhiloxWords words;
   typename Codec::Working value[n];
@@ -266,7 +267,7 @@ struct Elements {
     if constexpr (kAuxEach<Codec>) aux.read(from.aux + i);
     index = static_cast<uint32_t>(from.first + i);
     place = from.place;
-    if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(from.first + i) / 8, place);
+    group = static_cast<uint64_t>(from.first + i) / 8;
   }
 
   FUSED_OPTIM_DEVICE void decode(int k) {
@@ -354,6 +355,8 @@ struct Neighbours {
   // Returns whether a new value is special, where no block says so.
   template <bool usual>
   FUSED_OPTIM_DEVICE bool update(const From& operands) {
+    // Not while they are read, when these words take registers.
+    if constexpr (Param::random == kPhilox) p.words = philox(p.group, p.place);
     Coefficients<T> c = operands.c;
     c.grad_divisor.is_one = c.bias_correction1.is_one = c.bias_correction1_next.is_one = c.bias_correction2.is_one = 0;
     using Number = std::conditional_t<usual, Usual, T>;
