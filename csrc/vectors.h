@@ -131,7 +131,8 @@ FUSED_OPTIM_HD void write_vector(Stored* to, Words values) {
   sizeof(Stored) == 2 ? write_halves(to, values) : write_bytes(to, values);
 }
 
-// How many elements of a vector there are: all, or, at a tensor's end, some. Then the others are zero, or not written.
+// How many elements of a vector there are: all, or, at a tensor's end, some, at least one. Then the others are zero, or
+// not written.
 struct All {};
 
 // Of some by AVX-512's masks: a call of memcpy for each operand of a tensor of one element takes longer than its step.
