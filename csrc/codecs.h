@@ -9,7 +9,7 @@
 //                        for finite codes, of split ones except for a zero with a negative remainder
 //   store(x, random, aux)  what to store. Where block is 1, it sets `aux`; else `aux` is the block exponent,
 //                        which `exponent_of` makes of the largest `magnitude` in the block. Where `low_precision`,
-//                        store<true> takes fewer operations for magnitudes below kFiniteLimit.
+//                        store<true> takes fewer operations where `finite_magnitude` is below kFiniteLimit.
 //   is_upper_half        what is stored is 16 bits that are the upper halves of words
 //
 // Values, integers and random bits are single numbers or vectors of them, see numbers.h. What is stored comes and goes
@@ -72,6 +72,11 @@ constexpr int64_t kBlockElements = 128;  // that share one exponent in the 8-bit
 // Values from here on are infinite, NaN or about to be rounded to infinity.
 constexpr uint32_t kFiniteLimit = 0x7f000000u;
 
+constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
+
+template <class F>
+FUSED_OPTIM_HD auto magnitude_bits(F x) { return bits_of(x) & kMagnitude; }
+
 struct Codec {  // what most have in common
   using Working = float;
   using Aux = NoAux;
@@ -79,12 +84,10 @@ struct Codec {  // what most have in common
   static constexpr Random random = kNearest;
   static constexpr bool low_precision = false;
   static constexpr bool is_upper_half = false;
+
+  template <class F>
+  static FUSED_OPTIM_HD auto finite_magnitude(F x) { return magnitude_bits(x); }
 };
-
-constexpr uint32_t kMagnitude = 0x7fffffffu, kInfinity = 0x7f800000u, kNaN = 0x7fc00000u;
-
-template <class F>
-FUSED_OPTIM_HD auto magnitude_bits(F x) { return bits_of(x) & kMagnitude; }
 
 template <class F>
 FUSED_OPTIM_HD auto canonical_bits(F x) { return select(magnitude_bits(x) > kInfinity, kNaN, bits_of(x)); }
@@ -262,7 +265,8 @@ struct Blocked : Codec {
 
   template <bool finite = false, class F, class R>
   static FUSED_OPTIM_HD auto store(F x, R random, uint32_t exponent) {
-    const auto m = magnitude_bits(x), sign = (bits_of(x) >> 24) & Format::sign_bit;
+    const auto m = finite ? Format::finite_magnitude(x) : magnitude_bits(x);
+    const auto sign = (bits_of(x) >> 24) & Format::sign_bit;
     const auto code = Format::finite_code(m, random, exponent);
     const auto special = select(m > kInfinity, Format::infinity + 1, Format::infinity);
     // No finite value is rounded to infinity, of which 2040 is the code under exponent 0.
@@ -304,6 +308,10 @@ struct E5M3 : Blocked<E5M3> {
   static constexpr const char* name = "e5m3";
   static constexpr uint32_t infinity = 254, code_bits = 0xffu, sign_bit = 0;
   static constexpr int32_t orders = 30;
+
+  // With a sign, which finite values have not, the bits are above every limit.
+  template <class F>
+  static FUSED_OPTIM_HD auto finite_magnitude(F x) { return bits_of(x); }
 
   template <class W>
   static FUSED_OPTIM_HD auto finite_bits(W code, uint32_t exponent) {

@@ -30,6 +30,7 @@ constexpr float kUsualLimit = 0x1p40f;
 struct Usual {
   float x;
   FUSED_OPTIM_DEVICE Usual(float x) : x(x) {}
+  explicit FUSED_OPTIM_DEVICE operator float() const { return x; }
 };
 FUSED_OPTIM_DEVICE Usual operator+(Usual a, Usual b) { return a.x + b.x; }
 FUSED_OPTIM_DEVICE Usual operator-(Usual a, Usual b) { return a.x - b.x; }
@@ -77,46 +78,27 @@ struct Root {
 };
 FUSED_OPTIM_DEVICE Root square_root(Usual v) { return {v.x}; }
 FUSED_OPTIM_DEVICE Usual operator+(Root root, float eps) {
-  // Of zero 2^-126 is taken, whose root does not change eps unless that is tiny; else none is right, nor with a large eps.
+  // Of zero 2^-126 is taken, whose root does not change eps unless that is tiny; then, and with a large eps, it is NaN.
   const float zero = eps >= 0x1p-66f ? 0x1p-126f : 0.0f, scaled = fused(root.of, 0x1p60f, eps < 0x1p40f ? zero : NAN);
   const float inverse = about_reciprocal_root(scaled), near = scaled * inverse;
   const float exact = fused(fused(-near, near, scaled), inverse * 0.5f, near);
   return fused(exact, 0x1p-30f, eps);
 }
 
-FUSED_OPTIM_DEVICE float value_of(Usual a) { return a.x; }
-template <class T>
-FUSED_OPTIM_DEVICE T value_of(T a) { return a; }
-
-// Codecs of finite values alone: Finite<Codec> loads and stores the bits that Codec does, but not where a new value is
-// infinite, NaN or not below kUsualLimit in magnitude, or a code in memory is that of infinity or NaN. (A zero with
-// a negative remainder, which somebody wrote to the parameter, is decoded to a NaN; so the new parameter is one too.)
-template <class Codec>
-struct Finite : Codec {
-  static_assert(!kBlocked<Codec>, "a blocked codec needs a magnitude that infinities and NaN have too");
-
-  template <class X, class E>
-  static FUSED_OPTIM_HD auto load(X x, E aux) { return Codec::template load<true>(x, aux); }
-  template <class X, class E>
-  static FUSED_OPTIM_HD auto store(X x, uint32_t random, E& aux) {
-    return Codec::template store<true>(x, random, aux);
-  }
-};
-
-// A finite code, shifted, is a float32 of the value under exponent 0, subnormal values too: the exponent is a power of
-// two to multiply by, in two factors since float32 has none above 2^127. codecs.h's way takes four more instructions.
-template <>
-struct Finite<E4M3> : E4M3 {
-  static FUSED_OPTIM_HD uint32_t magnitude(float x) { return magnitude_bits(x); }
-
+// E4M3 where load<true> and store<true> are asked for alone. A finite code, shifted, is a float32 of the value under
+// exponent 0, subnormal values too: the exponent is a power of two to multiply by, in two factors since float32 has
+// none above 2^127. codecs.h's way takes four more instructions.
+struct FiniteE4M3 : E4M3 {
   static FUSED_OPTIM_HD float power_of_two(uint32_t exponent) { return float_of((exponent + 127) << 23); }
 
+  template <bool>
   static FUSED_OPTIM_HD float load(uint32_t code, uint32_t exponent) {
     const uint32_t shifted = bits_of(int_of(code << 24) >> 4) & 0x87f00000u;
     return float_of(shifted) * power_of_two(120) * power_of_two(exponent - 120);
   }
 
   // The larger power first: a product that it rounds is zero after the other.
+  template <bool>
   static FUSED_OPTIM_HD uint32_t store(float x, uint32_t random, uint32_t exponent) {
     const uint32_t half = exponent < 126 ? exponent : 126;
     const float scaled = absolute(x) * power_of_two(half - exponent) * power_of_two(0 - half);
@@ -124,47 +106,23 @@ struct Finite<E4M3> : E4M3 {
   }
 };
 
-// With a sign, which finite values have not, the bits are above the limit.
-template <>
-struct Finite<E5M3> : E5M3 {
-  static FUSED_OPTIM_HD uint32_t magnitude(float x) { return bits_of(x); }
-
-  static FUSED_OPTIM_HD float load(uint32_t code, uint32_t exponent) { return E5M3::load<true>(code, exponent); }
-
-  static FUSED_OPTIM_HD uint32_t store(float x, uint32_t random, uint32_t exponent) {
-    return finite_code(bits_of(x), random, exponent);
-  }
-};
-
 // An address that the table holds. From a bare integer the compiler would make generic accesses, which are slower.
 template <class T>
 FUSED_OPTIM_DEVICE T* global(int64_t address) {
-#if defined(__CUDA_ARCH__)
   return static_cast<T*>(__cvta_global_to_generic(static_cast<size_t>(address)));
-#else
-  return reinterpret_cast<T*>(address);
-#endif
 }
 
 // What the launch does not write goes through the read-only path and tensors do not, so that machine code tells them
 // apart: tests/test_cuda_compiled.py counts each.
 template <class T>
 FUSED_OPTIM_DEVICE T read_only(const T* p) {
-#if defined(__CUDA_ARCH__)
-  if constexpr (std::is_arithmetic<T>::value) {
-    return __ldg(p);
-  } else {
-    using Word = std::conditional_t<alignof(T) == 8, unsigned long long, unsigned>;
-    struct Words {
-      Word word[sizeof(T) / sizeof(Word)];
-    } words;
+  using Word = std::conditional_t<alignof(T) == 8, unsigned long long, unsigned>;
+  struct Words {
+    Word word[sizeof(T) / sizeof(Word)];
+  } words;
 #pragma unroll
-    for (size_t i = 0; i < sizeof(T) / sizeof(Word); ++i) words.word[i] = __ldg(reinterpret_cast<const Word*>(p) + i);
-    return bit_cast<T>(words);
-  }
-#else
-  return *p;
-#endif
+  for (size_t i = 0; i < sizeof(T) / sizeof(Word); ++i) words.word[i] = __ldg(reinterpret_cast<const Word*>(p) + i);
+  return bit_cast<T>(words);
 }
 
 FUSED_OPTIM_DEVICE bool skips(const CudaTask& task) {
@@ -185,19 +143,9 @@ __global__ void __launch_bounds__(kPrologueThreads) prologue_kernel(const CudaTa
       coefficients<T>(task.hyper[counter.hyper], count, grad_scale, grad_factor);
 }
 
-// One thread's share of writing the new step numbers, which no other block reads.
-template <class T>
-FUSED_OPTIM_DEVICE void advance_counters(const CudaTask& task, int thread) {
-  if (skips(task)) return;
-  const Coefficients<T>* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
-#pragma unroll 1
-  for (int64_t i = thread; i < task.n_counters; i += kThreads)
-    *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
-}
-
 // What codecs are given and return for what is stored: integers in 32 bits.
 template <class Stored>
-using Wide = std::conditional_t<std::is_floating_point<Stored>::value, Stored,
+using Wide = std::conditional_t<!std::is_integral<Stored>::value, Stored,
                                 std::conditional_t<std::is_signed<Stored>::value, int32_t, uint32_t>>;
 
 // `n` neighbours as they lie in memory. Halves and bytes are taken out of words and put into them in one or two
@@ -262,43 +210,41 @@ FUSED_OPTIM_DEVICE uint32_t largest_of_lanes(uint32_t x) {
   return x;
 }
 
-// One operand of a chunk.
 template <class Codec>
 struct Array {
   typename Codec::Stored* stored;
   typename Codec::Aux* aux;
+  int64_t first;  // element's index in the parameter
+  Place place;
 
-  FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t aux_address, int64_t begin)
+  FUSED_OPTIM_DEVICE Array(int64_t stored_address, int64_t aux_address, int64_t begin, int64_t offset = 0,
+                           Place place = {})
       : stored(global<typename Codec::Stored>(stored_address) + begin),
-        aux(global<typename Codec::Aux>(aux_address) + begin / Codec::block) {}
+        aux(global<typename Codec::Aux>(aux_address) + begin / Codec::block),
+        first(begin + offset),
+        place(place) {}
 
   FUSED_OPTIM_DEVICE typename Codec::Aux* exponent_at(uint32_t i) const { return aux + i / uint32_t{Codec::block}; }
 };
 
-// `n` neighbours of one operand.
-template <class Codec, Operand operand, int n>
+// `n` neighbours of one operand. `finite`: they have the bits that Codec gives, but not where a new value is infinite,
+// NaN or not below kUsualLimit in magnitude, or a code in memory is that of infinity or NaN. (A zero with a negative
+// remainder, which somebody wrote to the parameter, is decoded to a NaN; so the new parameter is one too.)
+template <class Codec, Operand operand, int n, bool finite = false>
 struct Elements {
-  using Stored = typename Codec::Stored;
+  using Used = std::conditional_t<finite && std::is_same<Codec, E4M3>::value, FiniteE4M3, Codec>;
   using Aux = typename Codec::Aux;
-  using Part = std::conditional_t<std::is_same<Aux, NoAux>::value, NoAux, Wide<Aux>>;
 
-  InMemory<Stored, n, Codec::is_upper_half> stored, new_stored;
+  InMemory<typename Codec::Stored, n, Codec::is_upper_half> stored, new_stored;
   InMemory<Aux, kAuxEach<Codec> ? n : 1> aux, new_aux;
   uint32_t index;
+  uint64_t group;  // of Philox's bits
   Place place;
   PhiloxWords words;
   typename Codec::Working value[n];
 
   static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
 
-  // `first`: the index in the parameter.
-  FUSED_OPTIM_DEVICE void begin(int64_t first, const Place& where) {
-    index = static_cast<uint32_t>(first);
-    place = where;
-    if constexpr (Codec::random == kPhilox) words = philox(static_cast<uint64_t>(first) / 8, place);
-  }
-
-  // What the codec asks for to round element `k`.
   FUSED_OPTIM_DEVICE uint32_t random(int k) const {
     if constexpr (Codec::random == kDither) return dither(index + static_cast<uint32_t>(k), place, operand);
     if constexpr (Codec::random == kPhilox) {
@@ -312,21 +258,20 @@ struct Elements {
   }
 
   // What a whole block has in common is read on its own, since it may be needed for longer.
-  template <class From>
-  FUSED_OPTIM_DEVICE void read_exponent(const From& from, int i) {
+  FUSED_OPTIM_DEVICE void read_exponent(const Array<Codec>& from, int i) {
     if constexpr (kBlocked<Codec>) aux.read(from.exponent_at(i));
   }
 
-  template <class From>
-  FUSED_OPTIM_DEVICE void read(const From& from, int i) {
+  FUSED_OPTIM_DEVICE void read(const Array<Codec>& from, int i) {
     stored.read(from.stored + i);
     if constexpr (kAuxEach<Codec>) aux.read(from.aux + i);
+    index = static_cast<uint32_t>(from.first + i);
+    place = from.place;
+    group = static_cast<uint64_t>(from.first + i) / 8;
   }
 
   FUSED_OPTIM_DEVICE void decode(int k) {
-    Part part;
-    if constexpr (!std::is_same<Aux, NoAux>::value) part = aux.get(kAuxEach<Codec> ? k : 0);
-    value[k] = Codec::load(stored.get(k), part);
+    value[k] = Used::template load<finite>(stored.get(k), aux.get(kAuxEach<Codec> ? k : 0));
   }
 
   // Whether a code in memory is that of infinity or NaN. Four are tested at once: no sum leaves its byte.
@@ -350,27 +295,22 @@ struct Elements {
     uint32_t result = 0;
     if constexpr (kBlocked<Codec>) {
 #pragma unroll
-      for (int k = 0; k < n; ++k) result = maximum(Codec::magnitude(value[k]), result);
+      for (const float x : value) result = maximum(finite ? Codec::finite_magnitude(x) : Codec::magnitude(x), result);
     }
     return result;
   }
 
-  // Where it takes no more than the element itself.
-  FUSED_OPTIM_DEVICE void encode(int k) {
-    if constexpr (!kBlocked<Codec>) {
-      Part part;
-      new_stored.set(k, Codec::store(value[k], random(k), part));
-      if constexpr (kAuxEach<Codec>) new_aux.set(k, part);
-    }
+  FUSED_OPTIM_DEVICE void encode(int k, Wide<Aux> part = {}) {
+    new_stored.set(k, Used::template store<finite>(value[k], random(k), part));
+    if constexpr (kAuxEach<Codec>) new_aux.set(k, part);
   }
 
   // `block_largest`: of the whole block.
-  template <class To>
-  FUSED_OPTIM_DEVICE void write(const To& to, int i, uint32_t block_largest) {
+  FUSED_OPTIM_DEVICE void write(const Array<Codec>& to, int i, uint32_t block_largest = 0) {
     if constexpr (kBlocked<Codec>) {
       const Aux exponent = Codec::exponent_of(block_largest);
 #pragma unroll
-      for (int k = 0; k < n; ++k) new_stored.set(k, Codec::store(value[k], random(k), exponent));
+      for (int k = 0; k < n; ++k) encode(k, exponent);
       if (i % Codec::block == 0) *to.exponent_at(i) = exponent;
     }
     new_stored.write(to.stored + i);
@@ -378,8 +318,9 @@ struct Elements {
   }
 };
 
-// What full chunks of float32 arithmetic have a loop of their own for. Of branches of each element nvcc follows all the
-// ways through eight of them, for hours; and without divisions by 1 a step takes a fifth less. Nesterov's is never late.
+// What full chunks of float32 arithmetic have a loop of their own for. Of branches of each element nvcc follows all
+// the ways through eight of them, for hours; and without divisions by 1 a step takes a fifth less. Nesterov's is never
+// late. (With a bool in its place kernels take up to 5% more instructions.)
 enum Stage : uint32_t { kEarly, kLate, kNesterov };
 
 // A row's operands from the beginning of a chunk on, and what else a step depends on.
@@ -389,33 +330,20 @@ struct Operands {
   Array<Grad> g;
   Array<Mu> mu;
   Array<Nu> nu;
-  int64_t begin;  // the first element's index in the parameter
-  Place place;
   Coefficients<typename Param::Working> c;
   Stage stage;
 };
 
-// Whether `n` neighbours are stepped as Usuals.
-template <class T, int n>
-constexpr bool kUsual = n > 1 && std::is_same<T, float>::value;
-
-// `n` neighbours of each.
-template <class Rule, class Param, class Grad, class Mu, class Nu, int n>
+template <class Rule, int n, bool finite, class Param, class Grad, class Mu, class Nu>
 struct Neighbours {
   using T = typename Param::Working;
+  using From = Operands<Param, Grad, Mu, Nu>;
 
-  Elements<Param, kParam, n> p;
+  Elements<Param, kParam, n, finite> p;
   Elements<Grad, kParam, n> g;
-  Elements<Mu, kMu, n> mu;
-  Elements<Nu, kNu, n> nu;
+  Elements<Mu, kMu, n, finite> mu;
+  Elements<Nu, kNu, n, finite> nu;
 
-  template <class From>
-  FUSED_OPTIM_DEVICE void read_exponents(const From& from, int i) {
-    mu.read_exponent(from.mu, i);
-    nu.read_exponent(from.nu, i);
-  }
-
-  template <class From>
   FUSED_OPTIM_DEVICE void read(const From& from, int i) {
     p.read(from.p, i);
     g.read(from.g, i);
@@ -424,22 +352,19 @@ struct Neighbours {
     asm volatile("" ::: "memory");  // all of it before anything else, so that reads wait together
   }
 
-  // `i`: the first one's index in the chunk. Returns whether a new value is special, where no block says so.
-  template <class Number, class From>
-  FUSED_OPTIM_DEVICE bool update(const From& operands, int i) {
-    p.begin(operands.begin + i, operands.place);
-    mu.begin(operands.begin + i, operands.place);
-    nu.begin(operands.begin + i, operands.place);
+  // Returns whether a new value is special, where no block says so.
+  template <bool usual>
+  FUSED_OPTIM_DEVICE bool update(const From& operands) {
+    // Not while they are read, when these words take registers.
+    if constexpr (Param::random == kPhilox) p.words = philox(p.group, p.place);
     Coefficients<T> c = operands.c;
     c.grad_divisor.is_one = c.bias_correction1.is_one = c.bias_correction1_next.is_one = c.bias_correction2.is_one = 0;
+    using Number = std::conditional_t<usual, Usual, T>;
     c.nesterov = operands.stage == kNesterov;
-    if constexpr (!std::is_same<Number, Usual>::value) return update_each<T>(c);
-    c.nesterov = 1;
-    if (operands.stage == kNesterov) return update_each<Usual>(c);
-    c.nesterov = 0;
-    if (operands.stage == kEarly) return update_each<Usual>(c);
+    if (!usual || c.nesterov) return update_each<Number>(c);
+    if (operands.stage == kEarly) return update_each<Number>(c);
     c.bias_correction1.is_one = c.bias_correction2.is_one = 1;
-    return update_each<Usual>(c);
+    return update_each<Number>(c);
   }
 
  private:
@@ -460,11 +385,12 @@ struct Neighbours {
         grad = grad * c.grad_factor;
       }
       step<Rule>(new_p, grad, new_mu, new_nu, c);
-      p.value[k] = value_of(new_p);
-      mu.value[k] = value_of(new_mu);
-      nu.value[k] = value_of(new_nu);
+      p.value[k] = static_cast<T>(new_p);
+      mu.value[k] = static_cast<T>(new_mu);
+      nu.value[k] = static_cast<T>(new_nu);
       special |= p.is_special(k) | mu.is_special(k) | nu.is_special(k);
       p.encode(k);
+      if constexpr (kBlocked<Mu>) continue;  // the block's exponent is not known yet
       mu.encode(k);
       nu.encode(k);
     }
@@ -476,28 +402,26 @@ struct Neighbours {
 template <class T, class... Codec>
 constexpr int kNeighbours = ((sizeof(typename Codec::Stored) < 4) || ...) ? 8 : kLongest / sizeof(T);
 
-// A thread's `n` elements from `i` on of a full chunk. Where some lane of the warp has a special value it writes nothing
+// A thread's `n` elements from `i` on of a full chunk. Where a lane of the warp has a special value it writes nothing
 // and returns false, or, where all is float32, steps them once more: a moment that no gradient comes to any more decays
 // to a subnormal number and stays there. (With other parameters the kernels spill 16 to 32 bytes.) Float64 has none.
 template <class Rule, int n, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE bool step_neighbours(const Operands<Param, Grad, Mu, Nu>& operands, int i) {
-  using T = typename Param::Working;
-  constexpr bool usual = kUsual<T, n>;
-  std::conditional_t<Mu::low_precision, Neighbours<Rule, Finite<Param>, Grad, Finite<Mu>, Finite<Nu>, n>,
-                     Neighbours<Rule, Param, Grad, Mu, Nu, n>>
-      x;
-  x.read_exponents(operands, i);
+  constexpr bool usual = std::is_same<typename Param::Working, float>::value;
+  Neighbours<Rule, n, Mu::low_precision, Param, Grad, Mu, Nu> x;
+  x.mu.read_exponent(operands.mu, i);
+  x.nu.read_exponent(operands.nu, i);
   x.read(operands, i);
   bool special = x.mu.has_special_codes() | x.nu.has_special_codes();
-  special |= x.template update<std::conditional_t<usual, Usual, T>>(operands, i);
+  special |= x.template update<usual>(operands);
   const uint32_t mu_largest = x.mu.largest(), nu_largest = x.nu.largest();
   special |= maximum(mu_largest, nu_largest) >= bits_of(kUsualLimit);
   if (usual && __any_sync(kAllLanes, special)) {
     if constexpr (n == 8) return false;
-    x.template update<T>(operands, i);
+    x.template update<false>(operands);
   }
   // What is written needs no register any more, and mu's codec takes the most. Else some kernels spill 8 to 24 bytes.
-  x.p.write(operands.p, i, 0);
+  x.p.write(operands.p, i);
   x.nu.write(operands.nu, i, largest_of_lanes<Nu::block / n>(nu_largest));
   x.mu.write(operands.mu, i, largest_of_lanes<Mu::block / n>(mu_largest));
   return true;
@@ -512,19 +436,20 @@ constexpr int kSpan = kBlocked<Mu> ? kBlockElements : kLanes;
 template <class Rule, class Param, class Grad, class Mu, class Nu>
 FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands, int first, int end, int stride,
                                    int lane) {
-  Neighbours<Rule, Param, Grad, Mu, Nu, 1> x;
+  Neighbours<Rule, 1, false, Param, Grad, Mu, Nu> x;
 #pragma unroll 1
   for (; first < end; first += stride) {
     uint32_t mu_largest = 0, nu_largest = 0;
-    x.read_exponents(operands, first);
+    x.mu.read_exponent(operands.mu, first);
+    x.nu.read_exponent(operands.nu, first);
 #pragma unroll 1
     for (bool write = !kBlocked<Mu>;; write = true) {
 #pragma unroll 1
       for (int i = first + lane; i < first + kSpan<Mu> && i < end; i += kLanes) {
         x.read(operands, i);
-        x.template update<typename Param::Working>(operands, i);
+        x.template update<false>(operands);
         if (write) {
-          x.p.write(operands.p, i, 0);
+          x.p.write(operands.p, i);
           x.mu.write(operands.mu, i, mu_largest);
           x.nu.write(operands.nu, i, nu_largest);
         } else {
@@ -544,7 +469,7 @@ FUSED_OPTIM_DEVICE void step_spans(const Operands<Param, Grad, Mu, Nu>& operands
 template <class T>
 constexpr int kResidentBlocks = sizeof(T) == 8 ? 3 : 4;
 
-// A block steps a chunk; one more writes the step numbers.
+// A block steps a chunk; one more writes the new step numbers, which no other block reads.
 template <class Rule, class Param, class Grad, class Mu, class Nu>
 __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Working>)
     step_kernel(const CudaTask task) {
@@ -555,19 +480,26 @@ __global__ void __launch_bounds__(kThreads, kResidentBlocks<typename Param::Work
   constexpr int n = kNeighbours<T, Param, Grad, Mu, Nu>, round = kThreads * n, span = kSpan<Mu>;
   static_assert(kChunk % round == 0, "a chunk must be whole rounds of all threads");
   static_assert(kLanes * n % span == 0, "a warp's neighbours must be whole spans");
-  if (block == task.n_chunks) return advance_counters<T>(task, thread);
+  const auto* const coefficients = static_cast<const Coefficients<T>*>(task.coefficients);
+  if (block == task.n_chunks) {
+    if (skips(task)) return;
+#pragma unroll 1
+    for (int64_t i = thread; i < task.n_counters; i += kThreads)
+      *global<int64_t>(task.counters[i].step) = read_only(&coefficients[i].count);
+    return;
+  }
   // Asked for first and looked at last: the read hides behind those of the table.
   const bool skip = skips(task);
   const Chunk chunk = read_only(task.chunks + block);
   const Row row = read_only(task.rows + chunk.row);
-  const Coefficients<T> c = read_only(static_cast<const Coefficients<T>*>(task.coefficients) + row.counter);
+  const Coefficients<T> c = read_only(coefficients + row.counter);
   if (skip) return;
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kChunk;
+  const Place place{c.count, static_cast<uint64_t>(row.key)};
   const Operands<Param, Grad, Mu, Nu> operands{
-      {row.param, row.param_aux, begin}, {read_only(task.grads + chunk.row), 0, begin},
-      {row.mu, row.mu_aux, begin}, {row.nu, row.nu_aux, begin},
-      begin + row.offset, {c.count, static_cast<uint64_t>(row.key)}, c,
+      {row.param, row.param_aux, begin, row.offset, place}, {read_only(task.grads + chunk.row), 0, begin},
+      {row.mu, row.mu_aux, begin, row.offset, place}, {row.nu, row.nu_aux, begin, row.offset, place}, c,
       c.nesterov ? kNesterov : c.bias_correction1.is_one && c.bias_correction2.is_one ? kLate : kEarly};
   const int lane = thread % kLanes;
   int i = thread * n;
@@ -604,10 +536,16 @@ FUSED_OPTIM_DEVICE double tree_sum(double (&lanes)[kNormEach]) {
   return sum;
 }
 
-template <class T>
-FUSED_OPTIM_DEVICE void add_square(double& sum, T x, const Divisor<T>& scale) {
-  const double wide = static_cast<double>(scale.value == T(1) ? x : x / scale.value);
-  sum += wide * wide;
+template <int n, class Grad, class T>
+FUSED_OPTIM_DEVICE void add_squares(double* lanes, const Array<Grad>& g, int i, T scale) {
+  Elements<Grad, kParam, n> x;
+  x.read(g, i);
+#pragma unroll
+  for (int k = 0; k < n; ++k) {
+    x.decode(k);
+    const double wide = static_cast<double>(scale == T(1) ? x.value[k] : x.value[k] / scale);
+    lanes[k] += wide * wide;
+  }
 }
 
 template <class Grad>
@@ -621,31 +559,18 @@ __global__ void __launch_bounds__(kThreads) square_sums_kernel(const NormTask ta
   const bool full = chunk.chunk >= 0;
   const int64_t begin = (full ? chunk.chunk : ~chunk.chunk) * kNormChunk;
   const Array<Grad> g(read_only(task.grads + chunk.row), 0, begin);
-  const Divisor<T> scale = divisor(task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale)));
+  const T scale = task.grad_scale == nullptr ? T(1) : static_cast<T>(read_only(task.grad_scale));
   double lanes[kNormEach] = {};
   if (full) {
 #pragma unroll 4
-    for (int i = lane * kNormEach; i < kNormChunk; i += kNormLanes) {
-      Elements<Grad, kParam, kNormEach> x;
-      x.read(g, i);
-#pragma unroll
-      for (int k = 0; k < kNormEach; ++k) {
-        x.decode(k);
-        add_square(lanes[k], x.value[k], scale);
-      }
-    }
+    for (int i = lane * kNormEach; i < kNormChunk; i += kNormLanes) add_squares<kNormEach>(lanes, g, i, scale);
   } else {
     const int length = static_cast<int>(row.numel - begin < kNormChunk ? row.numel - begin : kNormChunk);
 #pragma unroll 1
     for (int i = lane * kNormEach; i < length; i += kNormLanes) {
 #pragma unroll
-      for (int k = 0; k < kNormEach; ++k) {
-        Elements<Grad, kParam, 1> x;
-        if (i + k >= length) continue;
-        x.read(g, i + k);
-        x.decode(0);
-        add_square(lanes[k], x.value[0], scale);
-      }
+      for (int k = 0; k < kNormEach; ++k)
+        if (i + k < length) add_squares<1>(lanes + k, g, i + k, scale);
     }
   }
   const double sum = tree_sum(lanes);

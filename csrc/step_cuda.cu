@@ -60,9 +60,8 @@ void step_cuda(const Names& names, const CudaTask& task, int64_t stream) {
 }
 
 void square_sums_cuda(const char* grad, const NormTask& task, int64_t stream) {
-  using NormKernel = void (*)(NormTask);
-  const auto kernel = with_name<NormKernel>(
-      GradCodecs{}, grad, [](auto codec) -> NormKernel { return square_sums_kernel<decltype(codec)>; });
+  const auto kernel = with_name<void (*)(NormTask)>(
+      GradCodecs{}, grad, [](auto codec) { return square_sums_kernel<decltype(codec)>; });
   if (kernel == nullptr) throw std::invalid_argument(std::string("no CUDA code for gradients in ") + grad);
   if (task.n_chunks == 0) return;
   const int64_t blocks = (task.n_chunks + kNormWarps - 1) / kNormWarps;

@@ -128,43 +128,25 @@ FUSED_OPTIM_HD uint32_t largest_of(Words values) {
 
 template <class Stored>
 FUSED_OPTIM_HD void write_vector(Stored* to, Words values) {
-  if constexpr (sizeof(Stored) == 2)
-    write_halves(to, values);
-  else
-    write_bytes(to, values);
+  sizeof(Stored) == 2 ? write_halves(to, values) : write_bytes(to, values);
 }
 
-// The first `n` of a vector alone, one or more. A call of memcpy for each operand of a tensor of one
-// element takes longer than its step.
-template <class Stored>
-FUSED_OPTIM_HD void copy_from(Stored* part, const Stored* from, int64_t n) {
-#if FUSED_OPTIM_VECTOR_BYTES == 64
-  const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n * sizeof(Stored)), from);
-  memcpy(part, &bytes, kSize<Stored> * sizeof(Stored));
-#else
-  memset(part, 0, kSize<Stored> * sizeof(Stored));
-  memcpy(part, from, n * sizeof(Stored));
-#endif
-}
-template <class Stored>
-FUSED_OPTIM_HD void copy_to(Stored* to, const Stored* part, int64_t n) {
-#if FUSED_OPTIM_VECTOR_BYTES == 64
-  __m512i bytes = _mm512_setzero_si512();
-  memcpy(&bytes, part, kSize<Stored> * sizeof(Stored));
-  _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - n * sizeof(Stored)), bytes);
-#else
-  memcpy(to, part, n * sizeof(Stored));
-#endif
-}
-
-// How many elements of a vector there are: all, or, at a tensor's end, some. Then the others are zero, or not written.
+// How many elements of a vector there are: all, or, at a tensor's end, some, at least one. Then the others are zero, or
+// not written.
 struct All {};
 
+// Of some by AVX-512's masks: a call of memcpy for each operand of a tensor of one element takes longer than its step.
 template <bool upper_halves = false, class Stored, class Count>
 FUSED_OPTIM_HD auto read_vector(const Stored* from, Count n) {
   Stored part[kSize<Stored>];
   if constexpr (!std::is_same<Count, All>::value) {
-    copy_from(part, from, n);
+#if FUSED_OPTIM_VECTOR_BYTES == 64
+    const __m512i bytes = _mm512_maskz_loadu_epi8(~uint64_t{0} >> (64 - n * sizeof(Stored)), from);
+    memcpy(part, &bytes, sizeof(part));
+#else
+    memset(part, 0, sizeof(part));
+    memcpy(part, from, n * sizeof(Stored));
+#endif
     from = part;
   }
   if constexpr (upper_halves)
@@ -181,7 +163,15 @@ FUSED_OPTIM_HD void write_vector(Stored* to, Vector values, Count n) {
     write_upper_halves(whole, values);
   else
     write_vector(whole, values);
-  if constexpr (!std::is_same<Count, All>::value) copy_to(to, part, n);
+  if constexpr (!std::is_same<Count, All>::value) {
+#if FUSED_OPTIM_VECTOR_BYTES == 64
+    __m512i bytes = _mm512_setzero_si512();
+    memcpy(&bytes, part, sizeof(part));
+    _mm512_mask_storeu_epi8(to, ~uint64_t{0} >> (64 - n * sizeof(Stored)), bytes);
+#else
+    memcpy(to, part, n * sizeof(Stored));
+#endif
+  }
 }
 
 // `x` with zeros in the place of what is not there.

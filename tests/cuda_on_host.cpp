@@ -131,6 +131,15 @@ double __shfl_xor_sync(unsigned lanes, double x, int difference) {
   return x;
 }
 
+template <class T>
+T __ldg(const T* p) {
+  T x;
+  std::memcpy(&x, p, sizeof(x));  // what lies there may be of another type
+  return x;
+}
+
+void* __cvta_global_to_generic(size_t address) { return reinterpret_cast<void*>(address); }
+
 int n_yes = 0;  // votes of warps
 
 int __any_sync(unsigned lanes, int x) {
@@ -186,11 +195,11 @@ int yes_votes() {
   return n;
 }
 
-// How many magnitudes, of `n` tried under each exponent, Finite<E4M3> stores otherwise than E4M3 does with the least
+// How many magnitudes, of `n` tried under each exponent, FiniteE4M3 stores otherwise than E4M3 does with the least
 // random bits that round it up, or with one less.
 int64_t e4m3_differences(int64_t n) {
   using fused_optim::E4M3;
-  using FiniteE4M3 = fused_optim::Finite<E4M3>;
+  using fused_optim::FiniteE4M3;
   std::mt19937 generator(0);
   const auto word = [&] { return static_cast<uint32_t>(generator()); };
   int64_t differences = 0;
@@ -204,7 +213,7 @@ int64_t e4m3_differences(int64_t n) {
       for (uint32_t step = random / 2; step > 0; step /= 2)
         if (E4M3::store(x, (random - step) << 12, exponent) != code) random -= step;
       for (const uint32_t bits : {random, random - 1})
-        if (bits < 1u << 20) differences += FiniteE4M3::store(x, bits << 12, exponent) != E4M3::store(x, bits << 12, exponent);
+        if (bits < 1u << 20) differences += FiniteE4M3::store<true>(x, bits << 12, exponent) != E4M3::store(x, bits << 12, exponent);
     }
   }
   return differences;
