@@ -5,7 +5,6 @@
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
-#include <iterator>
 #include <string>
 #include <vector>
 
@@ -56,9 +55,8 @@ class Addresses {
 
   // `objects`: those expected in the lists of parameters and in the state, as they are met.
   int ask(py::list params, py::list held, py::list objects, py::list param_lists, py::dict state) {
-    if (!same_objects(objects.ptr(), param_lists, state.ptr())) return kChanged;
     next_ = 0;
-    return ask_tensors(params.ptr(), held.ptr());
+    return same_objects(objects.ptr(), param_lists, state.ptr()) ? ask_tensors(params.ptr(), held.ptr()) : kChanged;
   }
 
  private:
@@ -116,21 +114,20 @@ class Addresses {
     }
     address_ = reinterpret_cast<int64_t>(d.data) + static_cast<int64_t>(d.byte_offset);
     const int64_t kind[] = {d.ndim, d.dtype.code << 8 | d.dtype.bits, d.device_type, d.device_id};
-    const bool all = same(kind, std::size(kind)) && same(d.shape, d.ndim) && same(d.strides, d.ndim);
+    const bool all = same(kind, 4) && same(d.shape, d.ndim) && same(d.strides, d.ndim);
     constexpr int kFloat = 2, kComplex = 5;
     // A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
     if (all && (d.dtype.code == kComplex || (d.ndim == 0 && d.dtype.code == kFloat))) {
       const py::handle tensor(t);
       const int64_t lazy[] = {tensor.attr("is_conj")().cast<bool>(), tensor.attr("is_neg")().cast<bool>()};
-      return same(lazy, std::size(lazy));
+      return same(lazy, 2);
     }
     return all;
   }
 
-  // Of freed memory the address is the tensor's offset in its storage, which is below this.
+  // Of freed memory the address is the tensor's offset in its storage, which is smaller than addresses are.
   static bool freed(const py::object& t, int64_t address) {
-    constexpr int64_t kLowestAddress = int64_t{1} << 40;
-    return address < kLowestAddress && t.attr("numel")().cast<int64_t>() != 0 &&
+    return address < int64_t{1} << 40 && t.attr("numel")().cast<int64_t>() != 0 &&
            t.attr("untyped_storage")().attr("data_ptr")().cast<int64_t>() == 0;
   }
 

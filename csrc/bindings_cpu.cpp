@@ -46,13 +46,10 @@ const Isa& isa_named(const std::string& name) {
   throw std::invalid_argument("no CPU code for instruction set '" + name + "'");
 }
 
-struct Task;
-
 // What stays the same while a batch lives.
 struct Prepared : Table {
-  void (*run)(const Task&);
   StepElements step_elements;
-  bool grad_is_own;
+  bool grad_is_own, in_float64;
   int64_t chunk_size;
 };
 
@@ -154,14 +151,14 @@ py::capsule prepare(const std::string& isa, const NameStrings& strings, int64_t 
   const StepElements step_elements = isa_named(isa).find(names);
   if (step_elements == nullptr) throw std::invalid_argument("no CPU code for " + text_of(names));
   return kept(std::make_unique<Prepared>(
-      Prepared{bit_cast<Table>(table), same(names.mu, Fp64::name) ? run<double> : run<float>, step_elements,
-               !same(names.grad, Fp32::name), chunk_size}));
+      Prepared{bit_cast<Table>(table), step_elements, !same(names.grad, Fp32::name), same(names.mu, Fp64::name),
+               chunk_size}));
 }
 
 void step_cpu(const py::capsule& prepared, int64_t hyper, double grad_scale, double grad_factor, int threads) {
   const Task task{*prepared.get_pointer<Prepared>(), reinterpret_cast<const Hyperparameters*>(hyper), grad_scale,
                   grad_factor, threads};
-  without_interpreter([&] { task.run(task); });
+  without_interpreter([&] { task.in_float64 ? run<double>(task) : run<float>(task); });
 }
 
 void square_sums(const std::string& isa, const std::string& grad, const std::array<int64_t, 6>& fields, int threads) {
