@@ -157,7 +157,7 @@ class FusedOptimizer(StateAccess):
             self._captured += [self._plan, self._hyper.on_device, *(dict(b.on_device) for _, b in batches)]
         self._hyper.read(groups, count)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
-        given = (common["seed"], scale is not None, found_inf is not None)
+        given = (common["seed"], self._hyper.shape, scale is not None, found_inf is not None)
         # Forgotten until it is whole: an interrupted refresh leaves rows with addresses of before.
         plan, self._plan = self._plan, None
         if plan is None or not plan.refresh(groups, self.state, given, capturing):

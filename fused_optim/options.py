@@ -271,10 +271,12 @@ class HyperparameterTable:
 
     def __init__(self) -> None:
         self._read: list[Any] = []
+        self.shape: list[Any] = []  # how many parameters each group has, and which of them decay
         self._rows = torch.empty(0, device="cpu")
         self.on_device: dict[torch.device, Tensor] = {}
         self._device_lrs = False  # whether a learning rate is on a GPU
-        self._steady: dict[torch.device, Inputs] = {}  # what each step is given, where it is always the same
+        # For these devices, what each step is given, where it is always the same.
+        self._steady: tuple[set[torch.device] | None, dict[torch.device, Inputs]] = None, {}
 
     def read(self, groups: list[Group], count: int) -> None:
         """Take the groups' numbers as they are now, of callables at ``count``. They are checked where they
@@ -282,7 +284,8 @@ class HyperparameterTable:
         if any(group.get("schedules") for group in groups):
             run_schedules(groups, count)
         read: list[list[Any]] = [
-            [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _BESIDE_LR)]
+            [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _BESIDE_LR),
+             len(group["params"]), (mask := group["weight_decay_mask"]) and tuple(mask)]
             for i, group in enumerate(groups)
         ]
         if read == self._read:
@@ -291,11 +294,12 @@ class HyperparameterTable:
             check_group(group, where_of(i))
         rows = [
             Hyperparameters(*(number or 0.0 for number in (lr, decay, *betas, *others)))
-            for lr, betas, weight_decay, *others, _ in read
+            for lr, betas, weight_decay, *others, _, _, _ in read
             for decay in (weight_decay, 0.0)
         ]
         # Forgotten until it is whole: it may be interrupted.
-        self._read, self.on_device, self._steady = [], {}, {}
+        self._read, self.on_device, self._steady = [], {}, (None, {})
+        self.shape = [about[-2:] for about in read]
         self._device_lrs = any(lr is None for lr, *_ in read)
         self._rows = torch.tensor(rows, dtype=torch.float64, device="cpu")
         self._read = [[lr, copy.copy(betas), *others] for lr, betas, *others in read]  # betas may be a list
@@ -304,12 +308,12 @@ class HyperparameterTable:
         self, groups: list[Group], devices: set[torch.device], *amp: Tensor | None
     ) -> dict[torch.device, Inputs]:
         """What a step is given on each of these devices, with grad_scale and found_inf."""
-        if amp == (None, None) and self._steady.keys() == devices:
-            return self._steady
+        if amp == (None, None) and self._steady[0] is devices:
+            return self._steady[1]
         inputs = {device: self._on(device, groups, *amp) for device in devices}
         # On a GPU another stream may ask, and a learning rate there may be another one each time.
         steady = amp == (None, None) and not self._device_lrs and all(d.type == "cpu" for d in devices)
-        self._steady = inputs if steady else {}
+        self._steady = (devices, inputs) if steady else (None, {})
         return inputs
 
     def _on(self, device: torch.device, groups: list[Group], *amp: Tensor | None) -> Inputs:

@@ -23,7 +23,8 @@ from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import Batch, BatchKey, Operands
 
-Given = tuple[int, bool, bool]  # the seed, and whether there are grad_scale and found_inf
+# The seed, how many parameters the groups have and which decay, and whether there are grad_scale and found_inf.
+Given = tuple[int, list[Any], bool, bool]
 
 
 @dataclass(frozen=True)
@@ -104,7 +105,7 @@ class Plan:
         for o in items:
             by_key[o.key].append(o)
         for key in by_key:
-            backends[key.device].load(key, *given[1:], settings.clips)
+            backends[key.device].load(key, *given[2:], settings.clips)
         made = {o.source: o.state for o in items}
         others = {p: s for p, s in state.items() if isinstance(s, dict) and p not in made}
         _share_steps(items, list(others.values()), backends)
@@ -122,7 +123,7 @@ class Plan:
         self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped, mesh) if clips else None
         self._stepped = {o.source: o.grad_optional for o in items}
         self.addresses = addresses.Addresses([group["params"] for group in groups], state, self._stepped)
-        self._depends_on = (given, _shape_of(groups))
+        self._depends_on = given
         self._flat = flat if settings.flatten else None
         self._find_present()
 
@@ -138,7 +139,7 @@ class Plan:
         """Whether this plan still describes the optimizer. Gradients that have moved are followed: in
         the table, or into their slots in a flat buffer. Those that came or went are, unless a CUDA graph
         captures the step: the tables that change then would be made at each replay."""
-        if self._depends_on != (given, _shape_of(groups)):
+        if self._depends_on != given:
             return False
         params = [group["params"] for group in groups]
         answer = self.addresses.ask(params, state)
@@ -154,10 +155,6 @@ class Plan:
             if self.addresses.ask(params, state) == addresses.CHANGED:
                 return False
         return all(batch.follow(self.addresses.grads, toggled) for _, batch in self.batches)
-
-
-def _shape_of(groups: list[Group]) -> list[Any]:  # how many parameters, and which of them decay
-    return [(len(g["params"]), g["weight_decay_mask"] and tuple(g["weight_decay_mask"])) for g in groups]
 
 
 def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int) -> list[Operands]:

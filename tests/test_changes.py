@@ -212,6 +212,8 @@ CHANGES: dict[str, str] = {
     # Groups.
     "parameters reordered": "[group['params'].reverse() for group in groups]",
     "parameter moved to another group": "w.move(d); w.move(f)",
+    "a group's last in the next": "groups[0]['weight_decay_mask'] = groups[-1]['weight_decay_mask'] = None; w.step(); "
+    "[groups[-1][k].insert(0, groups[0][k].pop()) for k in ('params', 'param_names') if len(groups[0][k]) > 1]",
     "group removed": "[s.pop(p) for p in groups[0]['params'] if len(groups) > 1]; del groups[:-1]",
     "groups reversed": "groups.reverse()",
     "groups another list": "o.param_groups = [dict(group) for group in groups]",
