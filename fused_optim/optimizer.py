@@ -96,6 +96,7 @@ class FusedOptimizer(StateAccess):
     def _reset(self) -> None:  # to what can be worked out again
         self._plan, self._flat, self._hyper = None, FlatLayout(), options.HyperparameterTable()
         self._captured = []
+        self._replaced: list[Any] = []  # in a capture
 
     @property
     def _step_supports_amp_scaling(self) -> bool:  # what torch.amp.GradScaler asks for
@@ -151,10 +152,12 @@ class FusedOptimizer(StateAccess):
         capturing = has_gpu and torch.cuda.is_current_stream_capturing()
         if capturing:
             options.check_capture(groups)
-            # Kept, since what changes replaces it. The events of pinned memory that is freed in a capture belong to
-            # its graph, and torch fails where it asks them later.
+            # What changes is replaced. The events of pinned memory that is freed in a capture belong to its graph, and
+            # torch fails where it asks them later.
             batches = () if self._plan is None else self._plan.batches
-            self._captured += [self._plan, self._hyper.on_device, *(dict(b.on_device) for _, b in batches)]
+            self._replaced += [self._plan, self._hyper.on_device, *(dict(b.on_device) for _, b in batches)]
+        elif self._replaced:
+            self._replaced = []
         self._hyper.read(groups, count)
         scale, found_inf = getattr(self, "grad_scale", None), getattr(self, "found_inf", None)
         given = (common["seed"], self._hyper.shape, scale is not None, found_inf is not None)
@@ -167,14 +170,15 @@ class FusedOptimizer(StateAccess):
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
             plan = Plan(groups, self.state, self._settings, given, self._flat, self.skipped)
-        self._plan = plan
-        inputs = self._hyper.inputs(groups, plan.devices, scale, found_inf)
-        for batch in plan.copied:
-            batch.load_copies()
-        if plan.clipping is not None:
-            self.skipped = plan.clipping.skipped
-            inputs, self.grad_norm = plan.clipping(inputs)
+        self._plan, versioned = plan, list[Tensor]()
         try:
+            inputs = self._hyper.inputs(groups, plan.devices, scale, found_inf)
+            for batch in plan.copied:
+                batch.load_copies()
+            if plan.clipping is not None:
+                self.skipped = plan.clipping.skipped
+                inputs, self.grad_norm = plan.clipping(inputs)
+            versioned = plan.versioned
             for backend, batch in plan.live:
                 try:
                     backend.step(batch, inputs[batch.key.device])
@@ -183,14 +187,15 @@ class FusedOptimizer(StateAccess):
                         finish(batch.store_copies)
         finally:
             # A backward pass through an older graph must notice, whatever interrupted the loop.
-            increment_version(plan.versioned)
-        if capturing:
-            # The graph uses these at each replay, and what parameters' memory is now.
-            self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
-            self._captured += [p.detach() for p in plan.versioned]
-            self._hyper.on_device = {}
-            for _, batch in plan.live:
-                batch.on_device = valid_now(batch.on_device)
+            increment_version(versioned)
+            if capturing:
+                # The graph uses these at each replay, and what parameters' memory is now. What it uploads has its
+                # values only then.
+                self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
+                self._captured += [p.detach() for p in plan.versioned]
+                self._hyper.on_device = {}
+                for _, batch in plan.live:
+                    batch.on_device = valid_now(batch.on_device)
         for group in groups:
             group["count"] = min(count + 1, MAX_COUNT)
         return loss

@@ -69,15 +69,19 @@ def valid_now(held: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key: t for key, t in held.items() if not vars(t).get("captured", False)}
 
 
-def tables_on(batch: Batch, *names: str, **others: Callable[[], Tensor]) -> list[Tensor]:
-    """Of a batch's tables, which are its attributes, those named, in the memory of its device; and ``others``."""
-    makes = {name: partial(getattr, batch, name) for name in names}
-    return uploaded(batch.on_device, batch.key.device, makes | others)
+def tables_on(batch: Batch, *names: str) -> list[Tensor]:
+    """Of a batch's tables, which are its attributes, those named, in the memory of its device."""
+    return uploaded(batch.on_device, batch.key.device, {name: partial(getattr, batch, name) for name in names})
 
 
 def table_on(batch: Batch, chunk_size: int) -> list[Tensor]:
-    """The batch's rows, gradients, counters and chunks in the memory of its device. Chunks, 26 MiB of them for
+    """The batch's rows, gradients, chunks and counters in the memory of its device. Chunks, 26 MiB of them for
     seven billion parameters, are made there."""
     held = batch.on_device
-    chunks = lambda: batch.chunks_of(held["rows"], held["grads"], chunk_size)
-    return tables_on(batch, "rows", "grads", "counters", chunks=chunks)
+    makes: dict[str, Callable[[], Tensor]] = {
+        "rows": lambda: batch.rows,
+        "grads": lambda: batch.grads,
+        "chunks": lambda: batch.chunks_of(held["rows"], held["grads"], chunk_size),
+        "counters": lambda: batch.counters,
+    }
+    return uploaded(held, batch.key.device, makes)

@@ -136,9 +136,9 @@ def _cuda_step(batch: Batch, inputs: Inputs) -> None:
     device = batch.key.device
     size = len(batch.counters) * cuda.coefficients_bytes
     coefficients = torch.empty(size, dtype=torch.uint8, device=device)
-    rows, grads, counters, chunks = table_on(batch, cuda.chunk_size)
+    *tables, counters = table_on(batch, cuda.chunk_size)
     hyper, *optional = map(_address, inputs)
-    task = *_fields(rows, grads, chunks), *_fields(counters), hyper, coefficients.data_ptr(), *optional
+    task = *_fields(*tables), *_fields(counters), hyper, coefficients.data_ptr(), *optional
     with _current(device):
         cuda.step(batch.names, task, _stream(device))
 

@@ -67,12 +67,12 @@ def _step(batch: Batch, inputs: Inputs) -> None:
     if batch.prepared[:1] != (given,):  # not looked up each step: a key's hash is of all that its formats say
         batch.prepared = given, *_load(batch.key, *given)
     _, constants, prologue, step = batch.prepared
-    rows, grads, counters, chunks = table_on(batch, constants["CHUNK"])
+    *tables, counters = table_on(batch, constants["CHUNK"])
     size = counters.shape[0] * kernels.COEFFICIENT_COLUMNS.value
     coefficients = torch.empty(size, dtype=batch.key.param.working, device=device)
     with torch.accelerator.device_index(device.index):
         kernels.launch_prologue(prologue, counters, *inputs, coefficients)
-        kernels.launch_step(step, rows, grads, chunks, counters, coefficients, constants)
+        kernels.launch_step(step, *tables, counters, coefficients, constants)
 
 
 # The norm's kernels are loaded when they are launched: before anything is written.
