@@ -8,7 +8,6 @@ constexpr bool kOpenMP = false;
 
 #include <pybind11/stl.h>
 
-#include <algorithm>
 #include <atomic>
 #include <exception>
 #include <memory>
@@ -66,18 +65,6 @@ void prefetch(const Table& table, int32_t i) {
     for (int64_t i = 0; i < 256; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(operand) + i, 1);
 }
 
-template <class T>
-void step_chunks(const Task& task, const std::vector<Coefficients<T>>& of_counters, int64_t k, int64_t last) {
-  for (; k < last; ++k) {
-    if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row) prefetch(task, task.chunks[k + 2].row);
-    const Chunk chunk = task.chunks[k];
-    const Row& row = task.rows[chunk.row];
-    const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * task.chunk_size;
-    task.step_elements(row, task.grads[chunk.row], begin, minimum(begin + task.chunk_size, row.numel),
-                       task.grad_is_own, &of_counters[row.counter]);
-  }
-}
-
 // Calls `body(k, last)` for portions of `n` chunks. A thread takes several at a time, so that ten thousand tiny tensors
 // do not mean ten thousand requests for work. Each begins with a share of its own, the same in every step, which its
 // core's cache may still hold, and then helps the others: a core may be busy with something else.
@@ -113,8 +100,16 @@ void run(const Task& task) {
     of_counters[i] = coefficients<T>(task.hyper[task.counters[i].hyper], count, static_cast<T>(task.grad_scale),
                                      static_cast<T>(task.grad_factor));
   }
-  in_portions(task.n_chunks, task.threads,
-              [&](int64_t k, int64_t last) { step_chunks(task, of_counters, k, last); });
+  in_portions(task.n_chunks, task.threads, [&](int64_t k, int64_t last) {
+    for (; k < last; ++k) {
+      if (k + 2 < last && task.chunks[k + 2].row != task.chunks[k + 1].row) prefetch(task, task.chunks[k + 2].row);
+      const Chunk chunk = task.chunks[k];
+      const Row& row = task.rows[chunk.row];
+      const int64_t begin = (chunk.chunk < 0 ? ~chunk.chunk : chunk.chunk) * task.chunk_size;
+      task.step_elements(row, task.grads[chunk.row], begin, minimum(begin + task.chunk_size, row.numel),
+                         task.grad_is_own, &of_counters[row.counter]);
+    }
+  });
   // Last, so that what is thrown before leaves them true.
   for (int64_t i = 0; i < task.n_counters; ++i) {
     int64_t& count = *reinterpret_cast<int64_t*>(task.counters[i].step);

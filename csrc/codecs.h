@@ -9,7 +9,7 @@
 //                        for finite codes, of split ones except for a zero with a negative remainder
 //   store(x, random, aux)  what to store. Where block is 1, it sets `aux`; else `aux` is the block exponent,
 //                        which `exponent_of` makes of the largest `magnitude` in the block. Where `low_precision`,
-//                        store<true> takes fewer operations where `finite_magnitude` is below kFiniteLimit.
+//                        store<true> is fewer operations, for a `finite_magnitude` below kFiniteLimit
 //   is_upper_half        what is stored is 16 bits that are the upper halves of words
 //
 // Values, integers and random bits are single numbers or vectors of them, see numbers.h. What is stored comes and goes

@@ -243,7 +243,7 @@ struct Elements {
   PhiloxWords words;
   typename Codec::Working value[n];
 
-  static_assert(n == 1 || n == 8 || Codec::random != kPhilox, "Philox serves eight neighbours at once");
+  static_assert(Codec::random != kPhilox || (operand == kParam && (n == 1 || n == 8)), "Philox: parameters, by eight");
 
   FUSED_OPTIM_DEVICE uint32_t random(int k) const {
     if constexpr (Codec::random == kDither) return dither(index + static_cast<uint32_t>(k), place, operand);
@@ -362,7 +362,7 @@ struct Neighbours {
     using Number = std::conditional_t<usual, Usual, T>;
     c.nesterov = operands.stage == kNesterov;
     if (!usual || c.nesterov) return update_each<Number>(c);
-    if (operands.stage == kEarly) return update_each<Number>(c);
+    if (operands.stage == kEarly) return update_each<Number>(c);  // apart: here nesterov is known to be 0
     c.bias_correction1.is_one = c.bias_correction2.is_one = 1;
     return update_each<Number>(c);
   }

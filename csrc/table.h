@@ -22,7 +22,7 @@ struct Counter {
   int64_t hyper;
 };
 
-// These and what derives of them fused_optim/backends/native.py gives as integers, in this order.
+// This, CudaTask and NormTask fused_optim/backends/native.py gives as integers, in this order.
 struct Table {
   const Row* rows;
   const int64_t* grads;  // each row's gradient
