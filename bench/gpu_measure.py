@@ -18,8 +18,8 @@ import torch
 from . import environment, report
 from .measure import Record, figures, head
 from .plan import Comparison
-from .providers import LAYOUTS, TORCH
-from .worker import PROVIDERS, Case, Clock, checked_and_made, failure, make_groups
+from .providers import LAYOUTS, OURS, TORCH
+from .worker import LATE, PROVIDERS, Case, Clock, checked_and_made, failure, make_groups, set_count
 from .workloads import fitted, workload
 
 FOREACH, FLASH = "torch AdamW foreach", "flashoptim AdamW"
@@ -75,10 +75,13 @@ def answer(case: Case, clock: Clock, rounds: int) -> Record:
 def step_each(device: str) -> None:
     """One step of a large tensor by each kernel that is worth a look."""
     load = fitted(workload("2^26"), 2**26 if device == "cuda" else 2**16)
-    for backend in ("triton", "cuda") if device == "cuda" else ("cpu",):
-        for format, dtype in (("fp32", "float32"), ("split8-8bit", "bfloat16")):
-            case = Case(load, dtype, device, f"AdaBelief {backend} {format} list")
-            PROVIDERS[case.provider].make(make_groups(case)).step()
+    for ours in (p for p in OURS if (p.rule, p.layout) == ("adabelief", "list")):
+        dtype = {"fp32": "float32", "split8-8bit": "bfloat16"}.get(ours.format, "")
+        if ours.why_not(device, dtype, 1) is None:
+            made = ours.make(make_groups(Case(load, dtype, device, ours.name)))
+            made.init_state()
+            set_count(made, LATE)
+            made.step()
 
 
 def main(device: str, path: str) -> int:

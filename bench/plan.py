@@ -4,7 +4,7 @@ import os
 import statistics
 import subprocess
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 
 from .environment import free_memory
@@ -91,13 +91,11 @@ def everything(device: str) -> list[Comparison]:
 @contextmanager
 def spinning(processes: int) -> Iterator[None]:
     """Processes that use a core each, until the block ends."""
-    started = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(processes)]
-    try:
+    with ExitStack() as stack:
+        for _ in range(processes):
+            process = stack.enter_context(subprocess.Popen(["sh", "-c", "while :; do :; done"]))
+            stack.callback(process.kill)
         yield
-    finally:
-        for process in started:
-            process.kill()
-            process.wait()
 
 
 def in_turns(cases: Sequence[Case], processes: int, effort: Effort) -> list[Record]:

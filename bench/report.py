@@ -78,7 +78,8 @@ def step_rows(records: Sequence[Record]) -> list[list[str]]:
         row = [f"{title}, {dtype}"]
         for rule in OUR_RULES:
             best = next((r for r in lines if (r["rule"], r["format"], r["layout"]) == (rule, *kind)), None)
-            row.append(f"{number(best['median'])} ({best.get('of_roofline', 0):.2f})" if best else "")
+            share = f" ({best['of_roofline']:.2f})" if best and "of_roofline" in best else ""
+            row.append(number(best["median"]) + share if best else "")
         peers = {r["provider"]: number(r["median"]) for r in lines if not r["loop"] and not r["rule"]}
         rows.append([*row, *(peers.get(name, "") for name in (TORCH, DEEPSPEED))])
     return rows

@@ -77,7 +77,7 @@ def test_memory_runs_out(
     library = built_once(tmp_path_factory, "failing_allocations", build) / "failing.so"
     code = f"import test_faults; test_faults.fail_every_allocation(*{case!r})"
     failed = int(in_a_process(code, LD_PRELOAD=str(library)))
-    assert failed >= 3  # a step like the one before: coefficients, and what threads share
+    assert failed > (2 if case[3] else 5)  # a step like one before has coefficients, and what threads share
     record_property("allocations failed", failed)
 
 
