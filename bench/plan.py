@@ -79,7 +79,7 @@ def everything(device: str) -> list[Comparison]:
     return [
         *main,
         *HOST,
-        *(Comparison(n, peers=FAST_PEERS) for n in ("2^16", "2^20", "10x64", "100x64", "1000x64")),
+        *(Comparison(n, peers=FAST_PEERS, starts=3) for n in ("2^16", "2^20", "10x64", "100x64", "1000x64")),
         Comparison("lora", layouts=LAYOUTS, peers=FAST_PEERS),
         Comparison("llama-7b", layouts=LAYOUTS, peers=FAST_PEERS, starts=3),
         Comparison("2^24", formats=formats),  # with all peers, of which some take seconds for a large step

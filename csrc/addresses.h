@@ -109,7 +109,7 @@ class Addresses {
   bool same_tensor(PyObject* t) {
     // 10,000 tensors take a third less where their metadata, which lie around their shapes, are asked for three tensors
     // ahead. Nothing is read there: they may be gone.
-    for (int line = -64; asked_ + 3 < shapes_.size() && line <= 64; line += 64)
+    for (int line = -64; asked_ + 3 < shapes_.size() && line <= 128; line += 64)
       __builtin_prefetch(reinterpret_cast<const void*>(shapes_[asked_ + 3] + line));
     ++asked_;
     DLTensor d;
