@@ -12,8 +12,8 @@ from .measure import Record
 from .providers import DEEPSPEED, OUR_RULES, TORCH
 
 RESULTS = ROOT / "bench" / "results"
-SHOWN = re.compile(r"2\^(26|28|30)|gpt2|10000x64|500-groups")
-"""Workloads in the README."""
+SHOWN = re.compile(r"2\^(26|28|30) .*|(gpt2|10000x64|500-groups) float32")
+"""Workloads in the README, with their dtypes."""
 
 
 def write(path: Path, environment: dict[str, Any], records: Sequence[Record]) -> None:
@@ -71,7 +71,7 @@ def step_rows(records: Sequence[Record]) -> list[list[str]]:
     """One row a comparison: each rule as a list of tensors, on the fastest backend; with bfloat16
     parameters the moments have as many bits, as torch's do."""
     rows = []
-    steps = (r for r in records if r["measure"] == "step" and SHOWN.fullmatch(r["workload"]))
+    steps = (r for r in records if r["measure"] == "step" and SHOWN.fullmatch(f"{r['workload']} {r['dtype']}"))
     for (title, dtype), group in groupby(steps, lambda r: (r["title"], r["dtype"])):
         lines = sorted((r for r in group if "median" in r), key=lambda r: r["median"])
         kind = ("bf16" if dtype == "bfloat16" else "fp32", "list")
