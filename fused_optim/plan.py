@@ -125,6 +125,7 @@ class Plan:
         self.addresses = addresses.Addresses([group["params"] for group in groups], state, self._stepped)
         self._depends_on = given
         self._flat = flat if settings.flatten else None
+        self._copied_at_replays: list[Tensor | None] = []  # gradients; those of a graph that captured this step
         self._find_present()
 
     def _find_present(self) -> None:
@@ -151,6 +152,8 @@ class Plan:
         if toggled:
             self._find_present()
         if self._flat is not None:
+            if capturing:
+                self._copied_at_replays += [p.grad for p in self._present]
             self._flat.take_grads(self._present)
             if self.addresses.ask(params, state) == addresses.CHANGED:
                 return False

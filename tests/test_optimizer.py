@@ -462,6 +462,16 @@ def test_new_tensors_after_a_capture_are_warned_of(
     REPLACES[what](copied, copied.param_groups[0]["params"][0])  # nothing was captured of it
 
 
+def test_a_capture_keeps_the_gradients_that_it_copies(make: Make, flatten: bool) -> None:
+    """Into flat slots, that is: each replay copies them again."""
+    params, optimizer = trained(make, 1, flatten=flatten)
+    params[0].grad = grad = params[0].grad.clone()
+    kept = weakref.ref(grad)
+    del grad
+    captured_step(optimizer)
+    assert kept() is not None
+
+
 def test_a_step_of_nothing_is_a_step() -> None:
     """A learning rate of 0, gradients of 0 and no state ask for states at the very first step alone."""
     p = torch.nn.Parameter(torch.ones(3))
