@@ -113,7 +113,7 @@ class Clock:
     def __init__(self, device: str) -> None:
         self.gpu = device == "cuda"
         self.other = torch.zeros(2**27, dtype=torch.uint8, device=device)
-        # A GPU that was idle takes a tenth of a second to raise its clocks.
+        # So many, since a GPU that was idle first raises its clocks.
         self.fill = self.once(lambda: self.other.add_(1), 2000)[0] if self.gpu else 0.0
 
     def once(self, start: Callable[[], Any], fills: int) -> tuple[float, float]:

@@ -164,7 +164,9 @@ def test_special_values(host: Host, rule: str, formats: Formats) -> None:
 def test_all_codes_under_all_exponents(host: Host, grad_exponents: tuple[int, int]) -> None:
     host.library.yes_votes()
     worlds.check_all_codes_under_all_exponents(host, grad_exponents)
-    assert grad_exponents != (-20, 20) or host.library.yes_votes() < 3 * 240 / 2, "most warps take the fast path"
+    # Of 720 warps, those that step once more: for tiny numerators, and for values from 2^40 on.
+    most = {(-149, -20): 663, (-20, 20): 312, (20, 126): 713}
+    assert host.library.yes_votes() <= most[grad_exponents]
 
 
 def test_e4m3_is_rounded_as_on_the_cpu(host: Host) -> None:
