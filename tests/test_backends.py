@@ -192,7 +192,7 @@ def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     held: dict[str, Tensor] = {}
 
     def upload(key: str) -> Tensor:
-        return uploaded(held, torch.device("cuda:0"), {key: lambda: torch.ones(2)})[0]
+        return uploaded(held, torch.device("cuda:0"), [key], lambda _: torch.ones(2))[0]
 
     first = upload("before")
     for now["stream"] in (1, 2, 1):

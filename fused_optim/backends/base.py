@@ -1,6 +1,6 @@
 """What a backend is, and how a table gets to its device."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -43,15 +43,15 @@ class Backend:
 
 
 def uploaded(
-    held: dict[Any, Tensor], device: torch.device, makes: Mapping[Any, Callable[[], Tensor]]
-) -> list[Tensor]:  # fmt: skip
-    """``held[key]`` for each key of ``makes``, on ``device``, made in this order where it is missing; the host
-    does not wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
+    held: dict[Any, Tensor], device: torch.device, keys: Iterable[Any], make: Callable[[Any], Tensor]
+) -> list[Tensor]:
+    """``held[key]`` for each of ``keys``, on ``device``, made in this order where it is missing; the host does not
+    wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
-    for key, make in makes.items():
+    for key in keys:
         if key not in held:
-            made = source = make()
+            made = source = make(key)
             if device.type != source.device.type:
                 pinned = source.pin_memory()
                 made = pinned.to(device, non_blocking=True)
@@ -61,7 +61,7 @@ def uploaded(
             held[key] = made
         elif stream is not None and not capturing and stream != vars(held[key])["stream"]:
             held[key].record_stream(stream)
-    return [held[key] for key in makes]
+    return [held[key] for key in keys]
 
 
 def valid_now(held: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -71,17 +71,20 @@ def valid_now(held: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def tables_on(batch: Batch, *names: str) -> list[Tensor]:
     """Of a batch's tables, which are its attributes, those named, in the memory of its device."""
-    return uploaded(batch.on_device, batch.key.device, {name: partial(getattr, batch, name) for name in names})
+    return uploaded(batch.on_device, batch.key.device, names, partial(getattr, batch))
 
 
-def table_on(batch: Batch, chunk_size: int) -> list[Tensor]:
-    """The batch's rows, gradients, chunks and counters in the memory of its device. Chunks, 26 MiB of them for
-    seven billion parameters, are made there."""
-    held = batch.on_device
-    makes: dict[str, Callable[[], Tensor]] = {
-        "rows": lambda: batch.rows,
-        "grads": lambda: batch.grads,
-        "chunks": lambda: batch.chunks_of(held["rows"], held["grads"], chunk_size),
-        "counters": lambda: batch.counters,
-    }
-    return uploaded(held, batch.key.device, makes)
+def table_on(batch: Batch, chunk_size: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
+    """The batch's rows, gradients, chunks and counters in the memory of its device, and memory for each counter's
+    coefficients. Chunks, 26 MiB of them for seven billion parameters, are made there."""
+    held, device = batch.on_device, batch.key.device
+
+    def make(name: str) -> Tensor:
+        if name == "chunks":
+            return batch.chunks_of(held["rows"], held["grads"], chunk_size)
+        if name == "coefficients":
+            return torch.empty(len(batch.counters) * columns, dtype=dtype, device=device)
+        table: Tensor = getattr(batch, name)
+        return table
+
+    return uploaded(held, device, ("rows", "grads", "chunks", "counters", "coefficients"), make)

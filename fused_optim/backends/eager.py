@@ -14,7 +14,7 @@ from .base import Backend, Inputs, uploaded
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     key, items = batch.key, [o for o in batch.items if o.grad is not None]
-    [rows] = uploaded(batch.on_device, key.device, {"hyper": lambda: int64_tensor([o.hyper_row for o in items])})
+    [rows] = uploaded(batch.on_device, key.device, ["hyper"], lambda _: int64_tensor([o.hyper_row for o in items]))
     count = (torch.stack([o.state["step"] for o in items]) + 1).clamp(max=MAX_COUNT)
     columns = coefficients(inputs.hyper[rows], count, key.param.working, inputs.grad_scale, inputs.clip)
     for o, t, *row in zip(items, count, *columns):
@@ -39,7 +39,7 @@ def _write(new: list[tuple[Tensor, Tensor]], skips: list[Tensor]) -> None:
 
 @torch.no_grad()
 def square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-    [place] = uploaded(batch.on_device, sums.device, {"places": lambda: batch.norm_chunks[:, 2].long()})
+    [place] = uploaded(batch.on_device, sums.device, ["places"], lambda _: batch.norm_chunks[:, 2].long())
     new = []
     for o in batch.items:
         assert o.grad is not None  # a plan that clips has none that is missing

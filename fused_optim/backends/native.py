@@ -132,11 +132,8 @@ def _stream(device: torch.device) -> int:
 
 
 def _cuda_step(batch: Batch, inputs: Inputs) -> None:
-    cuda = extension("_cuda")[0]
-    device = batch.key.device
-    size = len(batch.counters) * cuda.coefficients_bytes
-    coefficients = torch.empty(size, dtype=torch.uint8, device=device)
-    *tables, counters = table_on(batch, cuda.chunk_size)
+    cuda, device = extension("_cuda")[0], batch.key.device
+    *tables, counters, coefficients = table_on(batch, cuda.chunk_size, cuda.coefficients_bytes, torch.uint8)
     hyper, *optional = map(_address, inputs)
     task = *_fields(*tables), *_fields(counters), hyper, coefficients.data_ptr(), *optional
     with _current(device):

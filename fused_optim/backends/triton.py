@@ -63,16 +63,14 @@ def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> tuple[An
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
-    kernels, device, given = _kernels(), batch.key.device, tuple(t is not None for t in inputs[1:])
+    kernels, key, given = _kernels(), batch.key, tuple(t is not None for t in inputs[1:])
     if batch.prepared[:1] != (given,):  # not looked up each step: a key's hash is of all that its formats say
-        batch.prepared = given, *_load(batch.key, *given)
+        batch.prepared = given, *_load(key, *given)
     _, constants, prologue, step = batch.prepared
-    *tables, counters = table_on(batch, constants["CHUNK"])
-    size = counters.shape[0] * kernels.COEFFICIENT_COLUMNS.value
-    coefficients = torch.empty(size, dtype=batch.key.param.working, device=device)
-    with torch.accelerator.device_index(device.index):
-        kernels.launch_prologue(prologue, counters, *inputs, coefficients)
-        kernels.launch_step(step, *tables, counters, coefficients, constants)
+    table = table_on(batch, constants["CHUNK"], kernels.COEFFICIENT_COLUMNS.value, key.param.working)
+    with torch.accelerator.device_index(key.device.index):
+        kernels.launch_prologue(prologue, table[3], *inputs, table[4])
+        kernels.launch_step(step, *table, constants)
 
 
 # The norm's kernels are loaded when they are launched: before anything is written.
