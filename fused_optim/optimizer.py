@@ -170,7 +170,8 @@ class FusedOptimizer(StateAccess):
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
             plan = Plan(groups, self.state, self._settings, given, self._flat, self.skipped)
-        self._plan, versioned = plan, list[Tensor]()
+        self._plan = plan
+        versioned: list[Tensor] = []
         try:
             inputs = self._hyper.inputs(groups, plan.devices, scale, found_inf)
             for batch in plan.copied:

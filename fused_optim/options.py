@@ -281,13 +281,16 @@ class HyperparameterTable:
     def read(self, groups: list[Group], count: int) -> None:
         """Take the groups' numbers as they are now, of callables at ``count``. They are checked where they
         have changed."""
-        if any(group.get("schedules") for group in groups):
-            run_schedules(groups, count)
-        read: list[list[Any]] = [
-            [lr if type(lr := group["lr"]) is float else lr_value(lr, where_of(i)), *map(group.get, _BESIDE_LR),
-             len(group["params"]), (mask := group["weight_decay_mask"]) and tuple(mask)]
-            for i, group in enumerate(groups)
-        ]
+        for group in groups:
+            if group.get("schedules"):
+                run_schedules(groups, count)
+                break
+        read: list[list[Any]] = []
+        for group in groups:
+            lr, mask = group["lr"], group["weight_decay_mask"]
+            lr = lr if type(lr) is float else lr_value(lr, where_of(len(read)))
+            shape = len(group["params"]), mask and tuple(mask)
+            read.append([lr, *map(group.get, _BESIDE_LR), *shape])
         if read == self._read:
             return
         for i, group in enumerate(groups):
