@@ -31,89 +31,89 @@ struct DLPackExchangeAPI {
   int (*dltensor_from_py_object_no_sync)(void* py_object, DLTensor* out);
 };
 
-// What fused_optim/addresses.py compares. It keeps numbers alone: the objects are in lists that Python keeps, where its
-// garbage collector sees them, and gives to each call.
+// What fused_optim/addresses.py compares. It keeps numbers alone, so that nothing lives on that is replaced.
 class Addresses {
  public:
   enum Answer { kChanged = 0, kSame = 1, kGradsMoved = 2, kGradsToggled = 3 };
   enum Kind : char { kNotStepped = 0, kGradNeeded = 1, kGradOptional = 2 };
 
-  // `held`: the tensors in the state, each once. `kinds`: a Kind for each parameter.
-  // `grads`: where the gradients' addresses are kept, int64 for each parameter that is stepped.
-  Addresses(py::list params, py::list held, std::string kinds, int64_t grads)
-      : kinds_(std::move(kinds)), grads_(reinterpret_cast<int64_t*>(grads)) {
+  // `kinds`: a Kind for each parameter. `asked`: for each item of the states, whether it is a tensor that did not come
+  // before. `grads`: where the gradients' addresses are kept, int64 for each parameter that is stepped.
+  Addresses(const py::list& param_lists, const py::dict& state, std::string kinds, std::string asked, int64_t grads)
+      : kinds_(std::move(kinds)), asked_(std::move(asked)), grads_(reinterpret_cast<int64_t*>(grads)) {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
     api_ = py::capsule(tensor.attr("__dlpack_c_exchange_api__"));
-    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr ||
-        ask_tensors(params.ptr(), held.ptr()) == kChanged)
+    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr || ask(param_lists, state) == kChanged)
       api_ = nullptr;
     remembering_ = false;
   }
 
   bool works() const { return api_ != nullptr; }
 
-  // `objects`: those expected in the lists of parameters and in the state, as they are met.
-  int ask(py::list params, py::list held, py::list objects, py::list param_lists, py::dict state) {
-    next_ = asked_ = 0;
-    return same_objects(objects.ptr(), param_lists, state.ptr()) ? ask_tensors(params.ptr(), held.ptr()) : kChanged;
+  int ask(const py::list& param_lists, const py::dict& state) {
+    next_ = shape_ = 0;
+    const Answer answer = ask_params(param_lists);
+    return answer != kChanged && same_state(state.ptr()) && next_ == numbers_.size() ? answer : kChanged;
   }
 
  private:
-  static bool same_objects(PyObject* objects, const py::list& param_lists, PyObject* state) {
-    Py_ssize_t n = 0;
-    const auto is_next = [&](PyObject* object) {
-      return n < PyList_GET_SIZE(objects) && PyList_GET_ITEM(objects, n++) == object;
-    };
-    for (py::handle list : param_lists) {
-      if (!PyList_Check(list.ptr())) return false;
-      for (Py_ssize_t i = 0; i < PyList_GET_SIZE(list.ptr()); ++i)
-        if (!is_next(PyList_GET_ITEM(list.ptr(), i))) return false;
-    }
-    PyObject *key, *value, *name, *held;
-    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
-      if (!is_next(key) || !is_next(value)) return false;
-      if (!PyDict_Check(value)) continue;
-      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &held);)
-        if (!is_next(name) || !is_next(held)) return false;
-    }
-    return n == PyList_GET_SIZE(objects);
-  }
-
-  Answer ask_tensors(PyObject* params, PyObject* held) {
+  Answer ask_params(const py::list& param_lists) {
     Answer answer = kSame;
-    size_t stepped = 0;
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(params); ++i) {
-      PyObject* const p = PyList_GET_ITEM(params, i);
-      const py::object grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(p, grad_.ptr()));
-      if (!grad) throw py::error_already_set();
-      const bool missing = grad.is_none();
-      if (kinds_[i] == kNotStepped ? !missing : missing && kinds_[i] != kGradOptional) return kChanged;
-      if (kinds_[i] == kNotStepped) continue;
-      if (!same_tensor(p) || !same(&address_, 1)) return kChanged;
-      // A gradient that is missing is like its parameter, and of its address the lowest bits stay.
-      if (!same_tensor(missing ? p : grad.ptr())) return kChanged;
-      int64_t& known = grads_[stepped++];
-      const int64_t address = missing ? known % 16 : address_;
-      if (remembering_ || address == known) continue;
-      if ((address ^ known) % 16 != 0 || (!missing && freed(grad, address))) return kChanged;
-      if (answer != kGradsToggled) answer = missing || known < 16 ? kGradsToggled : kGradsMoved;
-      known = address;
+    size_t i = 0, stepped = 0;
+    for (py::handle list : param_lists) {
+      if (!PyList_Check(list.ptr())) return kChanged;
+      for (Py_ssize_t j = 0; j < PyList_GET_SIZE(list.ptr()); ++j, ++i) {
+        const auto p = py::reinterpret_borrow<py::object>(PyList_GET_ITEM(list.ptr(), j));
+        if (i == kinds_.size() || !same_object(p.ptr())) return kChanged;
+        const auto grad = py::reinterpret_steal<py::object>(PyObject_GetAttr(p.ptr(), grad_.ptr()));
+        if (!grad) throw py::error_already_set();
+        const bool missing = grad.is_none();
+        if (kinds_[i] == kNotStepped ? !missing : missing && kinds_[i] != kGradOptional) return kChanged;
+        if (kinds_[i] == kNotStepped) continue;
+        if (!same_tensor(p) || !same(&address_, 1)) return kChanged;
+        // A gradient that is missing is like its parameter, and of its address the lowest bits stay.
+        if (!same_tensor(missing ? p : grad)) return kChanged;
+        int64_t& known = grads_[stepped++];
+        const int64_t address = missing ? known % 16 : address_;
+        if (remembering_ || address == known) continue;
+        if ((address ^ known) % 16 != 0 || (!missing && freed(grad, address))) return kChanged;
+        if (answer != kGradsToggled) answer = missing || known < 16 ? kGradsToggled : kGradsMoved;
+        known = address;
+      }
     }
-    for (Py_ssize_t i = 0; i < PyList_GET_SIZE(held); ++i)
-      if (!same_tensor(PyList_GET_ITEM(held, i)) || !same(&address_, 1)) return kChanged;
     return answer;
   }
 
+  bool same_state(PyObject* state) {
+    size_t i = 0;
+    PyObject *key, *value, *name, *item;
+    for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
+      if (!same_object(key) || !same_object(value)) return false;
+      if (!PyDict_Check(value)) continue;
+      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item); ++i) {
+        if (i == asked_.size() || !same_object(name) || !same_object(item)) return false;
+        if (asked_[i] && !(same_tensor(py::reinterpret_borrow<py::object>(item)) && same(&address_, 1))) return false;
+      }
+    }
+    return true;
+  }
+
+  // Another object may have got the place of one that is gone: then all that matters of it is asked anyway.
+  bool same_object(PyObject* object) {
+    const auto id = static_cast<int64_t>(reinterpret_cast<intptr_t>(object));
+    return same(&id, 1);
+  }
+
   // Whether a tensor is as remembered but for its address, which is left in address_.
-  bool same_tensor(PyObject* t) {
+  bool same_tensor(const py::object& tensor) {
     // 10,000 tensors take a third less where their metadata, which lie around their shapes, are asked for three tensors
     // ahead. Nothing is read there: they may be gone.
-    for (int line = -64; asked_ + 3 < shapes_.size() && line <= 128; line += 64)
-      __builtin_prefetch(reinterpret_cast<const void*>(shapes_[asked_ + 3] + line));
-    ++asked_;
+    for (int line = -64; shape_ + 3 < shapes_.size() && line <= 128; line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(shapes_[shape_ + 3] + line));
+    ++shape_;
     DLTensor d;
-    if (api_->dltensor_from_py_object_no_sync(t, &d) != 0) {
+    if (api_->dltensor_from_py_object_no_sync(tensor.ptr(), &d) != 0) {
       PyErr_Clear();
       return false;
     }
@@ -124,7 +124,6 @@ class Addresses {
     constexpr int kFloat = 2, kComplex = 5;
     // A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
     if (d.dtype.code != kComplex && (d.ndim != 0 || d.dtype.code != kFloat)) return true;
-    const py::handle tensor(t);
     const int64_t lazy[] = {tensor.attr("is_conj")().cast<bool>(), tensor.attr("is_neg")().cast<bool>()};
     return same(lazy, 2);
   }
@@ -137,10 +136,7 @@ class Addresses {
 
   // Whether these numbers are the next that are remembered, or remembers them.
   bool same(const int64_t* numbers, size_t n) {
-    if (remembering_) {
-      numbers_.insert(numbers_.end(), numbers, numbers + n);
-      return true;
-    }
+    if (remembering_) numbers_.insert(numbers_.end(), numbers, numbers + n);
     if (n > numbers_.size() - next_) return false;
     for (size_t i = 0; i < n; ++i)  // std::equal calls memcmp, which for so few takes longer
       if (numbers[i] != numbers_[next_ + i]) return false;
@@ -148,14 +144,14 @@ class Addresses {
     return true;
   }
 
-  const std::string kinds_;
+  const std::string kinds_, asked_;
   int64_t* grads_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_ = nullptr;
   bool remembering_ = true;
   std::vector<int64_t> numbers_;
   std::vector<intptr_t> shapes_;
-  size_t next_ = 0, asked_ = 0;
+  size_t next_ = 0, shape_ = 0;  // of the numbers and the shapes, the next ones
   int64_t address_ = 0;  // of the tensor that was asked last
 };
 

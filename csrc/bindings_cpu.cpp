@@ -184,13 +184,13 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("step", &step_cpu);
   m.def("square_sums", &square_sums);
   // None where it does not work.
-  m.def("addresses", [](py::list params, py::list held, std::string kinds, int64_t grads) -> py::object {
-    auto made = std::make_unique<Addresses>(std::move(params), std::move(held), std::move(kinds), grads);
+  m.def("addresses", [](const py::list& param_lists, const py::dict& state, std::string kinds, std::string asked,
+                        int64_t grads) -> py::object {
+    auto made = std::make_unique<Addresses>(param_lists, state, std::move(kinds), std::move(asked), grads);
     return made->works() ? py::object(kept(std::move(made))) : py::none();
   });
-  m.def("ask", [](const py::capsule& addresses, py::list params, py::list held, py::list objects,
-                  py::list param_lists, py::dict state) {
-    return addresses.get_pointer<Addresses>()->ask(params, held, objects, param_lists, state);
+  m.def("ask", [](const py::capsule& addresses, const py::list& param_lists, const py::dict& state) {
+    return addresses.get_pointer<Addresses>()->ask(param_lists, state);
   });
   m.attr("openmp") = kOpenMP;
   m.attr("compiler") = __VERSION__;

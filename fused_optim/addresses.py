@@ -3,8 +3,8 @@ tensor is moved, replaced or freed. So each step asks all of them, through docum
 where it was built (``csrc/addresses.h``), else here."""
 
 from functools import partial
-from itertools import chain
-from operator import gt, is_
+from itertools import chain, compress
+from operator import gt
 from typing import Any
 
 from torch import Tensor
@@ -26,43 +26,40 @@ def _objects(lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]
 
 
 class Addresses:
-    """The tensors in an optimizer's lists of parameters and in its state, and where they are."""
+    """Where the tensors are that are in an optimizer's lists of parameters and in its state. Objects are known by
+    their ids, so that nothing lives on that is replaced: trainers offload states between two steps."""
 
     def __init__(self, lists: list[list[Tensor]], state: dict[Any, Any], stepped: dict[Tensor, bool]) -> None:
         """``lists``: of parameters. ``stepped``: those that have a gradient, True for what may be without it."""
-        self._objects = _objects(lists, state)
-        params, values = self._objects[0], self._objects[-1]
-        held = list({id(v): v for v in values if isinstance(v, Tensor)}.values())
+        objects = _objects(lists, state)
+        self._ids = [list(map(id, same_kind)) for same_kind in objects]
+        params, values = objects[0], objects[-1]
+        first = dict(zip(reversed(self._ids[-1]), reversed(range(len(values)))))
+        self._asked = bytes(isinstance(v, Tensor) and first[id(v)] == i for i, v in enumerate(values))
         self._stepped, self._optional = list(stepped), list(stepped.values())
         self._unstepped = [p for p in params if p not in stepped]
-        self._fixed = [*stepped, *held]
+        fixed = [*stepped, *compress(values, self._asked)]
         # A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
-        self._distributed = any(map(is_distributed, self._fixed))
-        self._may_be_lazy = [t for t in self._fixed if t.is_complex() or t.dim() == 0]
-        self._seen = self._look()
+        self._distributed = any(map(is_distributed, fixed))
+        self._may_be_lazy = [t.is_complex() or t.dim() == 0 for t in fixed]
+        self._seen = self._look(fixed)
         self._seen[-1] = [0 if gone else place for gone, place in zip(*self._seen[-2:])]
         # Where gradients are, kept up to date. Of one that is missing: the remainder by 16 of where it was.
         self.grads = int64_tensor(self._seen[-1])
         cpu = extension("_cpu")[0]
         self._ask_native = None
         if cpu and not self._distributed:
-            # In C++ there are numbers alone. The objects stay here, where Python's garbage collector sees them.
-            items = ((k, s, *(chain(*s.items()) if isinstance(s, dict) else ())) for k, s in state.items())
-            known = params, held, [*params, *chain.from_iterable(items)]
             kinds = bytes(1 + stepped[p] if p in stepped else 0 for p in params)
-            native = cpu.addresses(params, held, kinds, self.grads.data_ptr())
-            self._ask_native = native and partial(cpu.ask, native, *known)
-            # While a tensor is Python's alone, torch takes the interpreter's lock to ask about it; a view is another
-            # owner. Of 148 parameters' states it saves 8 us in 74.
-            self._views = [t.view_as(t) for t in held] if native else []
+            native = cpu.addresses(lists, state, kinds, self._asked, self.grads.data_ptr())
+            self._ask_native = native and partial(cpu.ask, native)
 
-    def _look(self) -> list[Any]:
-        """What parameters, states and gradients are like and where they are; last, where gradients are. A
-        gradient that is missing is like its parameter."""
+    def _look(self, fixed: list[Any]) -> list[Any]:
+        """What parameters and states, which are ``fixed``, and gradients are like and where they are; last, where
+        gradients are. A gradient that is missing is like its parameter."""
         grads = [p.grad for p in self._stepped]
         missing = [g is None for g in grads]
         like = [p if g is None else g for p, g in zip(self._stepped, grads)]
-        tensors: list[Any] = [*self._fixed, *like]
+        tensors = [*fixed, *like]
         placements = []
         if self._distributed:
             placements = [t.placements for t in tensors if is_distributed(t)]
@@ -72,18 +69,19 @@ class Addresses:
         except RuntimeError:  # a sparse gradient has none
             return []
         kinds = [[t.dtype for t in tensors], [t.shape for t in tensors], strides]
-        lazy = [is_lazy(local(t)) for p in self._may_be_lazy for t in (p, p if p.grad is None else p.grad)]
-        n = len(self._fixed)
+        may_be_lazy = compress(fixed, self._may_be_lazy)
+        lazy = [is_lazy(local(t)) for p in may_be_lazy for t in (p, p if p.grad is None else p.grad)]
+        n = len(fixed)
         return [*kinds, lazy, placements, places[:n], missing, places[n:]]
 
     def ask(self, lists: list[list[Tensor]], state: dict[Any, Any]) -> int:
         """Whether all is where it was; gradients of the same kind that have only moved are followed."""
         if self._ask_native is not None:
             return int(self._ask_native(lists, state))
-        for now, before in zip(_objects(lists, state), self._objects):
-            if len(now) != len(before) or not all(map(is_, now, before)):
-                return CHANGED
-        *seen, missing, places = self._look() or [None, [], []]
+        objects = _objects(lists, state)
+        if [list(map(id, same_kind)) for same_kind in objects] != self._ids:
+            return CHANGED
+        *seen, missing, places = self._look([*self._stepped, *compress(objects[-1], self._asked)]) or [None, [], []]
         *known, was_missing, before = self._seen
         if seen != known or any(p.grad is not None for p in self._unstepped) or any(map(gt, missing, self._optional)):
             return CHANGED

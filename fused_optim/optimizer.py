@@ -169,6 +169,7 @@ class FusedOptimizer(StateAccess):
                     "a step that a CUDA graph captures must be like the one before it: make one before with "
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
+            plan = None  # which may hold states of before
             plan = Plan(groups, self.state, self._settings, given, self._flat, self.skipped)
         self._plan = plan
         versioned: list[Tensor] = []
@@ -193,6 +194,7 @@ class FusedOptimizer(StateAccess):
                 # The graph uses these at each replay, and what parameters' memory is now. What it uploads has its
                 # values only then.
                 self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
+                self._captured += map(copy.copy, self.state.values())
                 self._captured += [p.detach() for p in plan.versioned]
                 self._hyper.on_device = {}
                 for _, batch in plan.live:

@@ -200,8 +200,9 @@ def _operands_of(
     offset = settings.offset_of(name, p)
     # With copies of the parameter, or a norm, a missing gradient would have to be known in more places than tables.
     like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
-    optional = like_param and dense is local(p) and dense.numel() > 0 and not settings.clips
-    return Operands(name, p, dense, grad_copy, made, key, row, random, offset, number, grad_optional=optional)
+    param_copy = None if dense is local(p) else dense
+    optional = like_param and param_copy is None and dense.numel() > 0 and not settings.clips
+    return Operands(name, p, param_copy, grad_copy, made, key, row, random, offset, number, grad_optional=optional)
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:

@@ -72,7 +72,7 @@ class Operands:
 
     name: str
     source: Tensor  # the parameter as the user has it, which may be a DTensor, as may be its state
-    dense: Tensor  # what is here of it, or memory for a dense copy of that
+    param_copy: Tensor | None  # memory for a dense copy of it, where kernels cannot walk its own
     grad_copy: Tensor | None  # memory for the gradient, where kernels cannot read its own
     state: dict[str, Any]
     key: BatchKey
@@ -82,6 +82,12 @@ class Operands:
     number: int = 0  # among the parameters that are stepped
     slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
     grad_optional: bool = False  # whether the same batch serves for steps in which the gradient is missing
+
+    @property
+    def dense(self) -> Tensor:
+        """What kernels walk: what is here of the parameter, or the copy of it."""
+        here: Tensor = local(self.source) if self.param_copy is None else self.param_copy
+        return here
 
     @property
     def grad(self) -> Tensor | None:
@@ -132,7 +138,7 @@ class Batch:
         self.key = key
         self.names = key.names
         self.items = items
-        self._copied = [o for o in items if o.dense is not local(o.source)]
+        self._copied = [(o, o.param_copy) for o in items if o.param_copy is not None]
         self._copied_grads = [(o, o.grad_copy) for o in items if o.grad_copy is not None]
         self.has_copies = bool(self._copied or self._copied_grads)
         rows: list[list[int]] = []
@@ -171,15 +177,15 @@ class Batch:
 
     @torch.no_grad()
     def load_copies(self) -> None:  # of what kernels cannot walk as it is
-        for o in self._copied:
-            o.dense.copy_(local(o.source))
+        for o, copy in self._copied:
+            copy.copy_(local(o.source))
         for o, copy in self._copied_grads:
             copy.copy_(gradient_of(o.source))
 
     @torch.no_grad()
     def store_copies(self) -> None:
-        for o in self._copied:
-            local(o.source).copy_(o.dense)
+        for o, copy in self._copied:
+            local(o.source).copy_(copy)
 
     def follow(self, grads: Tensor, toggled: bool) -> bool:
         """Take the addresses of gradients that have moved: those of all parameters that are stepped. Where some
@@ -204,7 +210,7 @@ class Batch:
 
     def tensors(self) -> list[Tensor]:
         """The table, on the host and on the device, and the dense copies."""
-        copies = [*(o.dense for o in self._copied), *(copy for _, copy in self._copied_grads)]
+        copies = [copy for _, copy in (*self._copied, *self._copied_grads)]
         tables = [self.rows, self.grads, self.counters, self.norm_chunks, *self._chunks.values()]
         return [*tables, *self.on_device.values(), *copies]
 

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import traceback
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -38,6 +39,8 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, StateDictType, fully_sh
 from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
+
+from fused_optim.layout import local
 
 FORMATS: dict[str, tuple[torch.dtype, dict[str, Any]]] = {
     "fp32": (F32, {}),
@@ -252,6 +255,24 @@ def each_backend_steps_shards(folder: Path) -> None:
             steps(model, optimizer, 3)
         assert_same_bits(*(values_of(model) for model, _ in trainers), format)
         assert_same_bits(*(state_of(optimizer) for _, optimizer in trainers), format)
+
+
+@check
+def what_is_offloaded_is_let_go(folder: Path) -> None:
+    """Between two steps: nothing keeps the memory of before, and the next steps are the same."""
+    (model, optimizer), (twin, single) = (trainer("fp32", of) for of in (sharded, small_model))
+    steps(model, optimizer, 2)
+    steps(twin, single, 2)
+    tensors = [t for p in model.parameters() for t in (p, *optimizer.state[p].values())]
+    gone = [weakref.ref(local(t)) for t in tensors]
+    del tensors
+    for state in optimizer.state.values():
+        state.update({key: t.clone() for key, t in state.items()})
+    model.double().float()
+    assert not any(t() is not None for t in gone)
+    steps(model, optimizer, 2, first=2)
+    steps(twin, single, 2, first=2)
+    assert_same_bits(values_of(model), values_of(twin))
 
 
 @check

@@ -412,6 +412,17 @@ def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
             assert_same_bits(snapshot(optimizer), plain, str(options))
 
 
+def test_what_is_replaced_is_let_go(make: Make, judge: Judge) -> None:
+    """States that are offloaded between two steps leave their memory at once."""
+    _, optimizer = trained(make, 2)
+    gone = []
+    for state in optimizer.state.values():
+        gone += map(weakref.ref, state.values())
+        state.update({key: t.clone() for key, t in state.items()})
+    assert not any(t() is not None for t in gone)
+    judge.train(optimizer, 2, first=3)
+
+
 # CUDA graphs, rehearsed: the CPU steps, and torch says that it captures. On a GPU: test_on_gpu.py
 
 
