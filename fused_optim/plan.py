@@ -118,6 +118,8 @@ class Plan:
                 if flat.takes_grad(o.source):
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
+        for o in items:
+            o.states = state
         clips = settings.clips
         self.batches = [(backends[k.device], Batch(k, same, merged=not clips)) for k, same in by_key.items()]
         self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped, mesh) if clips else None
@@ -202,7 +204,7 @@ def _operands_of(
     like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
     param_copy = None if dense is local(p) else dense
     optional = like_param and param_copy is None and dense.numel() > 0 and not settings.clips
-    return Operands(name, p, param_copy, grad_copy, made, key, row, random, offset, number, grad_optional=optional)
+    return Operands(name, p, param_copy, grad_copy, {p: made}, key, row, random, offset, number, grad_optional=optional)
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:

@@ -74,7 +74,7 @@ class Operands:
     source: Tensor  # the parameter as the user has it, which may be a DTensor, as may be its state
     param_copy: Tensor | None  # memory for a dense copy of it, where kernels cannot walk its own
     grad_copy: Tensor | None  # memory for the gradient, where kernels cannot read its own
-    state: dict[str, Any]
+    states: dict[Any, Any]  # the optimizer's, once this is stepped: so what is taken out of it is not kept
     key: BatchKey
     hyper_row: int
     random_key: int
@@ -82,6 +82,11 @@ class Operands:
     number: int = 0  # among the parameters that are stepped
     slot: tuple[int, int] = (0, 0)  # with flatten: start and end in its flat buffers, in real elements
     grad_optional: bool = False  # whether the same batch serves for steps in which the gradient is missing
+
+    @property
+    def state(self) -> dict[str, Any]:
+        own: dict[str, Any] = self.states[self.source]
+        return own
 
     @property
     def dense(self) -> Tensor:

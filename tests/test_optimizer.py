@@ -412,13 +412,19 @@ def test_state_keys_and_dtypes(make: Make, rule: Rule) -> None:
             assert_same_bits(snapshot(optimizer), plain, str(options))
 
 
-def test_what_is_replaced_is_let_go(make: Make, judge: Judge) -> None:
-    """States that are offloaded between two steps leave their memory at once."""
+LETS_GO: dict[str, Callable[[Any], Any]] = {
+    "offloaded": lambda o: [s.update({key: t.clone() for key, t in s.items()}) for s in o.state.values()],
+    "cleared": lambda o: o.state.clear(),
+    "loaded": lambda o: o.load_state_dict(o.state_dict()),
+}
+
+
+@pytest.mark.parametrize("how", LETS_GO)
+def test_what_is_replaced_is_let_go(make: Make, judge: Judge, how: str) -> None:
+    """States that are replaced between two steps leave their memory at once."""
     _, optimizer = trained(make, 2)
-    gone = []
-    for state in optimizer.state.values():
-        gone += map(weakref.ref, state.values())
-        state.update({key: t.clone() for key, t in state.items()})
+    gone = [weakref.ref(t) for state in optimizer.state.values() for t in state.values()]
+    LETS_GO[how](optimizer)
     assert not any(t() is not None for t in gone)
     judge.train(optimizer, 2, first=3)
 

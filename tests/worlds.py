@@ -114,7 +114,7 @@ class World:
                     aux[k] = state[part.key] = memory.copy_(new[1])
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
-            operands = (stored[0], stored[0], g, state, batch_key, row.hyper_row, random_key, row.first)
+            operands = (stored[0], None, g, {stored[0]: state}, batch_key, row.hyper_row, random_key, row.first)
             items.append(Operands(str(key), *operands, number=key))
             self.grads.append(g)
             self.steps.append(step)
