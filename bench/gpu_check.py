@@ -42,7 +42,7 @@ class Part:
     beside: bool = False
     process: subprocess.Popen[bytes] | None = None
     took: float = 0.0
-    verdict: str = "not tried"  # or passed, FAILED, TIMED OUT
+    verdict: str = "not done"  # or passed, FAILED, TIMED OUT
 
     def start(self, work: Path, sites: Sequence[Path]) -> None:
         """Begin, and write to a log in ``work``; ``sites``: where the package was installed."""
@@ -59,7 +59,7 @@ class Part:
         """Wait, until ``end`` at most; ``save`` is called every few seconds."""
         assert self.process is not None
         end = min(end, time.monotonic() + self.seconds)
-        while self.verdict == "not tried":
+        while self.verdict == "not done":
             try:
                 code = self.process.wait(min(5, max(0.1, end - time.monotonic())))
                 self.verdict = "FAILED" if code else "passed"
@@ -144,17 +144,17 @@ def parts(work: Path, gpu: bool) -> list[Part]:
     ]  # fmt: skip
 
 
-def summary(tried: Sequence[Part], device: str, work: Path) -> str:
-    """The report, in Markdown."""
-    failed = [part for part in tried if part.verdict != "passed"]
+def summary(chosen: Sequence[Part], device: str, work: Path) -> str:
+    """The report, in Markdown, as far as it goes."""
+    others = [part for part in chosen if part.verdict != "passed"]
     lines = ["# GPU check" if device == "cuda" else "# A rehearsal without a GPU: no GPU figure", ""]
     lines += [f"- {name}: {value}" for name, value in describe(device).items()]
     lines += ["", "| part | verdict | seconds | what it shows | last line |", "|---|---|---|---|---|"]
-    for part in tried:
+    for part in chosen:
         last = "".join(part.log(work)[-1:]).replace("|", "/")[:160]
-        lines.append(f"| {part.name} | {part.verdict} | {part.took:.0f} | {part.what} | {last} |")
-    lines += ["", f"{len(failed)} of {len(tried)} parts did not pass." if failed else "Every part passed."]
-    for part in failed:
+        lines.append(f"| {part.name} | {part.verdict} | {max(part.took, 0):.0f} | {part.what} | {last} |")
+    lines += ["", f"{len(chosen) - len(others)} of {len(chosen)} parts passed."]
+    for part in others:
         lines += ["", f"## The end of {part.name}.log", "", "```", *part.log(work), "```"]
     measured = work / "gpu.md"
     lines += ["", "## Measured", "", measured.read_text()] if measured.exists() else []
@@ -185,11 +185,10 @@ def main(folder: Path, dry: bool, seconds: float, only: Sequence[str]) -> int:
     work = Path(tempfile.mkdtemp(prefix="gpu_check_"))
     end = time.monotonic() + seconds
     chosen = [part for part in parts(work, gpu) if not only or part.name in only]
-    tried: list[Part] = []
     sites: list[Path] = []
 
     def save() -> None:
-        (work / "summary.md").write_text(text := summary(tried, "cuda" if gpu else "cpu", work))
+        (work / "summary.md").write_text(text := summary(chosen, "cuda" if gpu else "cpu", work))
         (folder / "summary.md").write_text(text)
         _archive(work, folder)
 
@@ -202,7 +201,6 @@ def main(folder: Path, dry: bool, seconds: float, only: Sequence[str]) -> int:
                 if part.process is None:
                     part.start(work, sites)
                 part.finish(end, save)
-            tried.append(part)
             print(f"  {part.verdict}, {part.took:.0f} s: {''.join(part.log(work)[-1:])}", flush=True)
             if part.name in ("install", "build") and part.verdict == "passed":
                 sites.insert(0, work / part.name)  # what was installed last comes first
@@ -212,4 +210,4 @@ def main(folder: Path, dry: bool, seconds: float, only: Sequence[str]) -> int:
             part.stop()
         shutil.rmtree(work, ignore_errors=True)
     print(f"wrote {folder / 'summary.md'}")
-    return int(any(part.verdict != "passed" for part in tried))
+    return int(any(part.verdict != "passed" for part in chosen))
