@@ -317,9 +317,9 @@ SHOWS_EACH_BIT = named("split16", "fp32", "bf16_dither", "bf16_dither")
 
 
 def check_edges_of_ranges(library: Any, rule: str, formats: Formats, together: int = 8) -> None:
-    """Quotients and roots, each bit of which shows: most of the parameter is zeros, and the learning rate is 1.
-    Small numbers are divided by small and large ones, and others by large ones. ``together``: elements that are all
-    divided as usual if one of them is small."""
+    """Quotients and roots, each bit of which shows: most of the parameter is zeros, and the learning rate is
+    1. Small numbers are divided by small and large ones, and others by large ones. ``together``: elements
+    that are all divided as usual if one of them is small."""
     chunk = library.chunk_size(formats)
     hyper = [
         Hyperparameters(1.0, 0.0, b1, b2, eps, eps_root, 0.0, 0.0, nesterov)
