@@ -118,6 +118,7 @@ endif
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	! git grep -nE '^(<<<<<<<|>>>>>>>)'
 

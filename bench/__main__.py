@@ -56,7 +56,7 @@ def report_kernels(targets: Sequence[str], out: Path) -> int:
 
 
 def parser() -> argparse.ArgumentParser:
-    found = argparse.ArgumentParser(prog="python -m bench", description=__doc__.split("\n")[0])  # type: ignore[union-attr]
+    found = argparse.ArgumentParser(prog="python -m bench", description=str(__doc__).split("\n")[0])
     commands = found.add_subparsers(dest="command", required=True)
     measuring = argparse.ArgumentParser(add_help=False)
     devices = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

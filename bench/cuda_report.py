@@ -28,9 +28,8 @@ def instances() -> dict[str, Row]:
     text = "".join(path.read_text() for path in (CSRC / "rules.h", CSRC / "codecs.h"))
     pairs = re.findall(r'struct (\w+)[^{};]*\{[^{}]*?static constexpr const char\* name = "(\w+)"', text)
     classes = {name: cls for cls, name in pairs}
-    kernels = {
-        f"prologue_kernel<{c}>": head("prologue", p) for c, p in (("float", "fp32"), ("double", "fp64"))
-    }
+    working = {"float": "fp32", "double": "fp64"}
+    kernels = {f"prologue_kernel<{c}>": head("prologue", name) for c, name in working.items()}
     for rule in RULES:
         for param, grad, state in TRIPLES:
             arguments = ", ".join(classes[name] for name in (rule, param, grad, *STATES[state]))
@@ -46,9 +45,7 @@ def _by_kernel(text: str, before: str) -> dict[str, str]:
 
 def report(arch: str) -> list[Row]:
     """A row for each kernel, compiled for ``sm_<arch>`` with setup.py's flags."""
-    flags = re.search(
-        r"^NVCC_EXACT\b.*?= (\[.*?\])", (ROOT / "setup.py").read_text(), re.MULTILINE | re.DOTALL
-    )
+    flags = re.search(r"(?ms)^NVCC_EXACT\b.*?= (\[.*?\])", (ROOT / "setup.py").read_text())
     assert flags is not None, "setup.py has no NVCC_EXACT"
     heads = instances()
     lines = [f"template __global__ void {kernel}(CudaTask);" for kernel in heads]

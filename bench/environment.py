@@ -14,8 +14,8 @@ import torch
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (
-    "fused-optim", "torch", "triton", "numpy", "adabelief-pytorch", "pytorch-optimizer", "torch-optimi", "flashoptim",
-    "bitsandbytes", "torchao", "deepspeed", "apex", "transformer-engine",
+    "fused-optim", "torch", "triton", "numpy", "adabelief-pytorch", "pytorch-optimizer", "torch-optimi",
+    "flashoptim", "bitsandbytes", "torchao", "deepspeed", "apex", "transformer-engine",
 )  # fmt: skip
 
 

@@ -22,8 +22,8 @@ TRIPLES = (
     ("fp32", "fp32", "fp32"), ("bf16", "bf16", "fp32"), ("fp16", "fp16", "fp32"), ("fp64", "fp64", "fp64"),
     ("bf16", "fp32", "fp32"), ("split16", "bf16", "fp32"), ("split8", "bf16", "fp32"),
     ("bf16_stochastic", "bf16", "fp32"), ("fp32", "fp32", "bf16"), ("fp32", "fp32", "8bit"),
-    ("bf16", "bf16", "bf16"), ("bf16", "bf16", "8bit"), ("split16", "bf16", "bf16"), ("split8", "bf16", "8bit"),
-    ("bf16_stochastic", "bf16", "8bit"),
+    ("bf16", "bf16", "bf16"), ("bf16", "bf16", "8bit"), ("split16", "bf16", "bf16"),
+    ("split8", "bf16", "8bit"), ("bf16_stochastic", "bf16", "8bit"),
 )  # fmt: skip
 """Kernels that are compiled and read: formats of parameter and gradient, and a key of STATES."""
 STATES = {

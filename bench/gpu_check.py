@@ -78,7 +78,8 @@ class Part:
     def log(self, work: Path) -> list[str]:
         """Its end, or why there is none."""
         path = work / f"{self.name}.log"
-        return (path.read_text(errors="replace") if path.exists() else self.why_not).strip().splitlines()[-25:]
+        text = path.read_text(errors="replace") if path.exists() else self.why_not
+        return text.strip().splitlines()[-25:]
 
 
 def _install(kind: str, site: Path) -> tuple[str, ...]:

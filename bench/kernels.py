@@ -21,8 +21,8 @@ from .formats import STATES, part_bytes
 
 Row = dict[str, Any]
 INLINE = re.compile(r"// begin inline asm.*?// end inline asm|\{\s*(?:fma|rcp|rsqrt)\.[^{}]*\}", re.DOTALL)
-"""Inline assembly in PTX: Triton's between comments, and that of ``csrc/cuda_kernels.h`` in braces, since cuobjdump
-leaves comments out."""
+"""Inline assembly in PTX: Triton's between comments, and that of ``csrc/cuda_kernels.h`` in braces, since
+cuobjdump leaves comments out."""
 TARGETS = ("cuda:80", "cuda:90", "cuda:100", "hip:gfx942")
 
 
@@ -50,9 +50,9 @@ def widths(pattern: str, text: str) -> dict[str, int]:
 
 
 def nvidia_counts(ptx: str, usage: str, sass: str = "") -> Row:
-    """What one kernel's code holds; with ``sass`` the instructions issued, too. Contraction shows in PTX only:
-    division and square root expand to FFMA in SASS; what stands in inline assembly no compiler chose. nvcc reads
-    the table with ``.nc``, which is not counted."""
+    """What one kernel's code holds; with ``sass`` the instructions issued, too. Contraction shows in PTX
+    only: division and square root expand to FFMA in SASS; what stands in inline assembly no compiler chose.
+    nvcc reads the table with ``.nc``, which is not counted."""
     chosen = INLINE.sub("", ptx)
     used = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage)
     assert used is not None, usage
@@ -79,16 +79,15 @@ def ordinary_path(disassembly: str) -> dict[str, int]:
     there to the last wide store.
 
     It is the shortest way of those with the most wide accesses and no call. The rare cases of divisions and
-    square roots lie on longer ones, and so do divisions by bias corrections, which are 1 for most of a training.
+    square roots lie on longer ones; so do divisions by bias corrections, which are 1 for most of a training.
     """
     line = r"^\s+/\*([0-9a-f]{4,})\*/\s+(@!?U?P\S+\s+)?([A-Z][\w.]*)([^;]*);"
     found = re.findall(line, disassembly, re.MULTILINE)
     place = {int(at, 16): i for i, (at, *_) in enumerate(found)}
     # Eight single bytes are stored with 64 bits. So is a step number, on another way.
     stored = r"STG\S*\.(?:128|64)" if re.search(r"\bSTG\S*\.[SU]8", disassembly) else r"STG\S*\.128"
-    loads, stores = (
-        {i for i, (*_, name, _) in enumerate(found) if re.match(wide, name)} for wide in (r"LDG\S*\.128", stored)
-    )
+    loads = {i for i, (*_, name, _) in enumerate(found) if re.match(r"LDG\S*\.128", name)}
+    stores = {i for i, (*_, name, _) in enumerate(found) if re.match(stored, name)}
     following = []
     for i, (_, when, name, operands) in enumerate(found):
         to = re.search(r"0x([0-9a-f]+)\s*$", operands)
@@ -183,8 +182,8 @@ def operand_bytes(row: Row) -> tuple[list[int], list[int]]:
 
 
 def elements_per_thread(row: Row) -> int:
-    """A thread's elements in a pass over a full chunk: 16 bytes of the smallest operand, but no more than 8, and
-    8 where Triton steps float32."""
+    """A thread's elements in a pass over a full chunk: 16 bytes of the smallest operand, but no more than 8,
+    and 8 where Triton steps float32."""
     names = (row["param"], row["grad"], *STATES[row["state"]])
     smallest = min(part_bytes(name)[0] for name in names)
     return 8 if smallest == 4 and row.get("compiler") != "nvcc" else 16 // max(2, smallest)
@@ -225,13 +224,14 @@ def problems(row: Row) -> list[str]:
         needed = halves + (4 if row["state"] == "8bit" else 0)
         if row[f"byte_{kind}"] != needed:
             found.append(f"{row[f'byte_{kind}']} byte {kind} where {needed} are needed")
-    keeps = row["nan_keeping_max"] or row["param"] == "fp64" or row["target"] == "cuda:75"  # which have no such max
+    keeps = row["nan_keeping_max"] or row["param"] == "fp64" or row["target"] == "cuda:75"  # which have none
     if row["rule"] == "adamaxw" and nvidia and not keeps:
         found.append("no max that keeps NaN")
     return found
 
 
-HEADS = ["kernel", "operands", "registers", "spilled", "loads", "stores", "B/element", "instr/element", "predicted"]
+HEADS = ["kernel", "operands", "registers", "spilled", "loads", "stores", "B/element", "instr/element",
+         "predicted"]  # fmt: skip
 
 
 def cells(row: Row) -> list[str]:

@@ -69,7 +69,7 @@ class Worker:
         return bool(self.said["status"] == "measured")
 
     def take_turn(self) -> None:
-        if self.spent < self.effort.most or len(self.times) < 3:
+        if self.well and (self.spent < self.effort.most or len(self.times) < 3):
             typical = statistics.median(self.times) if self.times else 1e9
             n = max(1, min(20, int(1e3 * self.effort.turn / max(typical, 1e-3))))
             begin = time.monotonic()
@@ -91,11 +91,10 @@ def figures(times: Sequence[float]) -> Record:
 def head(case: Case) -> Record:
     """What a record says of its case."""
     provider, load = PROVIDERS[case.provider], case.workload
-    of_ours = {name: getattr(provider, name) for name in ("rule", "backend", "format", "layout")}
     return {
         "measure": case.measure, "workload": load.name, "title": load.title, "tensors": len(load.shapes),
         "parameters": load.numel, "dtype": case.dtype, "device": case.device, "provider": case.provider,
-        "loop": provider.loop, **of_ours,
+        "loop": provider.loop, **{k: getattr(provider, k) for k in ("rule", "backend", "format", "layout")},
     }  # fmt: skip
 
 
@@ -127,8 +126,7 @@ def compare(cases: Sequence[Case], effort: Effort, starts: int = 1) -> list[Reco
                 for _ in range(effort.rounds):
                     rng.shuffle(workers)
                     for worker in workers:
-                        if worker.well:
-                            worker.take_turn()
+                        worker.take_turn()
             finally:
                 for worker in workers:
                     worker.stop()

@@ -21,9 +21,9 @@ FAST_PEERS = (TORCH, DEEPSPEED)
 
 @dataclass(frozen=True)
 class Comparison:
-    """Providers on one workload. ``formats``, ``layouts`` and ``rules`` are those of ours; ``peers`` names, or
-    None for all; ``only``: parts of names, one of which a provider must have if there are any; ``starts``: of
-    processes, see :func:`.measure.compare`."""
+    """Providers on one workload. ``formats``, ``layouts`` and ``rules`` are those of ours; ``peers`` names,
+    or None for all; ``only``: parts of names, one of which a provider must have if there are any; ``starts``:
+    of processes, see :func:`.measure.compare`."""
 
     workload: str
     dtype: str = "float32"

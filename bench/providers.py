@@ -70,7 +70,7 @@ DECAYED = {**BASE, "weight_decay": 0.1}
 """What every provider is constructed with: large enough for a bfloat16 parameter to move."""
 
 
-def _groups(groups: Groups) -> list[dict[str, Any]]:
+def as_groups(groups: Groups) -> list[dict[str, Any]]:
     return [{"params": group} for group in groups]
 
 
@@ -93,7 +93,7 @@ def make_ours(groups: Groups, rule: str, backend: str, format: str, layout: str)
 
     title, options = OUR_RULES[rule]
     options = {**DECAYED, **options, **OPTIONS[format][0], "flatten": layout == "flat", "backend": backend}
-    return getattr(fused_optim, title)(_groups(groups), **options)
+    return getattr(fused_optim, title)(as_groups(groups), **options)
 
 
 def _ours(rule: str, backend: str, format: str, layout: str) -> Provider:
@@ -114,7 +114,7 @@ def _peer(name: str, algorithm: str, optimizer: str, options: Any = None, **prov
 
     def make(groups: Groups) -> Any:
         with redirect_stdout(StringIO()):
-            return getattr(importlib.import_module(module), cls)(_groups(groups), **(options or DECAYED))
+            return getattr(importlib.import_module(module), cls)(as_groups(groups), **(options or DECAYED))
 
     return Provider(name, algorithm, make, module.split(".")[0], **provider)
 

@@ -42,9 +42,10 @@ def markdown(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 
 _COLUMNS = {
-    "median": "ms", "p20": "20%", "p80": "80%", "of_ordinary": "of ordinary", "p99_of_ordinary": "99% of ordinary",
-    "gb_per_s": "GB/s", "of_roofline": "of roofline", "times_torch": "x torch fused", "host_us": "host us",
-    "replay_us": "replay, host us", "checked": "checked against",
+    "median": "ms", "p20": "20%", "p80": "80%", "of_ordinary": "of ordinary",
+    "p99_of_ordinary": "99% of ordinary", "gb_per_s": "GB/s", "of_roofline": "of roofline",
+    "times_torch": "x torch fused", "host_us": "host us", "replay_us": "replay, host us",
+    "checked": "checked against",
 }  # fmt: skip
 
 
@@ -71,7 +72,8 @@ def step_rows(records: Sequence[Record]) -> list[list[str]]:
     """One row a comparison: each rule as a list of tensors, on the fastest backend; with bfloat16
     parameters the moments have as many bits, as torch's do."""
     rows = []
-    steps = (r for r in records if r["measure"] == "step" and SHOWN.fullmatch(f"{r['workload']} {r['dtype']}"))
+    steps = (r for r in records if r["measure"] == "step")
+    steps = (r for r in steps if SHOWN.fullmatch(f"{r['workload']} {r['dtype']}"))
     for (title, dtype), group in groupby(steps, lambda r: (r["title"], r["dtype"])):
         lines = sorted((r for r in group if "median" in r), key=lambda r: r["median"])
         kind = ("bf16" if dtype == "bfloat16" else "fp32", "list")
@@ -100,8 +102,8 @@ def section(results: dict[str, Any]) -> str:
     names = [n for n in dict.fromkeys(r["provider"] for r in host) if n.startswith(shown) and "flat" not in n]
     rows = [[name, *(times.get((name, title), "") for title in titles)] for name in names]
     return (
-        f"{where} Median milliseconds of a step, and in brackets the share of the roofline's speed.\n\n{steps}"
-        f"\n\nMedian microseconds until `step()` returns.\n\n{markdown(['host', *titles], rows)}"
+        f"{where} Median milliseconds of a step, and in brackets the share of the roofline's speed.\n\n"
+        f"{steps}\n\nMedian microseconds until `step()` returns.\n\n{markdown(['host', *titles], rows)}"
     )
 
 

@@ -17,13 +17,13 @@ import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fused_optim.rules import RULES as _RULES
+from fused_optim.rules import RULES
 
+from .environment import ROOT
 from .formats import STATES, TRIPLES
 from .kernels import Row, count, cuobjdump, head, nvidia_counts
 
-RULES = tuple(_RULES)
-KERNELS = Path(__file__).parents[1] / "kernels"
+KERNELS = ROOT / "kernels"
 
 
 def load_kernels(folder: Path) -> Any:
@@ -37,7 +37,8 @@ def load_kernels(folder: Path) -> Any:
 def compiled(kernel: Any, working: str, constants: Row, target: GPUTarget, options: Row) -> Any:
     """A kernel compiled for ``target``; arguments are known by their names."""
     types_of = {"rows": "*i64", "grads": "*i64", "chunks": "*i32", "counters": "*i64", "n": "i32"}
-    types_of |= {"hyper": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp64", "coefficients": f"*{working}"}
+    types_of |= {"hyper": "*fp64", "grad_scale": "*fp32", "found_inf": "*fp32", "clip": "*fp64"}
+    types_of["coefficients"] = f"*{working}"
     names = kernel.arg_names
     signature = {name: types_of.get(name, "constexpr") for name in names}
     constexprs = {(names.index(name),): value for name, value in constants.items()}
@@ -62,14 +63,12 @@ def amd_report(kernel: Any) -> Row:
     # A correctly rounded division and square root are sequences with fused steps of their own.
     expanded = {r"\bv_div_fixup_f": 5, r"\bv_sqrt_f32": 2, r"\bv_rsq_f32": 5, r"\bv_rsq_f64": 7}
     # LLVM joins some of them to vectors, of 2 in Triton 3.6 and of 4 in 3.7.
-    guarded = re.findall(r"fcmp (?:uno|ord) (?:<(\d+) x )?(?:float|double)", llir)
-    guards = sum(int(n or 1) for n in guarded)
+    guards = sum(int(n or 1) for n in re.findall(r"fcmp (?:uno|ord) (?:<(\d+) x )?(?:float|double)", llir))
     vector = r"<(?:4 x (?:float|i32)|8 x (?:i16|half)|2 x (?:double|i64))>"
-    # Scalar registers spill into lanes of vector registers, not to memory.
-    spilled = ("vgpr_spill_count", "private_segment_fixed_size")
     return {
         "registers": fields["vgpr_count"],
-        "spill_bytes": sum(map(fields.__getitem__, spilled)),
+        # Scalar registers spill into lanes of vector registers, not to memory.
+        "spill_bytes": fields["vgpr_spill_count"] + fields["private_segment_fixed_size"],
         "loads": {}, "stores": {},
         "wide_loads": count(rf"= load {vector}, ptr addrspace\(1\)", llir),
         "wide_stores": count(rf"store {vector} .*, ptr addrspace\(1\)", llir),
@@ -83,15 +82,14 @@ def amd_report(kernel: Any) -> Row:
 
 def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued: bool) -> list[Row]:
     """A row for each kernel of ``step``; with ``fusion`` compiled as a launch must not be."""
-    arch = name.split(":")[1]
-    nvidia = name.startswith("cuda")
-    target = GPUTarget("cuda", int(arch), 32) if nvidia else GPUTarget("hip", arch, 64)
+    kind, arch = name.split(":")
+    target = GPUTarget("cuda", int(arch), 32) if kind == "cuda" else GPUTarget("hip", arch, 64)
 
     def report(kernel: Any, working: str, constants: Row, threads: int, registers: int) -> Row:
         options = step.launch_options(target.backend, target.warp_size, threads, registers)
         options["enable_fp_fusion"] = fusion
         code = compiled(kernel, working, constants, target, options)
-        return {"threads": threads, **(nvidia_report(code, issued) if nvidia else amd_report(code))}
+        return {"threads": threads, **(nvidia_report(code, issued) if kind == "cuda" else amd_report(code))}
 
     rows = []
     for rule in rules:

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from .host import HOST_VARIANTS
-from .providers import OURS, PEERS, Groups, Make, Provider, make_ours, state_bytes
-from .references import Problem, problem, relative_error, tolerance
+from .providers import OURS, PEERS, Groups, Provider, make_ours, state_bytes
+from .references import problem, relative_error, steps_of, tolerance
 from .roofline import ROOFLINES
 from .workloads import CONDITIONS, Workload, fitted
 
@@ -60,19 +60,6 @@ def make_groups(case: Case) -> Groups:
     return [params[i : i + size] for i in range(0, len(params), size)]
 
 
-def steps_of(make: Make, given: Problem, device: str) -> tuple[list[Tensor], Any]:
-    """Make the steps of a problem in two groups, each with new gradients; parameters and optimizer."""
-    params = [p.to(device, copy=True).requires_grad_() for p in given[0]]
-    half = -(-len(params) // 2)
-    optimizer = None
-    for gradients in given[1]:
-        for p, g in zip(params, gradients):
-            p.grad = g.to(device, copy=True)
-        optimizer = optimizer or make([group for group in (params[:half], params[half:]) if group])
-        optimizer.step()
-    return params, optimizer
-
-
 def check(case: Case, provider: Provider) -> str:
     """Compare a few steps on tensors like the workload's with what is right; says with what."""
     if provider.loop:
@@ -107,8 +94,8 @@ def set_count(optimizer: Any, count: int) -> None:
 
 
 class Clock:
-    """Milliseconds of the device and of the host for what a call of the host starts. What it is to read lies in
-    no cache: other data were written. On a GPU that also keeps the device busy until the host is done, so
+    """Milliseconds of the device and of the host for what a call of the host starts. What it is to read lies
+    in no cache: other data were written. On a GPU that also keeps the device busy until the host is done, so
     that no host time lies in the device's interval."""
 
     def __init__(self, device: str) -> None:
@@ -134,16 +121,14 @@ class Clock:
         last.synchronize()
         return first.elapsed_time(last), host
 
-    def __call__(
-        self, start: Callable[[], Any], n: int, cold: bool = True
-    ) -> tuple[list[float], list[float]]:
-        """The device's and the host's times of ``n`` calls, after one that does not count. With ``cold`` false
-        nothing is written before, and only the host's say something."""
+    def __call__(self, start: Callable[[], Any], n: int, cold: bool = True) -> list[list[float]]:
+        """The device's and the host's times of ``n`` calls, after one that does not count. With ``cold``
+        false nothing is written before, and only the host's say something."""
         fills = 1 if cold else 0
         if cold and self.gpu:
             fills += 1 + int(2 * self.once(start, 1)[1] / self.fill)
         pairs = [self.once(start, fills) for _ in range(n + 1)][1:]
-        return [pair[0] for pair in pairs], [pair[1] for pair in pairs]
+        return [list(times) for times in zip(*pairs)]
 
 
 def checked_and_made(case: Case) -> tuple[Any, dict[str, Any]]:
@@ -157,7 +142,7 @@ def checked_and_made(case: Case) -> tuple[Any, dict[str, Any]]:
     for _ in range(2):
         made.step()
     set_count(made, LATE)
-    stored = sum(p.numel() * p.element_size() for group in groups for p in group)
+    stored = sum(p.nbytes for group in groups for p in group)
     states = state_bytes(made) if hasattr(made, "state") else 0
     # Parameter and states are read and written, the gradient is read.
     moved = getattr(made, "moved", 3 * stored + 2 * states)

@@ -72,7 +72,7 @@ CONDITIONS: dict[str, Callable[[Any], Any]] = {
     "zero-rows": lambda p: p.grad.view(-1, 64).mul_(torch.arange(p.numel() // 64).to(p)[:, None] % 10 == 0),
     "gradients-of-1e-20": lambda p: p.grad.fill_(1e-20),  # whose square is subnormal in float32
     "gradients-of-1e-41": lambda p: p.grad.fill_(1e-41),
-    "unaligned": lambda p: (setattr(p, "data", _moved(p.data, 1, 1)), setattr(p, "grad", _moved(p.grad, 1, 1))),
+    "unaligned": lambda p: [setattr(p, k, _moved(getattr(p, k), 1, 1)) for k in ("data", "grad")],
     "gradient-with-gaps": lambda p: setattr(p, "grad", _moved(p.grad, 0, 2)),
     "parameter-with-gaps": lambda p: setattr(p, "data", _moved(p.data, 0, 2)),
     "4-threads-a-core": lambda p: torch.set_num_threads(4 * (os.cpu_count() or 1)),

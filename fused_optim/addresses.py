@@ -26,11 +26,11 @@ def _objects(lists: list[list[Tensor]], state: dict[Any, Any]) -> list[list[Any]
 
 
 class Addresses:
-    """Where the tensors are that are in an optimizer's lists of parameters and in its state. Objects are known by
+    """Where the tensors of an optimizer's lists of parameters and of its state are. Objects are known by
     their ids, so that nothing lives on that is replaced: trainers offload states between two steps."""
 
     def __init__(self, lists: list[list[Tensor]], state: dict[Any, Any], stepped: dict[Tensor, bool]) -> None:
-        """``lists``: of parameters. ``stepped``: those that have a gradient, True for what may be without it."""
+        """``lists``: of parameters. ``stepped``: those with a gradient, True for what may be without it."""
         objects = _objects(lists, state)
         self._ids = [list(map(id, same_kind)) for same_kind in objects]
         params, values = objects[0], objects[-1]
@@ -54,8 +54,8 @@ class Addresses:
             self._ask_native = native and partial(cpu.ask, native)
 
     def _look(self, fixed: list[Any]) -> list[Any]:
-        """What parameters and states, which are ``fixed``, and gradients are like and where they are; last, where
-        gradients are. A gradient that is missing is like its parameter."""
+        """What parameters and states, which are ``fixed``, and gradients are like and where they are; last,
+        where gradients are. A gradient that is missing is like its parameter."""
         grads = [p.grad for p in self._stepped]
         missing = [g is None for g in grads]
         like = [p if g is None else g for p, g in zip(self._stepped, grads)]
@@ -81,16 +81,18 @@ class Addresses:
         objects = _objects(lists, state)
         if [list(map(id, same_kind)) for same_kind in objects] != self._ids:
             return CHANGED
-        *seen, missing, places = self._look([*self._stepped, *compress(objects[-1], self._asked)]) or [None, [], []]
+        found = self._look([*self._stepped, *compress(objects[-1], self._asked)])
+        *seen, missing, places = found or [None, [], []]
         *known, was_missing, before = self._seen
-        if seen != known or any(p.grad is not None for p in self._unstepped) or any(map(gt, missing, self._optional)):
+        came = any(p.grad is not None for p in self._unstepped)
+        if came or seen != known or any(map(gt, missing, self._optional)):
             return CHANGED
         places = [old % 16 if gone else new for gone, new, old in zip(missing, places, before)]
         if places == before and missing == was_missing:
             return SAME
         if any((a ^ b) % 16 for a, b in zip(places, before)):
             return CHANGED
-        if any(p.grad.device != p.device or freed(local(p.grad)) for p in self._stepped if p.grad is not None):
+        if any(g.device != p.device or freed(local(g)) for p in self._stepped if (g := p.grad) is not None):
             return CHANGED
         self._seen = [*seen, missing, places]
         self.grads.copy_(int64_tensor(places))

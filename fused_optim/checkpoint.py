@@ -33,8 +33,8 @@ def snapshot(state_dict: dict[str, Any], settings: Settings) -> dict[str, Any]:
 
 @contextmanager
 def loading(optimizer: torch.optim.Optimizer, settings: Settings) -> Iterator[None]:
-    """Have torch's ``load_state_dict`` take our states, since its own casts moments to the parameter's dtype and
-    cannot be told not to."""
+    """Have torch's ``load_state_dict`` take our states, since its own casts moments to the parameter's dtype
+    and cannot be told not to."""
     old = optimizer.param_groups
     loaded: list[Loaded] = []
 
@@ -98,8 +98,8 @@ def fitted(name: str, p: Tensor, saved: State, settings: Settings) -> State:
 
 @torch.no_grad()
 def asks_for_states(groups: list[Group]) -> bool:
-    """Whether a first step is none but how ``torch.distributed.checkpoint`` asks for states that a checkpoint can
-    be read into: learning rates of 0, and all gradients there and zero."""
+    """Whether a first step is none but how ``torch.distributed.checkpoint`` asks for states that a checkpoint
+    can be read into: learning rates of 0, and all gradients there and zero."""
     if not all(lr_value(group["lr"]) == 0 for group in groups):
         return False
     params = [p for group in groups for p in group["params"] if p.requires_grad]
@@ -131,8 +131,8 @@ def _warn_of_names(groups: list[Group], ours: list[Group]) -> None:
         if saved and names and numbered and list(saved) != list(names):
             which = "in another order" if sorted(saved) == sorted(names) else "other names"
             pairs = ", ".join(f"{a!r} for {b!r}" for a, b in zip(saved, names) if a != b)
-            text = f"its parameters {which}, and states are loaded by their order: {pairs}; make the optimizer"
-            text += " for the same parameters in the saved order"
+            text = f"its parameters {which}, and states are loaded by their order: {pairs}; make the "
+            text += "optimizer for the same parameters in the saved order"
             warnings.warn(f"saved group {i} has {text}", UserWarning, stacklevel=7)
         if names:
             group["param_names"] = list(names)

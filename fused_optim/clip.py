@@ -1,8 +1,8 @@
 """Clipping inside the step: the norm of all gradients, and the coefficient that it gives.
 
-The sums of squares lie one after another in the order of parameters, whatever batch and device steps them, and
-are added up by :func:`~.reference.tree_sum`: the norm has the same bits in every backend and layout. Processes
-that have shards of DTensors add up their totals likewise, in the order of their places in the mesh.
+The sums of squares lie one after another in the order of parameters, whatever batch and device steps them,
+and are added up by :func:`~.reference.tree_sum`: the norm has the same bits in every backend and layout.
+Processes that have shards of DTensors add up their totals likewise, in the order of their places in the mesh.
 """
 
 import math

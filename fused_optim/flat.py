@@ -45,8 +45,8 @@ class FlatBuffers:
             if part not in self.buffers:
                 end = self._bounds(part, self.params[-1])[1]
                 self.buffers[part] = torch.zeros(end, dtype=part.dtype, device=self.device)
-            # A storage of its own, and no view to autograd: to code that saves single tensors, and to in-place
-            # operations, slots have nothing in common.
+            # A storage of its own, and no view to autograd: to code that saves single tensors, and to
+            # in-place operations, slots have nothing in common.
             return from_dlpack(self.buffers[part].as_strided(shape, stride, self._bounds(part, p)[0]))
 
     def contains(self, t: Tensor) -> bool:

@@ -17,7 +17,7 @@ def is_distributed(t: Any) -> bool:  # a DTensor
 
 def local(t: Any) -> Any:
     """What of a tensor lies in this process: a DTensor's local tensor; anything else itself."""
-    if not is_distributed(t):  # asked so often for a new plan that no_grad's 4 us for all were half of its time
+    if not is_distributed(t):  # asked so often that no_grad's 4 us for all were half of a new plan's time
         return t
     with torch.no_grad():  # else the local tensor would be a view to autograd
         return t.to_local()
@@ -46,8 +46,8 @@ def common_mesh(params: Iterable[Any]) -> Any:
     for mesh in meshes[1:]:
         if mesh != meshes[0]:
             raise ValueError(
-                f"max_grad_norm and skip_nonfinite need all DTensors on one mesh, got {meshes[0]} and {mesh}; clip "
-                "before the step instead"
+                f"max_grad_norm and skip_nonfinite need all DTensors on one mesh, got {meshes[0]} and {mesh}"
+                "; clip before the step instead"
             )
     return meshes[0] if meshes else None
 

@@ -1,7 +1,7 @@
 """The ``torch.optim.Optimizer`` contract: groups, state, ``step()``, checkpoints. A subclass names its rule,
 and a backend makes the step. A step goes: closure, hyperparameters, plan, launch. A gradient's address goes
-through ``Plan.refresh``, ``Addresses.ask``, its C++, ``Batch.follow`` where it has moved, the backend's ``step``
-and the launch."""
+through ``Plan.refresh``, ``Addresses.ask``, its C++, ``Batch.follow`` where it has moved, the backend's
+``step`` and the launch."""
 
 import copy
 from collections.abc import Callable
@@ -44,9 +44,9 @@ class FusedOptimizer(StateAccess):
         stochastic_rounding: round bfloat16 parameters up or down at the odds of what is cut off, instead of
             to nearest, where small updates are lost; see :attr:`seed`.
         unscale_in_step: have ``torch.amp.GradScaler`` leave unscaling and skipping to the step, which needs
-            neither a wait for the device nor a pass over the gradients. Off, the scaler does both, and trainers
-            clip in between (Lightning refuses to clip for an optimizer that unscales). ``grad_scale`` and
-            ``found_inf``, set as attributes by the caller, count either way.
+            neither a wait for the device nor a pass over the gradients. Off, the scaler does both, and
+            trainers clip in between (Lightning refuses to clip for an optimizer that unscales).
+            ``grad_scale`` and ``found_inf``, set as attributes by the caller, count either way.
         flatten: move parameters, gradients and states into contiguous buffers, with the same results; the
             tensors stay in them until :meth:`unflatten`, or until somebody replaces their data.
         backend: None for the best that the device has, or ``"triton"``, ``"cuda"``, ``"cpu"``, ``"eager"``.
@@ -54,15 +54,15 @@ class FusedOptimizer(StateAccess):
             and one on a GPU can be captured.
         amsgrad, differentiable: must be False.
         max_grad_norm: clip all gradients together to this Euclidean norm, as
-            ``torch.nn.utils.clip_grad_norm_`` does, after ``grad_scale`` and inside the step: gradients stay as
-            they are. None does not clip; infinity works out :attr:`grad_norm` alone. DTensors on one mesh have
-            one norm; what shards plain tensors (ZeroRedundancyOptimizer, DeepSpeed) must clip itself.
+            ``torch.nn.utils.clip_grad_norm_`` does, after ``grad_scale`` and inside the step: gradients stay
+            as they are. None does not clip; infinity works out :attr:`grad_norm` alone. DTensors on one mesh
+            have one norm; what shards plain tensors (ZeroRedundancyOptimizer, DeepSpeed) must clip itself.
         skip_nonfinite: where that norm is infinite or NaN, change nothing, and count in :attr:`skipped`. Else
             gradients become 0 or NaN then, as in torch.
 
     Attributes:
-        grad_norm: of the last step's gradients, before they were clipped: a 0-dim float64 tensor on the device
-            of the first that has one. None before the first step, or where neither option asks for it.
+        grad_norm: of the last step's gradients, before they were clipped: a 0-dim float64 tensor on the
+            device of the first that has one. None before the first step, or where neither option asks for it.
         skipped: the number of steps that ``skip_nonfinite`` skipped since this optimizer was made, as a 0-dim
             int64 tensor, after a step on the same device; None without that option.
     """
@@ -134,8 +134,8 @@ class FusedOptimizer(StateAccess):
         """Make one optimization step, and return what ``closure`` returned, if there is one. What is wrong
         with a hyperparameter, parameter, gradient or state is a ValueError, TypeError or RuntimeError that
         names it, and nothing has changed then."""
-        # A compiled train step has a graph break here. As decorators, torch.compiler.disable and no_grad take 25 us
-        # each of a step that finds nothing of them in the caches. What runs torch's operations is under no_grad.
+        # A compiled train step has a graph break here. As decorators, torch.compiler.disable and no_grad take
+        # 25 us each where the caches hold nothing of them. What runs torch's operations is under no_grad.
         if is_dynamo_compiling():
             return _step_at_graph_break(self, closure)
         loss = None
@@ -152,8 +152,8 @@ class FusedOptimizer(StateAccess):
         capturing = has_gpu and torch.cuda.is_current_stream_capturing()
         if capturing:
             options.check_capture(groups)
-            # What changes is replaced. The events of pinned memory that is freed in a capture belong to its graph, and
-            # torch fails where it asks them later.
+            # What changes is replaced. The events of pinned memory that is freed in a capture belong to its
+            # graph, and torch fails where it asks them later.
             batches = () if self._plan is None else self._plan.batches
             self._replaced += [self._plan, self._hyper.on_device, *(dict(b.on_device) for _, b in batches)]
         elif self._replaced:
@@ -191,8 +191,8 @@ class FusedOptimizer(StateAccess):
             # A backward pass through an older graph must notice, whatever interrupted the loop.
             increment_version(versioned)
             if capturing:
-                # The graph uses these at each replay, and what parameters' memory is now. What it uploads has its
-                # values only then.
+                # The graph uses these at each replay, and what parameters' memory is now. What it uploads has
+                # its values only then.
                 self._captured += [plan, self._hyper.on_device, *(b.on_device for _, b in plan.live)]
                 self._captured += map(copy.copy, self.state.values())
                 self._captured += [p.detach() for p in plan.versioned]

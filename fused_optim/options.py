@@ -26,7 +26,7 @@ Schedule = Callable[[int], Any]  # a value by the number of earlier step() calls
 WeightDecayMask = Callable[[str, Tensor], bool] | Mapping[str, bool] | Sequence[bool]
 Group = dict[str, Any]
 _NOT_HERE = {
-    "amsgrad": "the running maximum of the second moment has no place in these rules; torch.optim.AdamW has it",
+    "amsgrad": "the running maximum of second moments has no place in these rules; torch.optim.AdamW has it",
     "differentiable": "the step is made by kernels that autograd does not see",
 }
 _BESIDE_LR = (
@@ -261,7 +261,7 @@ def check_picklable(groups: list[Group], mask: Any) -> None:
             pickle.dumps(given)
         except Exception as error:
             raise pickle.PicklingError(
-                f"{what} is {given!r}, which pickle cannot save ({error}): give a function that has a name in a "
+                f"{what} is {given!r}, which pickle cannot save ({error}): give a function with a name in a "
                 "module, or let torch.optim.lr_scheduler.LambdaLR set lr; state_dict() leaves callables out"
             ) from error
 
@@ -332,7 +332,7 @@ class HyperparameterTable:
                 ]
                 column.copy_(torch.stack(lrs)[:, None])
         # A copy to the CPU is waited for: there the host reads it.
-        scalars = (t if t is None else t.reshape(()).to(device, torch.float32, non_blocking=on_gpu) for t in amp)
+        scalars = (t if t is None else t.reshape(()).to(device, torch.float32, on_gpu) for t in amp)
         return Inputs(table, *scalars)
 
 

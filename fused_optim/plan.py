@@ -23,7 +23,7 @@ from .state import State, check_state, checked_step, in_formats, state_parts
 from .storage import Formats, Part, check_formats, formats_of, plain_format
 from .table import Batch, BatchKey, Operands
 
-# The seed, how many parameters the groups have and which decay, and whether there are grad_scale and found_inf.
+# The seed, how many parameters groups have and which decay, and whether there are grad_scale and found_inf.
 Given = tuple[int, list[Any], bool, bool]
 
 
@@ -67,7 +67,8 @@ class Settings:
         """A state of which nothing is a DTensor yet, placed like its parameter; block exponents are a
         shard's own."""
         whole = {part.key for part in self.parts_of(p) if part.block == 1}
-        return {k: layout.placed_like(p, t) if k in whole and not is_distributed(t) else t for k, t in state.items()}
+        plain = [(k, t) for k, t in state.items() if k in whole and not is_distributed(t)]
+        return state | {k: layout.placed_like(p, t) for k, t in plain}
 
     def can_be_flat(self, p: Tensor) -> bool:
         """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
@@ -127,7 +128,7 @@ class Plan:
         self.addresses = addresses.Addresses([group["params"] for group in groups], state, self._stepped)
         self._depends_on = given
         self._flat = flat if settings.flatten else None
-        self._copied_at_replays: list[Tensor | None] = []  # gradients; those of a graph that captured this step
+        self._copied_at_replays: list[Tensor | None] = []  # gradients, in graphs of this step
         self._find_present()
 
     def _find_present(self) -> None:
@@ -163,8 +164,8 @@ class Plan:
 
 
 def _operands(groups: list[Group], state: dict[Any, Any], settings: Settings, seed: int) -> list[Operands]:
-    """What is stepped, in order, with states as they will be; nothing is changed yet. A parameter with a state and
-    no gradient now is among them, as if it had one like itself: so one that comes needs no other plan."""
+    """What is stepped, in order, with states as they will be; nothing is changed yet. A parameter with a
+    state and no gradient now is there, as if it had one like itself: one that comes needs no other plan."""
     items: list[Operands] = []
     for k, (name, p, hyper_row) in enumerate(numbered(groups)):
         old, random = state.get(p, {}), random_key(seed, k)
@@ -191,8 +192,9 @@ def _operands_of(
     layout.check_stepped(name, p)
     check_formats(name, p.dtype, settings.formats)
     (param, mu, nu), dense = settings.formats_of(p), settings.dense_like(p)
-    grad, grad_copy = local(p if p.grad is None else p.grad), None
-    if not placed_alike(p if p.grad is None else p.grad, p) or not layout.gradient_is_native(grad, local(p), dense):
+    given = p if p.grad is None else p.grad
+    grad, grad_copy = local(given), None
+    if not placed_alike(given, p) or not layout.gradient_is_native(grad, local(p), dense):
         dtype = p.dtype if grad.dtype == p.dtype or p.is_complex() else param.working
         grad = grad_copy = torch.empty_strided(dense.shape, dense.stride(), dtype=dtype, device=p.device)
     grad_format = plain_format(grad.dtype)
@@ -200,11 +202,13 @@ def _operands_of(
     key = BatchKey(p.device, settings.rule, param, grad_format, mu, nu)
     made = _state_of(name, p, dense, old, settings)
     offset = settings.offset_of(name, p)
-    # With copies of the parameter, or a norm, a missing gradient would have to be known in more places than tables.
+    # With copies of the parameter, or a norm, a missing gradient must be known in more places than tables.
     like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
-    param_copy = None if dense is local(p) else dense
-    optional = like_param and param_copy is None and dense.numel() > 0 and not settings.clips
-    return Operands(name, p, param_copy, grad_copy, {p: made}, key, row, random, offset, number, grad_optional=optional)
+    copy, states = None if dense is local(p) else dense, {p: made}
+    optional = like_param and copy is None and dense.numel() > 0 and not settings.clips
+    return Operands(
+        name, p, copy, grad_copy, states, key, row, random, offset, number, grad_optional=optional
+    )
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:

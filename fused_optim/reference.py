@@ -52,7 +52,7 @@ class Coefficients(NamedTuple):
     decay_kind: Tensor  # 0: no decay; 1: in the update, which is times lr; 2 (decoupled_lr): in the parameter
     grad_divisor: Tensor  # grad_scale, 1 for none
     nesterov: Tensor
-    grad_factor: Tensor  # what the quotient is multiplied by: the clip coefficient, 1 for none; negative to ascend
+    grad_factor: Tensor  # multiplies the quotient: the clip coefficient, 1 for none; negative to ascend
 
 
 def bias_correction(beta: Tensor, count: Tensor, dtype: torch.dtype) -> Tensor:
@@ -109,9 +109,9 @@ def sqrt(x: Tensor) -> Tensor:
 
 
 def tree_sum(x: Tensor) -> Tensor:
-    """The sum over the last dimension in the order of every backend: lane ``k`` of 256 adds up elements ``k``,
-    ``k + 256``, ``k + 512`` and so on; then neighbouring lanes are added until one is left. What is missing
-    of the last 256 counts as 0."""
+    """The sum over the last dimension in the order of every backend: lane ``k`` of 256 adds up elements
+    ``k``, ``k + 256``, ``k + 512`` and so on; then neighbouring lanes are added until one is left. What is
+    missing of the last 256 counts as 0."""
     padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % NORM_LANES))
     lanes = x.new_zeros(*x.shape[:-1], NORM_LANES)
     for start in range(0, x.shape[-1], NORM_LANES):

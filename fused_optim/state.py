@@ -32,7 +32,7 @@ def state_parts(keys: Keys, formats: Formats, dtype: torch.dtype) -> tuple[Part,
 
 
 def _in_blocks(key: str, state: State) -> tuple[str, Format] | None:
-    """Where the block exponents of an 8-bit moment are, and its format; None of a moment in another format."""
+    """Where the block exponents of an 8-bit moment are, and its format; None of one in another format."""
     found = ((key + suffix, f) for suffix, f in BLOCK_FORMATS.items() if key + suffix in state)
     return next(found, None) if key in state and state[key].dtype == torch.uint8 else None
 
@@ -125,7 +125,7 @@ def _remainder(format: Format, state: State, param: Tensor, dense: Tensor) -> di
 
 
 def _master(state: State, param: Tensor) -> Tensor:
-    """The float32 that a split parameter stands for: a master in the state, by a remainder, or its own value."""
+    """The float32 that a split parameter stands for: the state's master, by a remainder, or its own value."""
     master = state.get("master")
     if master is None and state.get("remainder") is not None:
         remainder = state["remainder"].to(param.device)

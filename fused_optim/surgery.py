@@ -54,10 +54,10 @@ class StateAccess(torch.optim.Optimizer):
 
     def decoded_state(self, param: Tensor) -> dict[str, Tensor]:
         """The state of a parameter as values, whatever its format: the moments and, with
-        ``master_weights``, the float32 ``master``, in the parameter's shape and working precision (float32, or
-        float64 for float64), and ``step``. All are copies, placed like the parameter if that is a DTensor. Of a
-        parameter that was never stepped they are what its first step starts from. A parameter that no group
-        holds is a ValueError, a state that does not fit the parameter's shape a RuntimeError."""
+        ``master_weights``, the float32 ``master``, in the parameter's shape and working precision (float32,
+        or float64 for float64), and ``step``. All are copies, placed like the parameter if that is a DTensor.
+        Of a parameter that was never stepped they are what its first step starts from. A parameter that no
+        group holds is a ValueError, a state that does not fit the parameter's shape a RuntimeError."""
         name, settings, here = options.name_of(param, self.param_groups), self._settings, local(param)
         keys, state = settings.rule.states, {k: local(t) for k, t in self.state.get(param, {}).items()}
         check_state(name, here, state, keys, RuntimeError)
@@ -66,14 +66,14 @@ class StateAccess(torch.optim.Optimizer):
         return {key: t if key == "step" else placed_like(param, t) for key, t in values.items()}
 
     def set_decoded_state(self, param: Tensor, state: dict[str, Any]) -> None:
-        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has. That of a
-        DTensor may be of DTensors or of whole tensors.
+        """Give a parameter a state like that of :meth:`decoded_state`, in place of the one that it has. That
+        of a DTensor may be of DTensors or of whole tensors.
 
-        Values are rounded to the nearest in this optimizer's formats; those that :meth:`decoded_state` gave come
-        out of it again as they were. The parameter is left as it is, and its master becomes the
-        nearest that rounds to it; a ``master`` that is missing is what the parameter holds, one that
-        is not needed is ignored. A state that lacks a key, has others, or another shape than the
-        parameter's is a ValueError that names it, and nothing has changed then.
+        Values are rounded to the nearest in this optimizer's formats; those that :meth:`decoded_state` gave
+        come out of it again as they were. The parameter is left as it is, and its master becomes the nearest
+        that rounds to it; a ``master`` that is missing is what the parameter holds, one that is not needed is
+        ignored. A state that lacks a key, has others, or another shape than the parameter's is a ValueError
+        that names it, and nothing has changed then.
 
         Example: keep some rows of a weight, in a parameter that replaces it.
             >>> from fused_optim import AdamW

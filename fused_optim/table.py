@@ -170,7 +170,7 @@ class Batch:
         self._steps = self.counters[:, 0].clone()
         self._counter_of, self._numbers = int64_tensor(counter_of), int64_tensor([o.number for o in items])
         self._needed = torch.tensor([not o.grad_optional for o in items], device="cpu")
-        self.unread = torch.zeros((), dtype=torch.int64, device=key.device)  # counts steps of missing gradients
+        self.unread = torch.zeros((), dtype=torch.int64, device=key.device)  # steps of missing gradients
         followed = [(row, o.number) for row, o in enumerate(firsts) if o.grad_copy is None]
         self._followed = [int64_tensor(column) for column in zip(*followed)]
         self.numel = sum(o.dense.numel() for o in items)
@@ -193,9 +193,9 @@ class Batch:
             local(o.source).copy_(copy)
 
     def follow(self, grads: Tensor, toggled: bool) -> bool:
-        """Take the addresses of gradients that have moved: those of all parameters that are stepped. Where some
-        came or went (``toggled``) of parameters that share a step number, and others not, this is False, and a
-        new batch is needed."""
+        """Take the addresses of gradients that have moved: those of all parameters that are stepped. Where
+        some came or went (``toggled``) of parameters that share a step number, and others not, this is False,
+        and a new batch is needed."""
         if self._followed:
             rows, numbers = self._followed
             self.grads[rows] = grads[numbers]
@@ -225,10 +225,10 @@ class Batch:
         return self._chunks[size]
 
     def chunks_of(self, rows: Tensor, grads: Tensor, size: int) -> Tensor:
-        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk), on the device of ``rows``
-        and ``grads``, for which nothing waits. A tail chunk, which is short or has an address in its row that is
-        not a multiple of 16 bytes, is ``~chunk``, negative; so is one of a row whose offset splits the eight
-        neighbours that share random bits."""
+        """Rows cut into chunks of ``size`` elements: int32 ``[n, 2]`` of (row, chunk), on the device of
+        ``rows`` and ``grads``, for which nothing waits. A tail chunk, which is short or has an address in its
+        row that is not a multiple of 16 bytes, is ``~chunk``, negative; so is one of a row whose offset
+        splits the eight neighbours that share random bits."""
         device, counts = rows.device, _n_chunks(rows, grads, size)
         total = int(_n_chunks(self.rows, self.grads, size).sum())
         row = torch.arange(len(rows), dtype=torch.int32, device=device)

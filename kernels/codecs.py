@@ -68,9 +68,9 @@ At = namedtuple("At", "start offset mask block_mask count key finite ptx")
 whether it exists; a mask of None for all. ``block_mask``: the same of their blocks. ``count``: the address
 of the step number's bits, which are a value of the working precision. ``key``: the address of the key of the
 parameter's random bits, after which the first element's index in its parameter lies. ``finite``: values to be
-stored with low precision are below ``step.LIMIT``, so that none is infinite or NaN or rounds to infinity, and no
-moment in memory is infinite or NaN (see ``step._all_finite``); no second moment is negative. ``ptx``: a full chunk for NVIDIA's GPUs from the A100 on.
-True or None, since Triton makes tensors of other constants in a tuple.
+stored with low precision are below ``step.LIMIT``, so that none is infinite or NaN or rounds to infinity, and
+no moment in memory is infinite or NaN (see ``step._all_finite``); no second moment is negative. ``ptx``: a
+full chunk for NVIDIA's GPUs since the A100. True or None: Triton makes tensors of other constants in a tuple.
 """
 
 
@@ -185,8 +185,8 @@ def magnitude_bits(x):
 
 @triton.jit
 def largest_of_eight(x):
-    """The bits of the largest magnitude of each eight neighbours, which a thread holds in a full chunk; a NaN is
-    the largest. (Maxima of numbers need no instruction to take a sign away, those of bits one for each.)"""
+    """The bits of the largest magnitude of each eight neighbours, which a thread holds in a full chunk; a NaN
+    is the largest. (Maxima of numbers need no instruction to drop a sign, those of bits one for each.)"""
     x = tl.abs(x)
     for _ in tl.static_range(3):
         a, b = tl.split(tl.reshape(x, [x.shape[0] // 2, 2]))

@@ -178,8 +178,8 @@ def _new_param(p, g, mu, nu, at, k, UPDATE: tl.constexpr, PARAM: tl.constexpr):
     c = _coefficients(k)
     if at.finite is not None and at.ptx is not None and PARAM.low_precision:
         if (c.nesterov == 0) & (c.bias_correction1 == 1) & (c.bias_correction2 == 1):
-            # These as constants: then moments and what is corrected of them are the same registers, not copies, two
-            # instructions an element.
+            # These as constants: then moments and what is corrected of them are the same registers, not
+            # copies, two instructions an element.
             late = Coefficients(*c[:6], 1.0, 1.0, 1.0, *c[9:13], 0.0, c[14])
             u = UPDATE(g, mu, nu, late, "known")
         else:
@@ -227,7 +227,7 @@ def _step(
     stored_nu = NU.load(row + NU_COLUMN, at)
     g = GRAD.decode(g, at)
     c = _coefficients(k)
-    # One branch for both: a multiplication of its own is a predicated instruction for each element, and a copy.
+    # One branch for both: a multiplication of its own is a predicated instruction an element, and a copy.
     if (c.grad_divisor != 1) | (c.grad_factor != 1):
         if c.grad_divisor != 1:
             RANGE: tl.constexpr = "tested" if at.ptx is not None and g.dtype == tl.float32 else None
@@ -295,8 +295,8 @@ def step_kernel(
                 offset = start + tl.arange(0, THREADS)
                 block = start + tl.arange(0, THREADS // codecs.BLOCK) * codecs.BLOCK
                 at = codecs.At(
-                    start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, None,
-                    None,
+                    start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN,
+                    None, None,
                 )  # fmt: skip
                 _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
                 start += THREADS

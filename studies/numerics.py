@@ -1,5 +1,5 @@
-"""``python -m studies.numerics``: the error of a step against float64, by stage, as in docs/numerics.md. It prints
-the tables and draws docs/numerics.png; two million samples take a minute."""
+"""``python -m studies.numerics``: the error of a step against float64, by stage, as in docs/numerics.md. It
+prints the tables and draws docs/numerics.png; two million samples take a minute."""
 
 import sys
 from pathlib import Path
@@ -44,8 +44,8 @@ def in_ulps(got: Tensor, exact: Tensor) -> Tensor:
 
 
 def errors(rule: str, spread: float, seed: int = 0) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Errors by stage after ``STEPS`` steps of gradients ``mean + spread * noise``, of magnitudes 1e-6 to 1: of the
-    last step alone, which begins with the float32 state in both precisions, and of all steps together."""
+    """Errors by stage after ``STEPS`` steps of gradients ``mean + spread * noise``, of magnitudes 1e-6 to 1:
+    of the last step alone, which begins with the float32 state in both precisions, and of all steps."""
     rng = torch.Generator().manual_seed(seed)
     mean = 10 ** (-6 * torch.rand(SAMPLES, generator=rng, dtype=torch.float64))
     p = torch.randn(SAMPLES, generator=rng)

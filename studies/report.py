@@ -47,12 +47,13 @@ def fidelity_tables(results: dict[str, Any]) -> str:
         for name in found["mean 1"]
     ]
     about = (
-        f"Geometric mean of decoded over true, {results['elements']:,} elements, {versions}, {results['date']}. "
-        "Bold: outside 0.98 to 1.02 (bf16), or, in 8 bits, outside 0.95 to 1.05 (stationary) or 0.7 to 1.3 "
-        "(after a fall)."
+        f"Geometric mean of decoded over true, {results['elements']:,} elements, {versions}, "
+        f"{results['date']}. Bold: outside 0.98 to 1.02 (bf16), or, in 8 bits, outside 0.95 to 1.05 "
+        "(stationary) or 0.7 to 1.3 (after a fall)."
     )
     table = markdown(["second moment", *fidelity.COLUMNS], rows)
-    about_steady = "The same, stationary, by the mean of an element's gradients over the standard deviation of their noise:"
+    about_steady = "The same, stationary, by the mean of an element's gradients over the standard deviation "
+    about_steady += "of their noise:"
     steady_table = markdown(["second moment", *(f"mean {m}" for m in fidelity.STEADINESS)], steady)
     return f"{about}\n\n{table}\n\n{about_steady}\n\n{steady_table}"
 

@@ -63,8 +63,8 @@ class Library:
         return len(GPU.launched) - before
 
     def square_sums(self, batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
-        grads = [o.grad for o in batch.items]
-        constants = [batch.rows, batch.grads, batch.norm_chunks, *grads, *([] if grad_scale is None else [grad_scale])]
+        given = [*(o.grad for o in batch.items), *([] if grad_scale is None else [grad_scale])]
+        constants = [batch.rows, batch.grads, batch.norm_chunks, *given]
         GPU.memory = lambda: ([sums], constants)
         TRITON.square_sums(batch, grad_scale, sums)
 
@@ -85,8 +85,8 @@ def test_a_step(check: Callable[[Library], Any]) -> None:
 @pytest.mark.parametrize("formats", [FP32, worlds.WITH_CODES, *worlds.FEW[2:]], ids=str)
 @pytest.mark.parametrize("rule", RULES)
 def test_rows_without_a_gradient_cost_no_more(rule: str, formats: Formats, count: int) -> None:
-    """Instructions of a full chunk: with zero gradients and moments no more than with others, divided by a gradient
-    scale and, at first, by both bias corrections. With a NaN some are divided as usual, or all stepped twice."""
+    """A full chunk of zero gradients and moments takes no more instructions than others, divided by a scale
+    and, at first, by both bias corrections. With a NaN some are divided as usual, or all stepped twice."""
     issued = []
     for values in (None, 0.0, torch.nan):
         row = worlds.Row(LIBRARY.chunk_size(formats), hyper_row=2, count=count)  # without eps_root

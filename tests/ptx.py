@@ -2,11 +2,10 @@
 Triton and nvcc make of ours.
 
 Each instruction runs at once for all threads of all blocks: a register is a NumPy array. It knows no
-contracted, approximate or flushing operation but three of inline assembly, which no compiler chose, and refuses
-whatever it does not know. Of threads that are
-apart, those go on that are least far; what holds in another order too is left to the checks of every
-access: that it is aligned, within what was allocated, and ordered by a barrier before or after what another
-thread does there.
+contracted, approximate or flushing operation but three of inline assembly, which no compiler chose, and
+refuses whatever it does not know. Of threads that are apart, those go on that are least far; what holds in
+another order too is left to the checks of every access: that it is aligned, within what was allocated, and
+ordered by a barrier before or after what another thread does there.
 
 Source: the PTX ISA, https://docs.nvidia.com/cuda/parallel-thread-execution.
 """
@@ -201,7 +200,8 @@ def fused(a: Array, b: Array, c: Array) -> Array:
     of_c = total - product
     lost = (product - (total - of_c)) + (c - of_c)
     bits = total.view(np.int64)
-    odd = np.where(np.isfinite(lost) & (lost != 0) & (bits & 1 == 0), np.where((lost > 0) == (total > 0), 1, -1), 0)
+    towards = np.where((lost > 0) == (total > 0), 1, -1)
+    odd = np.where(np.isfinite(lost) & (lost != 0) & (bits & 1 == 0), towards, 0)
     return (bits + odd).view(np.float64).astype(np.float32)
 
 
@@ -210,8 +210,8 @@ def _flushed(x: Array) -> Array:
 
 
 def _reciprocal(x: Array) -> Array:
-    """Approximate, as PTX promises: off by up to a unit, here always away from zero. (docs/numerics.md has the one
-    divisor for which it matters to which side.)"""
+    """Approximate, as PTX promises: off by up to a unit, here always away from zero. (docs/numerics.md has
+    the one divisor for which it matters to which side.)"""
     exact = 1 / _flushed(x).astype(np.float64)
     near = exact.astype(np.float32)
     return _flushed(np.where(np.abs(near) < np.abs(exact), np.nextafter(near, 2 * near), near))
@@ -227,8 +227,8 @@ def _reciprocal_root(x: Array) -> Array:
 OPERATIONS: dict[str, Callable[..., Array]] = {
     "abs": np.abs, "add": np.add, "and": np.bitwise_and, "bfe": _bit_field, "div": np.divide, "max": _largest,
     "min": np.minimum, "mov": lambda a: a, "mul": np.multiply, "neg": np.negative, "not": np.invert,
-    "or": np.bitwise_or, "prmt": _permute, "rcp": np.reciprocal, "shf": _funnel_shift, "shl": _shift_left, "shr": _shift_right,
-    "sqrt": np.sqrt, "sub": np.subtract, "xor": np.bitwise_xor,
+    "or": np.bitwise_or, "prmt": _permute, "rcp": np.reciprocal, "shf": _funnel_shift, "shl": _shift_left,
+    "shr": _shift_right, "sqrt": np.sqrt, "sub": np.subtract, "xor": np.bitwise_xor,
 }  # fmt: skip
 INLINE = {
     ("inline_fma", ("rn",)): fused, ("inline_rcp", ("approx", "ftz")): _reciprocal,
@@ -682,8 +682,8 @@ def run(
     kernel: Kernel, blocks: int, arguments: Sequence[bytes], tensors: Sequence[Tensor],
     constants: Sequence[Tensor] = (), shared_bytes: int = 0,
 ) -> int:  # fmt: skip
-    """Run ``kernel``, which may read and write ``tensors``, read ``constants``, and touch nothing else; how many
-    instructions its warps were issued.
+    """Run ``kernel``, which may read and write ``tensors``, read ``constants``, and touch nothing else; how
+    many instructions its warps were issued.
 
     Raises:
         Fault: for what a kernel must not do, or the emulator does not know. The tensors are as before.

@@ -164,7 +164,8 @@ def check_layouts(rule: str, backend: str, format: str, chosen: Sequence[Any], *
 
 
 @pytest.mark.parametrize(("sees_gpu", "said", "reason"), [
-    (True, None, None), (False, None, "torch sees no GPU"), (True, "no kernel image", "no kernel image; FUSED_OPTIM"),
+    (True, None, None), (False, None, "torch sees no GPU"),
+    (True, "no kernel image", "no kernel image; FUSED_OPTIM"),
 ])  # fmt: skip
 def test_cuda_is_for_what_its_driver_takes(
     sees_gpu: bool, said: str | None, reason: str | None, monkeypatch: pytest.MonkeyPatch
@@ -421,7 +422,8 @@ except ValueError as error:
     print(error)
 """
     said = in_a_process(code, FUSED_OPTIM_ISA="sse9")
-    assert said.startswith("FUSED_OPTIM_ISA must be one of [") and "'baseline'" in said and "got 'sse9'" in said
+    assert said.startswith("FUSED_OPTIM_ISA must be one of [")
+    assert "'baseline'" in said and "got 'sse9'" in said
 
 
 @cpu
@@ -447,8 +449,8 @@ def test_cpu_division(divisor: float, isa: str, monkeypatch: pytest.MonkeyPatch)
 
 @pytest.mark.parametrize("clips", [False, True])
 def test_launches_of_triton(flatten: bool, clips: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two launches a step, and two more with clipping, whatever the number of tensors and groups; counted, not
-    run."""
+    """Two launches a step, and two more with clipping, whatever the number of tensors and groups; counted,
+    not run."""
     kernels = pytest.importorskip("fused_optim.kernels.step")
     norm = pytest.importorskip("fused_optim.kernels.norm")
     launches: list[str] = []

@@ -99,7 +99,7 @@ CONSTRUCTOR_ONLY: list[tuple[str, Any, type[Exception], str]] = [
     *(("state_format", value, ValueError, "'fp32', 'bf16', '8bit'") for value in ("fp8", None)),
     ("master_weights", "fp32", ValueError, "None, 'split16', 'split8'"),
     ("max_grad_norm", 0.0, ValueError, "must be positive, or None"),
-    *(("max_grad_norm", value, ValueError, f"Invalid max_grad_norm value: {float(value)}") for value in (-1, math.nan)),
+    *(("max_grad_norm", x, ValueError, f"Invalid max_grad_norm value: {float(x)}") for x in (-1, math.nan)),
     *(("max_grad_norm", value, TypeError, f"must be a number, got {value!r}") for value in ("1", True)),
 ]
 

@@ -241,7 +241,8 @@ gpu_check.main(Path({str(tmp_path / "out")!r}), True, 100, ())
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
     with tarfile.open(tmp_path / "out" / "results.tar.gz") as archive:
-        text = {name: archive.extractfile(name).read().decode() for name in ("good.log", "summary.md")}  # type: ignore[union-attr]
+        files = ("good.log", "summary.md")
+        text = {name: archive.extractfile(name).read().decode() for name in files}  # type: ignore[union-attr]
     assert text["good.log"] == "7\n" and "| good | passed |" in text["summary.md"]
     assert "| endless | not done |" in text["summary.md"] and "1 of 2 parts passed" in text["summary.md"]
 

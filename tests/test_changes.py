@@ -166,17 +166,17 @@ CHANGES: dict[str, str] = {
     "gradients of one group": "w.new_gradients('defg')",
     "gradient of an empty one alone": "w.new_gradients('g')",
     "absent, then of another layout": "b.grad = None; w.step(); b.grad = gradient(b, 9).mT.contiguous().mT",
-    "absent, then at another alignment": "d.grad = None; w.step(); d.grad = gradient(torch.cat([d, d[:1]]), 9)[1:]",
-    "absent, then of another dtype": "x, d.grad = d.grad, None; w.step(); d.grad = x; recast(d, torch.float64)",
-    "absent, its state moved": "b.grad = None; w.step(); s[b] = {k: t.clone() for k, t in s[b].items()}; w.step(); "
-    "s[b]['exp_avg'] = s[b]['exp_avg'].flip(0); w.step(); b.grad = gradient(b, 9)",
+    "absent, then unaligned": "d.grad = None; w.step(); d.grad = gradient(torch.cat([d, d[:1]]), 9)[1:]",
+    "absent, then another dtype": "x, d.grad = d.grad, None; w.step(); d.grad = x; recast(d, torch.float64)",
+    "absent, its state moved": "b.grad = None; w.step(); s[b] = {k: t.clone() for k, t in s[b].items()}; "
+    "w.step(); s[b]['exp_avg'] = s[b]['exp_avg'].flip(0); w.step(); b.grad = gradient(b, 9)",
     "absent, its state removed": "d.grad = None; w.step(); del s[d]; w.step(); d.grad = gradient(d, 9)",
     "absent, its memory elsewhere": "a.grad = None; w.step(); x, a.data = a.data, a.data[:0]; w.step(); "
     "a.data = x.clone(); w.step(); a.grad = gradient(a, 9)",
-    "absent, its data another dtype": "f.grad = None; w.step(); f.data, x = f.data.double(), f.data; w.step(); "
-    "f.data = x; f.grad = gradient(f, 9)",
-    "absent by turns": "a.grad = None; w.step(); a.grad, b.grad = gradient(a, 9), None; w.step(); d.grad = None; w.step(); "
-    "b.grad, d.grad = gradient(b, 9), gradient(d, 9)",
+    "absent, its data another dtype": "f.grad = None; w.step(); f.data, x = f.data.double(), f.data; "
+    "w.step(); f.data = x; f.grad = gradient(f, 9)",
+    "absent by turns": "a.grad = None; w.step(); a.grad, b.grad = gradient(a, 9), None; w.step(); "
+    "d.grad = None; w.step(); b.grad, d.grad = gradient(b, 9), gradient(d, 9)",
     "zeroed": "o.zero_grad(set_to_none=False)",
     "zeroed, some new": "o.zero_grad(); (a * c).sum().backward()",
     "zeroed by the module": "torch.nn.ParameterDict(w.p).zero_grad(); (a * c).sum().backward()",
@@ -195,8 +195,8 @@ CHANGES: dict[str, str] = {
     "gradients exchanged with one outside": "a.grad, c.grad = c.grad, a.grad",
     "one gradient of two": "a.grad = b.grad",
     "gradients in a bucket": "bucket(a, b, d, e)",
-    "gradients of another dtype": "recast(a, torch.float64); recast(b, torch.float16); recast(d, torch.bfloat16); "
-    "recast(e, torch.float8_e4m3fn); recast(f, a.dtype)",
+    "gradients of another dtype": "recast(a, torch.float64); recast(b, torch.float16); "
+    "recast(d, torch.bfloat16); recast(e, torch.float8_e4m3fn); recast(f, a.dtype)",
     # Parameters.
     "data replaced": "a.data = 2 * a.data.clone(); f.data = 2 * f.data.clone()",
     "data written": "a.data.mul_(0.5); d.data[:50] = 0",
@@ -212,8 +212,9 @@ CHANGES: dict[str, str] = {
     # Groups.
     "parameters reordered": "[group['params'].reverse() for group in groups]",
     "parameter moved to another group": "w.move(d); w.move(f)",
-    "a group's last in the next": "groups[0]['weight_decay_mask'] = groups[-1]['weight_decay_mask'] = None; w.step(); "
-    "[groups[-1][k].insert(0, groups[0][k].pop()) for k in ('params', 'param_names') if len(groups[0][k]) > 1]",
+    "a group's last in the next": "groups[0]['weight_decay_mask'] = groups[-1]['weight_decay_mask'] = None; "
+    "w.step(); [groups[-1][k].insert(0, groups[0][k].pop()) "
+    "for k in ('params', 'param_names') if len(groups[0][k]) > 1]",
     "group removed": "[s.pop(p) for p in groups[0]['params'] if len(groups) > 1]; del groups[:-1]",
     "groups reversed": "groups.reverse()",
     "groups another list": "o.param_groups = [dict(group) for group in groups]",

@@ -1,5 +1,5 @@
-"""Clipping inside the step: the norm and what follows from it, bit for bit in every backend; against PyTorch's
-own ``clip_grad_norm_``, whose norm is a float32; and steps that a norm which is not finite skips."""
+"""Clipping inside the step: the norm and what follows from it, bit for bit in every backend; against
+PyTorch's ``clip_grad_norm_``, whose norm is float32; and steps that a norm which is not finite skips."""
 
 import copy
 import itertools
@@ -132,7 +132,7 @@ def test_a_norm_that_is_not_finite(backend: str, bad: float, limit: float | None
 @pytest.mark.parametrize("bad", [None, torch.nan, torch.inf])
 @pytest.mark.parametrize(("limit", "scale"), [(1e-3, 1), (1, 1), (1e3, 1), (1e9, 1), (1e-6, 1e-8), (1e-7, 0)])
 def test_as_torch_clips(limit: float, scale: float, bad: float | None) -> None:
-    """Within 4 units of float32, of small norms too; with beta1 = 0 the first moment is the clipped gradient."""
+    """Within 4 units of float32, small norms too; with beta1 = 0 the first moment is the clipped gradient."""
     params = parameters([(4097,), (10, 10), ()])
     optimizer = AdamaxW(params, betas=(0.0, 0.9), max_grad_norm=limit, backend="eager")
     helpers.set_gradients(params, 0)

@@ -291,8 +291,8 @@ def cpu_step(isa: str, world: World) -> None:
 @cpu
 @pytest.mark.parametrize("name", OPERANDS)
 def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None:
-    """Moments that were -0 become g and abs(g) by AdamaxW. A parameter becomes -lr*g by AdaBelief where g is finite,
-    since the second moment is 0; a second step leaves it as it is."""
+    """Moments that were -0 become g and abs(g) by AdamaxW. A parameter becomes -lr*g by AdaBelief where g is
+    finite, since the second moment is 0; a second step leaves it as it is."""
     format, operand = FORMATS[name], OPERANDS[name]
     at = place()._replace(key=random_key(12345, 0), operand=operand)
     rule, formats, eps = "adabelief", named(name, "fp32", "fp32", "fp32"), 1.0
@@ -329,7 +329,8 @@ def test_the_cpu_encodes_and_decodes_every_pattern_like_eager(name: str) -> None
 @pytest.mark.parametrize("finite", [False, True], ids=["all", "finite alone, which take fewer operations"])
 def test_the_cpu_decodes_all_codes_under_all_exponents_like_eager(finite: bool) -> None:
     """From -0 the parameter becomes what the moments say."""
-    codes, exponents = torch.arange(256, dtype=torch.uint8).repeat(255), torch.arange(255).repeat_interleave(2)
+    codes = torch.arange(256, dtype=torch.uint8).repeat(255)
+    exponents = torch.arange(255).repeat_interleave(2)
     for isa in ISAS:
         worlds = [World("adamaxw", WITH_CODES, [Row(len(codes))]) for _ in range(2)]
         for world in worlds:

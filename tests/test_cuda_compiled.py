@@ -53,9 +53,9 @@ def setup_flags(name: str) -> list[str]:
 def task_of(work: Work, coefficients: Tensor) -> list[int]:
     """The fields of CudaTask."""
     inputs, chunks, counters = work.inputs, work.chunks, work.batch.counters
-    tables = [*map(address, (work.rows, work.addresses, chunks)), len(chunks), address(counters), len(counters)]
+    tables = [*map(address, (work.rows, work.addresses, chunks)), len(chunks)]
     tensors = (inputs.hyper, coefficients, inputs.grad_scale, inputs.found_inf, inputs.clip)
-    return [*tables, *map(address, tensors)]
+    return [*tables, address(counters), len(counters), *map(address, tensors)]
 
 
 def address(t: Tensor | None) -> int:
@@ -567,7 +567,7 @@ def emulated(host: Host, code: Code) -> Emulated:
 OF_PTX = [
     *((worlds.check_sizes_and_alignments, *pair) for pair in PAIRS),
     *((worlds.check_special_values, *pair) for pair in PAIRS if pair[1] in LOW_PRECISION),
-    *((worlds.check_edges_of_ranges, *pair, A_WARP) for pair in PAIRS if pair[1] in (FP32, worlds.SHOWS_EACH_BIT)),
+    *((worlds.check_edges_of_ranges, *p, A_WARP) for p in PAIRS if p[1] in (FP32, worlds.SHOWS_EACH_BIT)),
     *((worlds.check_all_codes_under_all_exponents, given) for given in worlds.GRAD_EXPONENTS),
     *((worlds.check_corrections_that_become_one, *pair) for pair in PAIRS if pair[1] in FEW),
     *((worlds.check_counters, "adamaxw", f, 5) for f in FEW),

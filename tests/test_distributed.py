@@ -74,8 +74,8 @@ def run_checks(rank: int, ranks: int, folder: Path) -> None:
     init = f"file://{folder}/init{ranks}"
     dist.init_process_group("gloo", init, timedelta(minutes=30), rank=rank, world_size=ranks)
     warnings.simplefilter("error")
-    # torch's own, of FSDP1
-    warnings.filterwarnings("ignore", ".*(FSDP|_get_pg_default_device|TypedStorage|ShardedTensor|Multiple backends)")
+    of_fsdp1 = ".*(FSDP|_get_pg_default_device|TypedStorage|ShardedTensor|Multiple backends)"  # torch's own
+    warnings.filterwarnings("ignore", of_fsdp1)
     for name, function in CHECKS[ranks].items():
         said = ""
         torch.manual_seed(0)

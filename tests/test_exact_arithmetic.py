@@ -1,5 +1,5 @@
 """Division and roots without a test for each element, in ``kernels/rules.py``: the part of the proof in
-docs/numerics.md that is a search, and what is inlined into kernels, run by an emulator on every significand."""
+docs/numerics.md that is a search, and what kernels inline, run by an emulator on every significand."""
 
 import re
 import struct
@@ -33,7 +33,7 @@ def approximations(exact: Doubles, error: Doubles) -> list[tuple[Floats, NDArray
 
 
 def test_one_step_makes_the_rounded_reciprocal() -> None:
-    """From every approximation within a unit, of every number in [1, 2), but from one of the last number's."""
+    """From every approximation within a unit, of every number in [1, 2), but one of the last number's."""
     wrong = []
     for first in range(0, 2**23, SLICE):
         d = from_one(first)
@@ -51,7 +51,7 @@ def test_one_step_makes_the_rounded_reciprocal() -> None:
 
 
 def test_one_step_makes_the_rounded_root() -> None:
-    """From every approximate reciprocal root within 2^-22.9, of every number in [1, 4), but from one of two."""
+    """From every approximate reciprocal root within 2^-22.9, of every number in [1, 4), but one of two."""
     wrong = []
     for first in range(0, 2**24, SLICE):
         s = from_one(first)
@@ -60,7 +60,8 @@ def test_one_step_makes_the_rounded_root() -> None:
             g = s * y
             stepped = ptx.fused(ptx.fused(-g, g, s), y * np.float32(0.5), g)
             bad = near & (stepped != exact.astype(np.float32))
-            wrong += [*zip(s[bad].tolist(), ((y.astype(np.float64) * exact - 1) * 2.0**23)[bad].round(2).tolist())]
+            units = (y.astype(np.float64) * exact - 1) * 2.0**23
+            wrong += zip(s[bad].tolist(), units[bad].round(2).tolist())
     assert wrong == [(float.fromhex("0x1.f82294p+0"), 0.95), (float.fromhex("0x1.dd26e4p+1"), 0.82)]
 
 
@@ -116,7 +117,8 @@ def test_every_significand_is_divided(divisor: float, every: int) -> None:
         assert_same(run(rules.BY_DIVISOR_IN_RANGE.value, 8, x, divisor), x / np.float32(divisor))
 
 
-@pytest.mark.parametrize(("number", "every"), [(1 - 0.999, 4), (1 - 2.0**-24, 1), (2.0**-24 * ALL_ONES, 1), (3.0, 4)])
+@pytest.mark.parametrize(("number", "every"), [(1 - 0.999, 4), (1 - 2.0**-24, 1), (2.0**-24 * ALL_ONES, 1),
+                                               (3.0, 4)])  # fmt: skip
 def test_every_significand_is_divided_by_one_number(number: float, every: int) -> None:
     d = np.float32(number)
     for first in range(0, 2**23, every * SLICE):
@@ -132,8 +134,9 @@ def test_every_significand_has_a_root(exponent: int, eps: float, every: int) -> 
         assert_same(run(rules.ROOT_IN_RANGE.value, 1, x, 2.0**-126 if eps else 0.0, eps), expected)
 
 
-EDGES = [0.0, -0.0, 1e-45, -1e-40, 2.0**-126, 2.0**-101, 2.0**-100, 2.0**-81, 2.0**-80, 2.0**-66, 1e-20, 1.0, ALL_ONES,
-         3.0, 2.0**24, 2.0**40, 2.0**41, 2.0**67, 2.0**68, 2.0**112, 1e38, 3e38, torch.inf, torch.nan]  # fmt: skip
+EDGES = [0.0, -0.0, 1e-45, -1e-40, 2.0**-126, 2.0**-101, 2.0**-100, 2.0**-81, 2.0**-80, 2.0**-66, 1e-20, 1.0,
+         ALL_ONES, 3.0, 2.0**24, 2.0**40, 2.0**41, 2.0**67, 2.0**68, 2.0**112, 1e38, 3e38, torch.inf,
+         torch.nan]  # fmt: skip
 NUMBERS = np.array([*EDGES, *(-x for x in EDGES)], np.float32)
 
 
@@ -142,7 +145,8 @@ def anything() -> Floats:
     rng = np.random.default_rng(0)
     n = 2**12
     x = np.ldexp(from_one(0)[rng.integers(0, SLICE, n)], rng.integers(-80, 38, n)).astype(np.float32)
-    bits, edges = rng.integers(0, 2**32, n, np.uint32).view(np.float32), NUMBERS[rng.integers(0, len(NUMBERS), n)]
+    bits = rng.integers(0, 2**32, n, np.uint32).view(np.float32)
+    edges = NUMBERS[rng.integers(0, len(NUMBERS), n)]
     kind = rng.integers(0, 30, n)
     return np.where(kind == 0, bits, np.where(kind == 1, edges, x))
 

@@ -106,8 +106,8 @@ def alarm(seconds: float) -> Iterator[None]:
             torch.set_grad_enabled(True)  # torch.no_grad leaves it off where a signal meets its end
 
 
-# CPython reports and drops a KeyboardInterrupt that meets a finalizer or a callback of the garbage collector's,
-# and other tests in the same process leave some of these.
+# CPython reports and drops a KeyboardInterrupt that meets a finalizer or a callback of the garbage
+# collector's, and other tests in the same process leave some of these.
 @pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("options", [0, 6])
 def test_interrupted_at_any_time(
@@ -123,7 +123,7 @@ def test_interrupted_at_any_time(
 
 
 class AtLine:
-    """KeyboardInterrupt before the ``n``-th line of the package's that the block comes to, if there are as many."""
+    """KeyboardInterrupt before the ``n``-th line of the package that the block comes to, if there is one."""
 
     def __init__(self, n: int) -> None:
         self.n, self.seen = n, set[Any]()
@@ -206,7 +206,7 @@ time.sleep(quarter)
 
 
 def test_two_threads_and_a_backward_pass_beside_them(make: Make, flatten: bool) -> None:
-    """Each optimizer, with an lr of its own, steps as it does alone. They are long enough in C++ to meet there."""
+    """Each optimizer, with its own lr, steps as it does alone. They are long enough in C++ to meet there."""
     shapes = [(300,), (7, 40), (), (400000,)]
     models = [parameters(shapes, seed=i) for i in range(3)]
     alone = [like(params) for params in models]
@@ -256,10 +256,11 @@ BROKEN = [
     "x[k] = torch.full_like(x[k], 255 if x[k].dtype == torch.uint8 else -1)",
     "x['step'] = torch.tensor(float('nan'))", "x['step'] = torch.tensor([1, 2])", "x['step'] = 2**40",
     "x['step'] = float('inf')", "x.clear()", "saved['state'] = {}", "saved['state'].pop(0)",
-    "saved['param_groups'].pop()", "saved['param_groups'][0]['params'].pop()", "saved['param_groups'][0].pop('lr')",
-    "saved['param_groups'][0]['betas'] = (0.9,)", "saved['param_groups'][0]['lr'] = float('nan')",
-    "saved['count'] = -1", "saved['count'] = 'many'", "del saved['state']", "del saved['param_groups']",
-    "saved['state'][0] = 3", "saved['state'] = []", "saved['param_groups'][0]['eps'] = '1e-8'",
+    "saved['param_groups'].pop()", "saved['param_groups'][0]['params'].pop()",
+    "saved['param_groups'][0].pop('lr')", "saved['param_groups'][0]['betas'] = (0.9,)",
+    "saved['param_groups'][0]['lr'] = float('nan')", "saved['count'] = -1", "saved['count'] = 'many'",
+    "del saved['state']", "del saved['param_groups']", "saved['state'][0] = 3", "saved['state'] = []",
+    "saved['param_groups'][0]['eps'] = '1e-8'",
 ]  # fmt: skip
 """What is done to a state dict, or to an entry k of the state x of its first parameter."""
 
@@ -275,7 +276,8 @@ def test_broken_state_dicts(broken: str, record_property: Callable[[str, object]
             w.train(2)
             saved, before = w.optimizer.state_dict(), snapshot(w.optimizer)
             x = saved["state"][0]
-            exec(broken, {"torch": torch, "saved": saved, "x": x, "k": sorted(x)[number % len(x)]})  # noqa: S102
+            k = sorted(x)[number % len(x)]
+            exec(broken, {"torch": torch, "saved": saved, "x": x, "k": k})  # noqa: S102
             try:
                 w.optimizer.load_state_dict(saved)
             except (ValueError, TypeError, KeyError) as error:

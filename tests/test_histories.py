@@ -174,8 +174,8 @@ EVENTS: dict[str, str] = {
     "written": "p.grad is not None and w.with_own_gradients([p]) and p.grad.mul_(3)",
     "exchanged": "p.grad, q.grad = q.grad, p.grad",
     "one of two": "p.grad = q.grad",
-    "a bucket": "w.new_gradients(); bucket(*(x for x in {p, *w.live} if x.dtype == p.dtype and x.grad is not None))"
-    " if p.grad is not None else None",
+    "a bucket": "w.new_gradients(); bucket(*(x for x in {p, *w.live} if x.dtype == p.dtype "
+    "and x.grad is not None)) if p.grad is not None else None",
     "another dtype": "p.is_complex() or setattr(p, 'grad', gradient(p, n).to((F64, F32, BF16, F16)[n % 4]))",
     "special": "x = special_values(p.real.dtype); p.grad = x[n % 11].to(p.dtype).expand(p.shape).clone()",
     # Parameters.
@@ -251,13 +251,13 @@ def do(w: Model, name: str, which: int, n: int) -> None:
     }
     used |= {f.__name__: f for f in (ExponentialLR, OneCycleLR, InterruptedWrite, float64_by_default)}
     constants = {"LAYOUTS": LAYOUTS, "MOVED": MOVED, "F16": F16, "F32": F32, "F64": F64, "BF16": BF16}
-    exec(COMPILED[name], {**used, **constants, **names, "q": like[n % len(like)] if like else p})  # noqa: S102
+    exec(COMPILED[name], used | constants | names | {"q": like[n % len(like)] if like else p})  # noqa: S102
 
 
 NUMBER = st.integers(0, 1023)
 PARAMETERS = st.lists(
-    st.tuples(st.integers(0, 5), st.integers(0, 3) | st.integers(0, len(TENSORS) - 1), st.integers(0, 2), st.booleans()),
-    min_size=1, max_size=30,
+    st.tuples(st.integers(0, 5), st.integers(0, 3) | st.integers(0, len(TENSORS) - 1), st.integers(0, 2),
+              st.booleans()), min_size=1, max_size=30,
 )  # fmt: skip
 HISTORIES = st.integers(1, 16).flatmap(
     lambda n: st.lists(st.tuples(st.sampled_from(list(EVENTS)), NUMBER, NUMBER), min_size=n, max_size=n)

@@ -295,17 +295,17 @@ def test_builds_after_each_other_in_place(builder: Builder, tree: Path, cuda: di
 NO_NVCC = "error: fused_optim._cuda needs nvcc, which is neither on the PATH nor under CUDA_HOME"
 REFUSED: dict[str, tuple[Callable[[Path, dict[str, str]], dict[str, str]], str]] = {
     "a mode misspelt": (lambda tree, cuda: environment(FUSED_OPTIM_BUILD="nonsense"),
-                        r"FUSED_OPTIM_BUILD must be one of \('auto', 'none', 'cpu', 'cuda'\), got 'nonsense'"),
+        r"FUSED_OPTIM_BUILD must be one of \('auto', 'none', 'cpu', 'cuda'\), got 'nonsense'"),
     "archs misspelt": (lambda tree, cuda: environment(FUSED_OPTIM_CUDA_ARCHS="sm_90"),
-                       "FUSED_OPTIM_CUDA_ARCHS must be numbers such as 80,90, got 'sm_90'"),
+        "FUSED_OPTIM_CUDA_ARCHS must be numbers such as 80,90, got 'sm_90'"),
     **{f"{mode} without a compiler": (
         lambda tree, cuda, mode=mode: {**without_compilers(tree / "bin"), "FUSED_OPTIM_BUILD": mode},
         r"needs a C\+\+17 compiler .*'g(cc|\+\+)'") for mode in ("cpu", "cuda")},
     "cuda with a compiler that lacks the arch": (
         lambda tree, cuda: {**cuda, "FUSED_OPTIM_CUDA_ARCHS": "90,13", "FUSED_OPTIM_BUILD": "cuda"}, LACKS),
     "cuda without nvcc": (
-        lambda tree, cuda: environment(PATH=str(mirror(tree / "bin", lambda name: name != "nvcc")), CUDA_PATH="",
-                                       CUDA_HOME=str(tree), FUSED_OPTIM_BUILD="cuda"), NO_NVCC),
+        lambda tree, cuda: environment(PATH=str(mirror(tree / "bin", lambda name: name != "nvcc")),
+                                       CUDA_PATH="", CUDA_HOME=str(tree), FUSED_OPTIM_BUILD="cuda"), NO_NVCC),
 }  # fmt: skip
 
 
@@ -321,7 +321,7 @@ def test_what_cannot_be_built_as_asked(builder: Builder, tree: Path, cuda: dict[
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="needs readelf")
 @pytest.mark.parametrize("name", ["_cpu", "_cuda"])
 def test_symbols_of_an_extension(name: str) -> None:
-    """It needs the compiler's libraries and CPython's C API, and nothing of torch: one build serves every torch."""
+    """It needs the compiler's libraries and CPython's C API, and no torch: one build serves every torch."""
     module, reason = extension(name)
     if module is None:
         pytest.skip(str(reason))

@@ -1,5 +1,5 @@
-"""Long runs: new gradients and another lr at each step, parameters that come and go, optimizers built and dropped.
-No memory grows. ``FUSED_OPTIM_STEPS`` says how many steps: 1,000 by default, 200,000 in ``make test-long``."""
+"""Long runs: new gradients and another lr at each step, parameters that come and go, optimizers built and
+dropped. No memory grows. ``FUSED_OPTIM_STEPS`` is how many steps: 1,000, or 200,000 in ``make test-long``."""
 
 import gc
 import os

@@ -1,6 +1,6 @@
-"""Megatron-Core's contract with its optimizers, restated here from its published source: ``distrib_optimizer.py``
-and ``optimizer/__init__.py`` of Megatron-LM (commit d98e8a6 of August 2026), and TransformerEngine's
-``FusedAdam``, which it was written for. Neither is needed, and neither was run.
+"""Megatron-Core's contract with its optimizers, restated here from its published source:
+``distrib_optimizer.py`` and ``optimizer/__init__.py`` of Megatron-LM (commit d98e8a6 of August 2026), and
+TransformerEngine's ``FusedAdam``, which it was written for. Neither is needed, and neither was run.
 
 ``ForMegatron`` is the recipe: it needs public interfaces alone.
 """
@@ -178,8 +178,8 @@ def test_a_precision_aware_optimizer(
 
 
 def test_main_parameters_that_megatron_keeps(backend: str) -> None:
-    """Without precision-awareness the optimizer has float32 shards and ``p.grad``, and its contract is that of
-    ``torch.optim.AdamW``. States are made, read and written in place; nothing is needed between."""
+    """Without precision-awareness the optimizer has float32 shards and ``p.grad``, and its contract is that
+    of ``torch.optim.AdamW``. States are made, read and written in place; nothing is needed between."""
 
     def stepped(optimizer: Any, params: Parameters, steps: range) -> None:
         for seed in steps:

@@ -116,8 +116,8 @@ def test_closures(make: Make, flatten: bool) -> None:
 
 @pytest.mark.parametrize("max_grad_norm", [None, 0.5])
 def test_autograd_records_nothing(make: Make, flatten: bool, max_grad_norm: float | None) -> None:
-    """Of gradients, a scale and a schedule that require a gradient, and no graph is kept. The last parameter has
-    gaps, and is copied, as its gradient is."""
+    """Of gradients, a scale and a schedule that require a gradient, and no graph is kept. The last parameter
+    has gaps, and is copied, as its gradient is."""
     params = [*parameters([(4,)]), torch.nn.Parameter(torch.ones(3, 8)[:, ::2])]
     scale = torch.tensor(2.0, requires_grad=True)
     optimizer = make(params, lr=lambda count: scale * 0.1, flatten=flatten, max_grad_norm=max_grad_norm)
@@ -349,8 +349,8 @@ def test_shared_memory_is_refused_when_flat(make: Make) -> None:
 
 
 def test_parameters_that_leave_the_flat_buffers(make: Make, judge: Judge) -> None:
-    """The step is right. What was put elsewhere on its device stays there; what got another dtype, or was moved
-    to another device, is in the buffers again."""
+    """The step is right. What was put elsewhere on its device stays there; what got another dtype, or was
+    moved to another device, is in the buffers again."""
     params = parameters([*SHAPES, (3,)])
     optimizer = make(params, flatten=True)
     judge.train(optimizer, 2)

@@ -1,5 +1,5 @@
-"""Legal hyperparameters at their edges and any bits for values: eager against a restatement in NumPy that is kept
-here, and every CPU backend, format, partition and number of threads against eager.
+"""Legal hyperparameters at their edges and any bits for values: eager against a restatement in NumPy that is
+kept here, and every CPU backend, format, partition and number of threads against eager.
 
 ``FUSED_OPTIM_CASES`` says how many cases there are: 400 by default, 100,000 in ``make test-long``.
 """
@@ -131,9 +131,10 @@ def restatement(
 
 
 FORMATS = [
-    (F32, {}), (F64, {}), (BF16, {}), (F16, {}), (F32, {"state_format": "bf16"}), (F32, {"state_format": "8bit"}),
-    (BF16, {"master_weights": "split16"}), (BF16, {"master_weights": "split8", "state_format": "8bit"}),
-    (BF16, {"stochastic_rounding": True}), (F16, {"state_format": "8bit"}),
+    (F32, {}), (F64, {}), (BF16, {}), (F16, {}), (F32, {"state_format": "bf16"}),
+    (F32, {"state_format": "8bit"}), (BF16, {"master_weights": "split16"}),
+    (BF16, {"master_weights": "split8", "state_format": "8bit"}), (BF16, {"stochastic_rounding": True}),
+    (F16, {"state_format": "8bit"}),
 ]  # fmt: skip
 
 

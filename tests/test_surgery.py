@@ -48,8 +48,8 @@ SURGERY: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("format", ["fp32", "fp64", "complex64", "fp16+8bit", "split8", "split16_grad_fp32+bf16",
-                                    "split8+8bit", "stochastic_grad_fp32+8bit"])  # fmt: skip
+@pytest.mark.parametrize("format", ["fp32", "fp64", "complex64", "fp16+8bit", "split8",
+    "split16_grad_fp32+bf16", "split8+8bit", "stochastic_grad_fp32+8bit"])  # fmt: skip
 @pytest.mark.parametrize("operation", SURGERY)
 def test_surgery(make: Make, rule: Rule, format: str, operation: str) -> None:
     """A parameter is replaced by one of other rows, with their state, and is stepped on from there."""

@@ -76,9 +76,9 @@ def test_contraction_is_caught(target: str) -> None:
 
 def test_the_shortest_way_without_calls_is_counted() -> None:
     """From the first wide load to the last wide store: 6 of these, after 1."""
-    code = ["S2R R0, SR_TID.X", "LDG.E.128 R4, [R2]", "@P0 BRA 0x50", "CALL.REL.NOINC 0xb0", "FADD R1, R1, R1",
-            "MUFU.RCP R1, R4", "@!P1 BRA P2, 0x90", "FMUL R1, R1, R1", "FMUL R1, R1, R1", "FADD R1, R1, R1",
-            "STG.E.128 [R2], R4", "EXIT"]  # fmt: skip
+    code = ["S2R R0, SR_TID.X", "LDG.E.128 R4, [R2]", "@P0 BRA 0x50", "CALL.REL.NOINC 0xb0",
+            "FADD R1, R1, R1", "MUFU.RCP R1, R4", "@!P1 BRA P2, 0x90", "FMUL R1, R1, R1", "FMUL R1, R1, R1",
+            "FADD R1, R1, R1", "STG.E.128 [R2], R4", "EXIT"]  # fmt: skip
     disassembly = "\n".join(f"        /*{16 * i:04x}*/ {line} ;" for i, line in enumerate(code))
     assert ordinary_path(disassembly) == {"before": 1, "all": 6}
 

@@ -114,7 +114,8 @@ class World:
                     aux[k] = state[part.key] = memory.copy_(new[1])
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
-            operands = (stored[0], None, g, {stored[0]: state}, batch_key, row.hyper_row, random_key, row.first)
+            numbers = row.hyper_row, random_key, row.first
+            operands = stored[0], None, g, {stored[0]: state}, batch_key, *numbers
             items.append(Operands(str(key), *operands, number=key))
             self.grads.append(g)
             self.steps.append(step)
@@ -317,9 +318,9 @@ SHOWS_EACH_BIT = named("split16", "fp32", "bf16_dither", "bf16_dither")
 
 
 def check_edges_of_ranges(library: Any, rule: str, formats: Formats, together: int = 8) -> None:
-    """Quotients and roots, each bit of which shows: most of the parameter is zeros, and the learning rate is 1.
-    Small numbers are divided by small and large ones, and others by large ones. ``together``: elements that are all
-    divided as usual if one of them is small."""
+    """Quotients and roots, each bit of which shows: most of the parameter is zeros, and the learning rate is
+    1. Small numbers are divided by small and large ones, and others by large ones. ``together``: elements
+    that are all divided as usual if one of them is small."""
     chunk = library.chunk_size(formats)
     hyper = [
         Hyperparameters(1.0, 0.0, b1, b2, eps, eps_root, 0.0, 0.0, nesterov)

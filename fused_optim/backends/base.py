@@ -32,7 +32,7 @@ class Backend:
     name: str  # what the user calls it
     why_not: Callable[[torch.device], str | None]  # why it cannot step parameters there; None where it can
     step: Callable[[Batch, Inputs], None]  # one step of a batch in place, step numbers included
-    # Puts the sum of squares of each of the batch's norm_chunks in its place. Given: grad_scale, and the sums.
+    # Puts the sum of squares of each of the batch's norm_chunks in its place. Given: grad_scale and the sums.
     square_sums: Callable[[Batch, Tensor | None, Tensor], None]
     # reference.clip. Given: sums, max_grad_norm, and what counts norms that skip the step, None if none does.
     clip: Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -45,8 +45,8 @@ class Backend:
 def uploaded(
     held: dict[Any, Tensor], device: torch.device, keys: Iterable[Any], make: Callable[[Any], Tensor]
 ) -> list[Tensor]:
-    """``held[key]`` for each of ``keys``, on ``device``, made in this order where it is missing; the host does not
-    wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
+    """``held[key]`` for each of ``keys``, on ``device``, made in this order where it is missing; the host
+    does not wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
     for key in keys:
@@ -75,8 +75,8 @@ def tables_on(batch: Batch, *names: str) -> list[Tensor]:
 
 
 def table_on(batch: Batch, chunk_size: int, columns: int, dtype: torch.dtype) -> list[Tensor]:
-    """The batch's rows, gradients, chunks and counters in the memory of its device, and memory for each counter's
-    coefficients. Chunks, 26 MiB of them for seven billion parameters, are made there."""
+    """The batch's rows, gradients, chunks and counters in the memory of its device, and memory for each
+    counter's coefficients. Chunks, 26 MiB of them for seven billion parameters, are made there."""
     held, device = batch.on_device, batch.key.device
 
     def make(name: str) -> Tensor:

@@ -14,7 +14,8 @@ from .base import Backend, Inputs, uploaded
 def step(batch: Batch, inputs: Inputs) -> None:
     """One step of every parameter, one after another."""
     key, items = batch.key, [o for o in batch.items if o.grad is not None]
-    [rows] = uploaded(batch.on_device, key.device, ["hyper"], lambda _: int64_tensor([o.hyper_row for o in items]))
+    hyper_rows = [o.hyper_row for o in items]
+    [rows] = uploaded(batch.on_device, key.device, ["hyper"], lambda _: int64_tensor(hyper_rows))
     count = (torch.stack([o.state["step"] for o in items]) + 1).clamp(max=MAX_COUNT)
     columns = coefficients(inputs.hyper[rows], count, key.param.working, inputs.grad_scale, inputs.clip)
     for o, t, *row in zip(items, count, *columns):

@@ -1,7 +1,7 @@
 """C++ on the CPU and CUDA C++ on the GPU: the same rule headers, compiled twice. The extensions know no
 torch: addresses, sizes and the stream go over as integers.
 
-``FUSED_OPTIM_ISA``, read at import, names the instruction set that the CPU backend uses, in place of the best."""
+``FUSED_OPTIM_ISA``, read at import, names the instruction set of the CPU backend, in place of the best."""
 
 import importlib
 import os
@@ -17,8 +17,8 @@ from .eager import EAGER
 
 CPU_CHUNK = 16384  # elements that a thread takes at once: 256 KiB of float32 operands, a small core's L2
 _ISA = os.environ.get("FUSED_OPTIM_ISA")
-# Not empty in a forked child. There libgomp would wait for the threads of its pool, which only the parent has: ours
-# and torch's are one pool, and nothing says whether it was there.
+# Not empty in a forked child. There libgomp would wait for the threads of its pool, which only the parent
+# has: ours and torch's are one pool, and nothing says whether it was there.
 _forked: list[bool] = []
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=partial(_forked.append, True))
@@ -75,8 +75,8 @@ def _cpu_step(batch: Batch, inputs: Inputs) -> None:
 
 
 def _prepared(batch: Batch) -> tuple[Any, ...]:
-    """What stays the same while a batch lives: asked for once, since between two steps of a training all of it
-    falls out of the caches."""
+    """What stays the same while a batch lives: asked for once, since between two steps of a training all of
+    it falls out of the caches."""
     cpu = extension("_cpu")[0]
     table = *_fields(batch.rows, batch.grads, batch.chunks(CPU_CHUNK)), *_fields(batch.counters)
     prepared = cpu.prepare(instruction_set(cpu), batch.names, CPU_CHUNK, table)
