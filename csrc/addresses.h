@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <set>
 #include <string>
 #include <vector>
 
@@ -17,10 +18,7 @@ namespace py = pybind11;
 struct DLTensor {
   void* data;
   int32_t device_type, device_id, ndim;
-  struct {
-    uint8_t code, bits;
-    uint16_t lanes;
-  } dtype;
+  struct { uint8_t code, bits; uint16_t lanes; } dtype;
   int64_t *shape, *strides;
   uint64_t byte_offset;
 };
@@ -37,14 +35,14 @@ class Addresses {
   enum Answer { kChanged = 0, kSame = 1, kGradsMoved = 2, kGradsToggled = 3 };
   enum Kind : char { kNotStepped = 0, kGradNeeded = 1, kGradOptional = 2 };
 
-  // `kinds`: a Kind for each parameter. `asked`: for each item of the states, whether it is a tensor that did not come
-  // before. `grads`: where the gradients' addresses are kept, int64 for each parameter that is stepped.
-  Addresses(const py::list& param_lists, const py::dict& state, std::string kinds, std::string asked, int64_t grads)
-      : kinds_(std::move(kinds)), asked_(std::move(asked)), grads_(reinterpret_cast<int64_t*>(grads)) {
+  // `kinds`: a Kind for each parameter. `held`: the ids of the tensors in the states, of which each is asked once.
+  // `grads`: where the gradients' addresses are kept, int64 for each parameter that is stepped.
+  Addresses(const py::list& lists, const py::dict& state, std::string kinds, std::set<int64_t> held, int64_t grads)
+      : kinds_(std::move(kinds)), held_(std::move(held)), grads_(reinterpret_cast<int64_t*>(grads)) {
     const py::object tensor = py::module_::import("torch").attr("Tensor");
     if (!py::hasattr(tensor, "__dlpack_c_exchange_api__")) return;
     api_ = py::capsule(tensor.attr("__dlpack_c_exchange_api__"));
-    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr || ask(param_lists, state) == kChanged)
+    if (api_->major != 1 || api_->dltensor_from_py_object_no_sync == nullptr || ask(lists, state) == kChanged)
       api_ = nullptr;
     remembering_ = false;
   }
@@ -91,7 +89,9 @@ class Addresses {
     for (Py_ssize_t at = 0; PyDict_Next(state, &at, &key, &value);) {
       if (!same_object(key) || !same_object(value)) return false;
       if (!PyDict_Check(value)) continue;
-      for (Py_ssize_t k = 0; PyDict_Next(value, &k, &name, &item); ++i) {
+      const auto own = py::reinterpret_borrow<py::object>(value);  // a question may run Python code
+      for (Py_ssize_t k = 0; PyDict_Next(own.ptr(), &k, &name, &item); ++i) {
+        if (remembering_) asked_.push_back(held_.erase(reinterpret_cast<int64_t>(item)) != 0);
         if (i == asked_.size() || !same_object(name) || !same_object(item)) return false;
         if (asked_[i] && !(same_tensor(py::reinterpret_borrow<py::object>(item)) && same(&address_, 1))) return false;
       }
@@ -99,9 +99,9 @@ class Addresses {
     return true;
   }
 
-  // Another object may have got the place of one that is gone: then all that matters of it is asked anyway.
+  // A tensor or dict may have got the id of one that is gone: all that matters of it is asked. Python keeps names.
   bool same_object(PyObject* object) {
-    const auto id = static_cast<int64_t>(reinterpret_cast<intptr_t>(object));
+    const auto id = reinterpret_cast<int64_t>(object);
     return same(&id, 1);
   }
 
@@ -122,8 +122,10 @@ class Addresses {
     const int64_t kind[] = {d.ndim, d.dtype.code << 8 | d.dtype.bits, d.device_type, d.device_id};
     if (!same(kind, 4) || !same(d.shape, d.ndim) || !same(d.strides, d.ndim)) return false;
     constexpr int kFloat = 2, kComplex = 5;
-    // A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
-    if (d.dtype.code != kComplex && (d.ndim != 0 || d.dtype.code != kFloat)) return true;
+    // A lazy real tensor is a view of a complex one, with even strides: it has gaps, or one element.
+    const bool has_one = std::all_of(d.shape, d.shape + d.ndim, [](int64_t n) { return n == 1; });
+    const bool may_be_lazy = d.dtype.code == kFloat && has_one && (d.ndim == 0 || d.strides[d.ndim - 1] != 1);
+    if (d.dtype.code != kComplex && !may_be_lazy) return true;
     const int64_t lazy[] = {tensor.attr("is_conj")().cast<bool>(), tensor.attr("is_neg")().cast<bool>()};
     return same(lazy, 2);
   }
@@ -144,7 +146,9 @@ class Addresses {
     return true;
   }
 
-  const std::string kinds_, asked_;
+  const std::string kinds_;
+  std::set<int64_t> held_;
+  std::vector<bool> asked_;
   int64_t* grads_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_ = nullptr;

@@ -184,9 +184,9 @@ PYBIND11_MODULE(_cpu, m) {
   m.def("step", &step_cpu);
   m.def("square_sums", &square_sums);
   // None where it does not work.
-  m.def("addresses", [](const py::list& param_lists, const py::dict& state, std::string kinds, std::string asked,
+  m.def("addresses", [](const py::list& param_lists, const py::dict& state, std::string kinds, std::set<int64_t> held,
                         int64_t grads) -> py::object {
-    auto made = std::make_unique<Addresses>(param_lists, state, std::move(kinds), std::move(asked), grads);
+    auto made = std::make_unique<Addresses>(param_lists, state, std::move(kinds), std::move(held), grads);
     return made->works() ? py::object(kept(std::move(made))) : py::none();
   });
   m.def("ask", [](const py::capsule& addresses, const py::list& param_lists, const py::dict& state) {

@@ -33,15 +33,15 @@ class Addresses:
         """``lists``: of parameters. ``stepped``: those with a gradient, True for what may be without it."""
         objects = _objects(lists, state)
         self._ids = [list(map(id, same_kind)) for same_kind in objects]
-        params, values = objects[0], objects[-1]
-        first = dict(zip(reversed(self._ids[-1]), reversed(range(len(values)))))
-        self._asked = bytes(isinstance(v, Tensor) and first[id(v)] == i for i, v in enumerate(values))
+        params, *_, self._names, values = objects  # names are kept, for nothing else is asked of them
+        held = {id(v): i for i, v in enumerate(values) if isinstance(v, Tensor)}
+        self._asked = [held.get(id(v)) == i for i, v in enumerate(values)]  # each tensor once
         self._stepped, self._optional = list(stepped), list(stepped.values())
         self._unstepped = [p for p in params if p not in stepped]
         fixed = [*stepped, *compress(values, self._asked)]
-        # A lazy real tensor is a view of a complex one, and so has gaps unless it has no dimensions.
         self._distributed = any(map(is_distributed, fixed))
-        self._may_be_lazy = [t.is_complex() or t.dim() == 0 for t in fixed]
+        # A lazy real tensor is a view of a complex one, with even strides: it has gaps, or one element.
+        self._may_be_lazy = [t.is_complex() or (t.numel() == 1 and t.stride()[-1:] != (1,)) for t in fixed]
         self._seen = self._look(fixed)
         self._seen[-1] = [0 if gone else place for gone, place in zip(*self._seen[-2:])]
         # Where gradients are, kept up to date. Of one that is missing: the remainder by 16 of where it was.
@@ -50,7 +50,7 @@ class Addresses:
         self._ask_native = None
         if cpu and not self._distributed:
             kinds = bytes(1 + stepped[p] if p in stepped else 0 for p in params)
-            native = cpu.addresses(lists, state, kinds, self._asked, self.grads.data_ptr())
+            native = cpu.addresses(lists, state, kinds, set(held), self.grads.data_ptr())
             self._ask_native = native and partial(cpu.ask, native)
 
     def _look(self, fixed: list[Any]) -> list[Any]:
@@ -66,7 +66,7 @@ class Addresses:
             tensors = list(map(local, tensors))
         try:
             strides, places = list(map(Tensor.stride, tensors)), list(map(Tensor.data_ptr, tensors))
-        except RuntimeError:  # a sparse gradient has none
+        except (RuntimeError, TypeError):  # a sparse gradient has none, and what got the id of a tensor
             return []
         kinds = [[t.dtype for t in tensors], [t.shape for t in tensors], strides]
         may_be_lazy = compress(fixed, self._may_be_lazy)

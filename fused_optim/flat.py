@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.dlpack import from_dlpack
 
+from .layout import freed
 from .storage import Part
 
 ALIGN = 16  # slots start at multiples of this many elements: 32 bytes or more in every dtype
@@ -101,7 +102,7 @@ class FlatLayout:
                 if isinstance(t, Tensor):
                     # A state that is not what a step would make of it stays as it is until there is one.
                     fits = part is not None and (t.dtype, t.shape) == (part.dtype, part.shape(p))
-                    moves.append((p, part if fits else None, t, state, k))
+                    moves.append((p, part if fits and not freed(t) else None, t, state, k))
         for (*_, state, key), t in zip(moves, self._placed([move[:3] for move in moves])):
             state[key] = t
 

@@ -170,7 +170,7 @@ class FusedOptimizer(StateAccess):
                     "these parameters, gradients, states, grad_scale and found_inf"
                 )
             plan = None  # which may hold states of before
-            plan = Plan(groups, self.state, self._settings, given, self._flat, self.skipped)
+            plan = Plan(self, self._settings, given, self._flat, self.skipped)
         self._plan = plan
         versioned: list[Tensor] = []
         try:

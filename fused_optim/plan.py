@@ -1,10 +1,12 @@
 """From an optimizer's tensors to the batches that are launched, kept until something changes."""
 
 import warnings
+import weakref
 from collections import defaultdict
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, fields
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -71,9 +73,9 @@ class Settings:
         return state | {k: layout.placed_like(p, t) for k, t in plain}
 
     def can_be_flat(self, p: Tensor) -> bool:
-        """Whether a parameter can live in a flat buffer; those with gaps stay where they are."""
+        """Whether a parameter can live in a flat buffer; one with gaps, or freed, stays where it is."""
         stepped = not is_uninitialized(p) and p.device.type != "meta" and plain_format(p.dtype) is not None
-        return stepped and self.dense_like(p) is p
+        return stepped and self.dense_like(p) is p and not layout.freed(p)
 
     def check_new(self, group: Group, groups: list[Group]) -> None:
         """Raise what is wrong with the parameters of a new group beside those of others."""
@@ -96,9 +98,10 @@ class Plan:
 
     @torch.no_grad()
     def __init__(
-        self, groups: list[Group], state: dict[Any, Any], settings: Settings, given: Given, flat: FlatLayout,
+        self, optimizer: torch.optim.Optimizer, settings: Settings, given: Given, flat: FlatLayout,
         skipped: Tensor | None,
     ) -> None:  # fmt: skip
+        groups, state = optimizer.param_groups, optimizer.state
         items = _operands(groups, state, settings, given[0])
         mesh = layout.common_mesh(o.source for o in items) if settings.clips else None
         backends = {d: select(settings.backend, d) for d in {o.source.device for o in items}}
@@ -120,7 +123,7 @@ class Plan:
                     o.grad_copy, o.slot = None, flat.buffers_of[o.source].bounds(o.source)
         state.update(made)
         for o in items:
-            o.states = state
+            o.owner = weakref.proxy(optimizer)
         clips = settings.clips
         self.batches = [(backends[k.device], Batch(k, same, merged=not clips)) for k, same in by_key.items()]
         self.clipping = Clipping(self.batches, settings.max_grad_norm, skipped, mesh) if clips else None
@@ -204,11 +207,9 @@ def _operands_of(
     offset = settings.offset_of(name, p)
     # With copies of the parameter, or a norm, a missing gradient must be known in more places than tables.
     like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
-    copy, states = None if dense is local(p) else dense, {p: made}
+    copy, owner = None if dense is local(p) else dense, SimpleNamespace(state={p: made})
     optional = like_param and copy is None and dense.numel() > 0 and not settings.clips
-    return Operands(
-        name, p, copy, grad_copy, states, key, row, random, offset, number, grad_optional=optional
-    )
+    return Operands(name, p, copy, grad_copy, owner, key, row, random, offset, number, grad_optional=optional)
 
 
 def _state_of(name: str, p: Tensor, dense: Tensor, old: State, settings: Settings) -> State:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .layout import local, placed_like, same_layout
+from .layout import freed, is_lazy, local, placed_like, same_layout
 from .reference import MAX_COUNT
 from .rounding import MU, NU
 from .storage import BLOCK, BLOCK_FORMATS, REMAINDERS, Format, Formats, Part, formats_of
@@ -77,7 +77,7 @@ def _zeros(part: Part, dense: Tensor) -> Tensor:
 
 
 def _fits(t: Any, part: Part, dense: Tensor) -> bool:
-    if not isinstance(t, Tensor) or (t.dtype, t.device) != (part.dtype, dense.device):
+    if not isinstance(t, Tensor) or (t.dtype, t.device) != (part.dtype, dense.device) or is_lazy(t):
         return False
     return t.shape == part.shape(dense) and (t.is_contiguous() if part.block > 1 else same_layout(t, dense))
 
@@ -142,12 +142,20 @@ def decoded(state: State, param: Tensor, keys: Keys, split: bool, dense: Tensor)
 
 
 def own(value: Any) -> Any:
-    """With a copy of each tensor, list and dict; anything else is kept."""
+    """With a copy of each tensor, list and dict; anything else is kept. A tensor whose storage was freed is a
+    ValueError: to copy it would end the process."""
     if isinstance(value, dict):
         return {key: own(x) for key, x in value.items()}
     if isinstance(value, list):
         return [own(x) for x in value]
-    return value.detach().clone(memory_format=torch.preserve_format) if isinstance(value, Tensor) else value
+    if not isinstance(value, Tensor):
+        return value
+    here = local(value)
+    if here.layout == torch.strided and here.untyped_storage().device.type != "meta" and freed(here):
+        raise ValueError(
+            f"a tensor of shape {tuple(value.shape)} has no memory to copy: its storage was freed"
+        )
+    return value.detach().clone(memory_format=torch.preserve_format)
 
 
 def check_state(name: str, p: Tensor, state: State, keys: Keys, error: type[Exception]) -> None:

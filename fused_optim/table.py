@@ -74,7 +74,7 @@ class Operands:
     source: Tensor  # the parameter as the user has it, which may be a DTensor, as may be its state
     param_copy: Tensor | None  # memory for a dense copy of it, where kernels cannot walk its own
     grad_copy: Tensor | None  # memory for the gradient, where kernels cannot read its own
-    states: dict[Any, Any]  # the optimizer's, once this is stepped: so what is taken out of it is not kept
+    owner: Any  # what has the states: the optimizer, once this is stepped, so what it lets go is not kept
     key: BatchKey
     hyper_row: int
     random_key: int
@@ -85,7 +85,7 @@ class Operands:
 
     @property
     def state(self) -> dict[str, Any]:
-        own: dict[str, Any] = self.states[self.source]
+        own: dict[str, Any] = self.owner.state[self.source]
         return own
 
     @property

@@ -4,6 +4,7 @@ pattern around it that nothing may write to, and the table of them."""
 import functools
 import itertools
 from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import pytest
@@ -114,8 +115,8 @@ class World:
                     aux[k] = state[part.key] = memory.copy_(new[1])
             state.update(zip(keys, stored[1:]))
             random_key = key << 32 | 12345
-            numbers = row.hyper_row, random_key, row.first
-            operands = stored[0], None, g, {stored[0]: state}, batch_key, *numbers
+            owner, numbers = SimpleNamespace(state={stored[0]: state}), (row.hyper_row, random_key, row.first)
+            operands = stored[0], None, g, owner, batch_key, *numbers
             items.append(Operands(str(key), *operands, number=key))
             self.grads.append(g)
             self.steps.append(step)
