@@ -132,8 +132,7 @@ class Addresses {
 
   // Of freed memory the address is the tensor's offset in its storage, which is smaller than addresses are.
   static bool freed(const py::object& t, int64_t address) {
-    return address < int64_t{1} << 40 && t.attr("numel")().cast<int64_t>() != 0 &&
-           t.attr("untyped_storage")().attr("data_ptr")().cast<int64_t>() == 0;
+    return address < int64_t{1} << 40 && py::module_::import("fused_optim.layout").attr("freed")(t).cast<bool>();
   }
 
   // Whether these numbers are the next that are remembered, or remembers them.

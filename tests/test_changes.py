@@ -8,6 +8,7 @@ import copy
 import dataclasses
 import pickle
 import random
+from collections import OrderedDict
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -235,6 +236,10 @@ CHANGES: dict[str, str] = {
     "moment transposed in place": "s[a]['exp_avg'].t_()",
     "storage of a state moved": "grow(s[a]['exp_avg'].untyped_storage())",
     "state another dict": "s[a] = {k: t.clone() for k, t in reversed(list(s[a].items()))}",
+    "states another container": "o.state = dict(s); w.step(); s.clear()",
+    "states in another order": "o.state = OrderedDict(s); s[a] = o.state[a] = dict(reversed(s[a].items())); "
+    "o.state.move_to_end(a); o.state.move_to_end(g); w.step(); "
+    "[(setattr(t, 'data', t.data.clone()), w.step()) for t in s[f].values()]",
     "a user's values in the state": "s[a]['note'] = 'mine'; s[b]['other'] = torch.ones(3)",
     "step shared by assignment": "s[b]['step'] = s[d]['step'] = s[f]['step'] = s[a]['step']",
     "step shared, one left out": "s[d]['step'] = s[a]['step']; a.grad = None",
@@ -291,8 +296,9 @@ def grow(storage: Any) -> None:
 
 def do(w: World, statements: str) -> None:
     o = w.optimizer
-    used = {f.__name__: f for f in (torch, copy, pickle, swap_tensors, gradient, bucket, recast, grow, freed)}
-    names = {**used, **w.p, "w": w, "o": o, "s": o.state, "groups": o.param_groups, "nu": w.rule.nu}
+    used = torch, copy, pickle, swap_tensors, gradient, bucket, recast, grow, freed, OrderedDict
+    names = {**w.p, "w": w, "o": o, "s": o.state, "groups": o.param_groups, "nu": w.rule.nu}
+    names |= {f.__name__: f for f in used}
     exec(statements, names)  # noqa: S102 (our own table)
 
 
@@ -336,6 +342,35 @@ def test_a_change_between_steps(
     do(w, CHANGES[what])
     w.step()
     w.step()
+
+
+NEGATED = {
+    "parameter": "p.data = lazy",
+    "gradient": "p.grad = lazy",
+    "moment": "o.state[p]['exp_avg'].data = lazy",
+}
+
+
+@pytest.mark.parametrize("what", NEGATED)
+@pytest.mark.parametrize("python", [False, True], ids=["", "python"])
+def test_one_element_lazily_negated(what: str, python: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has no gaps, and lies where what it negates does: nothing but its being lazy says so."""
+    if python:
+        hide_the_extension(monkeypatch)
+    z = torch.complex(torch.tensor([1.5]), torch.tensor([2.5]))
+    plain, lazy = z.imag, z.conj().imag
+    assert (plain.data_ptr(), plain.stride()) == (lazy.data_ptr(), lazy.stride()) and lazy.is_neg()
+    p, grad, moment = (torch.tensor([x, 0.0]).as_strided((1,), (2,)) for x in (0.3, 0.7, 0.2))
+    p = torch.nn.Parameter(plain if what == "parameter" else p)
+    p.grad = plain if what == "gradient" else grad
+    o, judge = RULES["adamw"].optimizer([p], backend="cpu"), Judge(RULES["adamw"])
+    judge.step(o)
+    o.state[p]["exp_avg"] = plain if what == "moment" else moment
+    for _ in range(2):
+        judge.step(o)
+    exec(NEGATED[what], {"p": p, "o": o, "lazy": lazy})  # noqa: S102 (our own table)
+    for _ in range(2):
+        judge.step(o)
 
 
 # Which parameters have a gradient at each step
@@ -416,6 +451,21 @@ def freed(t: Tensor) -> None:
         t.untyped_storage().resize_(0)
     except RuntimeError:
         pytest.skip("torch frees no flat slot: its storage is not resizable")
+
+
+def test_a_freed_state_without_a_gradient(flatten: bool) -> None:
+    """A step leaves it alone; it is refused where it is saved, or stepped."""
+    w = World("adamw", "cpu", flatten, "fp32")
+    w.train(2)
+    d, o = w.p["d"], w.optimizer
+    gradient_of_d, d.grad, state = d.grad, None, o.state[d]
+    freed(state.setdefault("exp_avg", state.pop("exp_avg").clone()))
+    o.step()
+    with raises_with(ValueError, "shape (130,)", "freed"):
+        o.state_dict()
+    d.grad = gradient_of_d
+    with raises_with(ValueError, "'exp_avg'", "'d'", "freed"):
+        o.step()
 
 
 @pytest.mark.parametrize("what", REFUSED)
