@@ -121,7 +121,7 @@ def compare(cases: Sequence[Case], effort: Effort, starts: int = 1) -> list[Reco
         for _ in range(starts):
             workers: list[Worker] = []
             try:
-                for case in lot:
+                for case in rng.sample(lot, len(lot)):  # else the same would always get the better pages
                     workers.append(Worker(case, effort, times[case.provider]))
                 for _ in range(effort.rounds):
                     rng.shuffle(workers)
