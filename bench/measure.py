@@ -113,7 +113,7 @@ def lots(cases: Sequence[Case]) -> list[list[Case]]:
 
 def compare(cases: Sequence[Case], effort: Effort, starts: int = 1) -> list[Record]:
     """Measure cases of one comparison against each other. With several ``starts`` each case has as many
-    processes, one after another: the pages of memory that one gets make up to 10% of a large step."""
+    processes, one after another: the pages of memory that one gets make 10% of a large step, and once 40%."""
     lines: dict[str, Record] = {}
     rng = random.Random(0)
     for lot in lots(cases) if cases else []:
