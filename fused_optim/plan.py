@@ -207,8 +207,10 @@ def _operands_of(
     offset = settings.offset_of(name, p)
     # With copies of the parameter, or a norm, a missing gradient must be known in more places than tables.
     like_param = grad_copy is None and (grad.dtype, grad.stride()) == (p.dtype, dense.stride())
-    copy, owner = None if dense is local(p) else dense, SimpleNamespace(state={p: made})
-    optional = like_param and copy is None and dense.numel() > 0 and not settings.clips
+    # By the address: to_local() gives another tensor of the same memory each time.
+    copy = None if dense.data_ptr() == local(p).data_ptr() else dense
+    owner = SimpleNamespace(state={p: made})
+    optional = like_param and dense is local(p) and dense.numel() > 0 and not settings.clips
     return Operands(name, p, copy, grad_copy, owner, key, row, random, offset, number, grad_optional=optional)
 
 
