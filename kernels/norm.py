@@ -15,7 +15,7 @@ import triton.language as tl
 from fused_optim import reference
 
 from . import codecs, rules
-from .step import ROW_COLUMNS, loaded
+from .step import ROW_COLUMNS, Launch, loaded
 
 CHUNK = tl.constexpr(reference.NORM_CHUNK)
 LANES = tl.constexpr(reference.NORM_LANES)
@@ -97,35 +97,32 @@ def clip_kernel(sums, n, max_grad_norm, clip, skipped):
     tl.store(clip + 3 + one, skip.to(tl.float64))
 
 
-def _constants(grad: str, working: torch.dtype) -> tuple[Any, ...]:
-    return codecs.CODECS[grad], getattr(tl, str(working).removeprefix("torch."))
-
-
-def load_square_sums(grad: str, working: torch.dtype, scaled: bool, options: dict[str, Any]) -> Any:
+def load_square_sums(grad: str, working: torch.dtype, scaled: bool, options: dict[str, Any]) -> Launch:
     """The kernel for gradients in a format, loaded as :func:`.step.load` does."""
     scale = torch.float32 if scaled else None
-    given = torch.int64, torch.int64, torch.int32, scale, torch.float64, *_constants(grad, working)
-    return loaded(square_sums_kernel, *given, **options)
+    constants = codecs.CODECS[grad], getattr(tl, str(working).removeprefix("torch."))
+    like = torch.int64, torch.int64, torch.int32, scale, torch.float64
+    return loaded(square_sums_kernel, like, constants, options)
 
 
-def load_clip(skips: bool, options: dict[str, Any]) -> Any:
+def load_clip(skips: bool, options: dict[str, Any]) -> Launch:
     """The kernel, loaded as :func:`.step.load` does."""
     f64 = torch.float64
-    return loaded(clip_kernel, f64, 2, f64, f64, torch.int64 if skips else None, **options)
+    return loaded(clip_kernel, (f64, 2, f64, f64, torch.int64 if skips else None), (), options)
 
 
 def launch_square_sums(
-    kernel: Any, rows: torch.Tensor, grads: torch.Tensor, chunks: torch.Tensor,
-    grad_scale: torch.Tensor | None, sums: torch.Tensor, grad: str, working: torch.dtype,
+    launch: Launch, rows: torch.Tensor, grads: torch.Tensor, chunks: torch.Tensor,
+    grad_scale: torch.Tensor | None, sums: torch.Tensor,
 ) -> None:  # fmt: skip
     """Put the sum of squares of each chunk in its place."""
-    if len(chunks):
-        kernel[(len(chunks), 1, 1)](rows, grads, chunks, grad_scale, sums, *_constants(grad, working))
+    if chunks.shape[0]:
+        launch(chunks.shape[0], rows, grads, chunks, grad_scale, sums)
 
 
 def launch_clip(
-    kernel: Any, sums: torch.Tensor, max_grad_norm: torch.Tensor, clip: torch.Tensor,
+    launch: Launch, sums: torch.Tensor, max_grad_norm: torch.Tensor, clip: torch.Tensor,
     skipped: torch.Tensor | None,
 ) -> None:  # fmt: skip
     """Make of all sums what ``fused_optim.reference.clip`` gives."""
-    kernel[(1, 1, 1)](sums, len(sums), max_grad_norm, clip, skipped)
+    launch(1, sums, sums.shape[0], max_grad_norm, clip, skipped)

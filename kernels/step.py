@@ -11,6 +11,7 @@ which keeps registers low (two bodies of whole blocks take 94 to 168).
 from __future__ import annotations
 
 from collections import namedtuple
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
@@ -41,6 +42,7 @@ PROLOGUE_REGISTERS = 128
 THREADS = 256
 
 Coefficients = namedtuple("Coefficients", reference.Coefficients._fields)
+Launch = Callable[..., None]  # given: the number of programs, and a kernel's arguments
 
 
 def chunk_size(*formats: str) -> int:
@@ -305,52 +307,56 @@ def step_kernel(
 def load(
     working: torch.dtype, scaled: bool, skippable: bool, clips: bool, constants: dict[str, Any],
     prologue_options: dict[str, Any], step_options: dict[str, Any],
-) -> tuple[Any, Any]:  # fmt: skip
+) -> tuple[Launch, Launch]:  # fmt: skip
     """Both kernels, compiled and loaded onto the current device: what fails in that fails before a launch.
-
-    They are launched as they are: through ``prologue_kernel[grid]`` Triton looks at each argument anew, which
-    takes 18 to 31 us.
 
     Args:
         scaled, skippable, clips: whether launches have a ``grad_scale``, a ``found_inf`` and a ``clip``.
     """
     scalars = [torch.float32 if given else None for given in (scaled, skippable)]
     scalars.append(torch.float64 if clips else None)
-    inputs = (torch.int64, 2, torch.float64, *scalars, working, *_prologue_constants(working))
-    tables = (torch.int64, torch.int64, torch.int32, torch.int64, 2, working, *constants.values())
-    prologue = loaded(prologue_kernel, *inputs, **prologue_options)
-    return prologue, loaded(step_kernel, *tables, **step_options)
+    inputs = (torch.int64, 2, torch.float64, *scalars, working)
+    prologue_constants = getattr(tl, str(working).removeprefix("torch.")), PROLOGUE_LANES
+    tables = (torch.int64, torch.int64, torch.int32, torch.int64, 2, working)
+    prologue = loaded(prologue_kernel, inputs, prologue_constants, prologue_options)
+    return prologue, loaded(step_kernel, tables, tuple(constants.values()), step_options)
 
 
-def loaded(kernel: Any, *arguments: Any, **options: Any) -> Any:
-    """A kernel for such arguments, compiled and loaded onto the current device."""
-    compiled = kernel.warmup(*arguments, grid=(1,), **options)
+def loaded(
+    kernel: Any, like: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, Any]
+) -> Launch:
+    """What launches a kernel for arguments ``like`` these, with ``constants`` after them: compiled, and loaded
+    onto the current device.
+
+    It goes as ``torch.compile`` launches kernels. Through ``prologue_kernel[grid]`` Triton looks at each argument
+    anew, which takes 18 to 31 us; through ``compiled[grid]`` it makes what hooks are told, 1 us more.
+    """
+    compiled = kernel.warmup(*like, *constants, grid=(1,), **options)
     if compiled is None:  # the interpreter compiles nothing
-        return kernel
-    compiled[1, 1, 1]  # this loads it
-    return compiled
+        return lambda programs, *given: kernel[programs,](*given, *constants)
+    run = compiled.run  # this loads it
+    kept = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+    driver = triton.runtime.driver.active
 
+    def launch(programs: int, *given: Any) -> None:
+        stream = driver.get_current_stream(driver.get_current_device())
+        run(programs, 1, 1, stream, *kept, *given, *constants)
 
-@cache
-def _prologue_constants(working: torch.dtype) -> tuple[Any, ...]:
-    return getattr(tl, str(working).removeprefix("torch.")), PROLOGUE_LANES
+    return launch
 
 
 def launch_prologue(
-    kernel: Any, counters: torch.Tensor, hyper: torch.Tensor, grad_scale: torch.Tensor | None,
+    launch: Launch, counters: torch.Tensor, hyper: torch.Tensor, grad_scale: torch.Tensor | None,
     found_inf: torch.Tensor | None, clip: torch.Tensor | None, coefficients: torch.Tensor,
 ) -> None:  # fmt: skip
     """Work out the coefficients of every counter."""
     n = counters.shape[0]
-    constants = _prologue_constants(coefficients.dtype)
-    grid = (-(-n // PROLOGUE_LANES), 1, 1)
-    kernel[grid](counters, n, hyper, grad_scale, found_inf, clip, coefficients, *constants)
+    launch(-(-n // PROLOGUE_LANES), counters, n, hyper, grad_scale, found_inf, clip, coefficients)
 
 
 def launch_step(
-    kernel: Any, rows: torch.Tensor, grads: torch.Tensor, chunks: torch.Tensor, counters: torch.Tensor,
-    coefficients: torch.Tensor, constants: dict[str, Any],
+    launch: Launch, rows: torch.Tensor, grads: torch.Tensor, chunks: torch.Tensor, counters: torch.Tensor,
+    coefficients: torch.Tensor,
 ) -> None:  # fmt: skip
     """Step every chunk and advance every counter."""
-    grid = (1 + chunks.shape[0], 1, 1)
-    kernel[grid](rows, grads, chunks, counters, counters.shape[0], coefficients, *constants.values())
+    launch(1 + chunks.shape[0], rows, grads, chunks, counters, counters.shape[0], coefficients)

@@ -63,14 +63,15 @@ def _load(key: BatchKey, scaled: bool, skippable: bool, clips: bool) -> tuple[An
 
 
 def _step(batch: Batch, inputs: Inputs) -> None:
-    kernels, key, given = _kernels(), batch.key, tuple(t is not None for t in inputs[1:])
+    kernels, key, (_, scale, found_inf, clip) = _kernels(), batch.key, inputs
+    given = scale is not None, found_inf is not None, clip is not None
     if batch.prepared[:1] != (given,):  # not looked up each step: a key's hash is of all that its formats say
         batch.prepared = given, *_load(key, *given)
     _, constants, prologue, step = batch.prepared
     table = table_on(batch, constants["CHUNK"], kernels.COEFFICIENT_COLUMNS.value, key.param.working)
     with torch.accelerator.device_index(key.device.index):
         kernels.launch_prologue(prologue, table[3], *inputs, table[4])
-        kernels.launch_step(step, *table, constants)
+        kernels.launch_step(step, *table)
 
 
 # The norm's kernels are loaded when they are launched: before anything is written.
@@ -87,8 +88,7 @@ def _square_sums(batch: Batch, grad_scale: Tensor | None, sums: Tensor) -> None:
     norm, key = _kernels("norm"), batch.key
     table = tables_on(batch, "rows", "grads", "norm_chunks")
     with torch.accelerator.device_index(key.device.index):
-        kernel = _load_square_sums(key, grad_scale is not None)
-        norm.launch_square_sums(kernel, *table, grad_scale, sums, key.grad.name, key.param.working)
+        norm.launch_square_sums(_load_square_sums(key, grad_scale is not None), *table, grad_scale, sums)
 
 
 @cache
@@ -100,8 +100,8 @@ def _load_clip(device: torch.device, skips: bool) -> Any:
 def _clip(sums: Tensor, max_grad_norm: Tensor, skipped: Tensor | None) -> Tensor:
     clip = torch.empty(4, dtype=torch.float64, device=sums.device)
     with torch.accelerator.device_index(sums.device.index):
-        kernel = _load_clip(sums.device, skipped is not None)
-        _kernels("norm").launch_clip(kernel, sums, max_grad_norm, clip, skipped)
+        launch = _load_clip(sums.device, skipped is not None)
+        _kernels("norm").launch_clip(launch, sums, max_grad_norm, clip, skipped)
     return clip
 
 
