@@ -11,7 +11,7 @@ round float32 to bfloat16 as a GPU does.
 from __future__ import annotations
 
 from collections import namedtuple
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import triton
@@ -457,6 +457,26 @@ def _decode_e4m3(parts, at):
     return y
 
 
+# Four finite codes, which a GPU since sm_89 converts itself: 1.5 to 2.5 instructions less an element.
+CONVERT_E4M3 = tl.constexpr("""{ .reg .b16 %code<2>; .reg .b16 %half<4>; .reg .b32 %pair<2>;
+    mov.b32 {%code0, %code1}, $4; cvt.rn.f16x2.e4m3x2 %pair0, %code0; cvt.rn.f16x2.e4m3x2 %pair1, %code1;
+    mov.b32 {%half0, %half1}, %pair0; mov.b32 {%half2, %half3}, %pair1; cvt.f32.f16 $0, %half0;
+    cvt.f32.f16 $1, %half1; cvt.f32.f16 $2, %half2; cvt.f32.f16 $3, %half3; }""")
+
+
+@triton.jit
+def _decode_e4m3_sm89(parts, at):
+    stored, exponent = parts
+    if at.finite is not None:
+        x0, x1, x2, x3 = tl.inline_asm_elementwise(
+            CONVERT_E4M3, "=f,=f,=f,=f,r", [stored], (tl.float32, tl.float32, tl.float32, tl.float32), True, pack=1
+        )
+        x = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [4 * x0.shape[0]])
+        return x * _of_each(_float_of((exponent + 7) << 23), BLOCK)
+    else:
+        return _decode_e4m3(parts, at)
+
+
 @triton.jit
 def _special_e4m3(words):
     """126 and 127, with any sign."""
@@ -496,3 +516,10 @@ CODECS = {
         Codec("e5m3", _load_codes, _decode_e5m3, _store_e5m3, _special_e5m3),
     )
 }
+E4M3_SM89 = replace(CODECS["e4m3"], decode=_decode_e4m3_sm89)
+
+
+def codec(name: str, target: Any) -> Codec:
+    """A format's functions for a ``GPUTarget``; None for the interpreter."""
+    converts_e4m3 = target is not None and target.backend == "cuda" and target.arch >= 89
+    return E4M3_SM89 if name == "e4m3" and converts_e4m3 else CODECS[name]

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from fused_optim import reference
 from fused_optim.storage import FORMATS
@@ -55,17 +56,19 @@ def chunk_size(*formats: str) -> int:
 def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: Any) -> dict[str, Any]:
     """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name. ``target``: the
     ``GPUTarget`` that is compiled for, and None in the interpreter."""
+    arch = target.arch if target is not None and target.backend == "cuda" else 0
     return {
         "MOMENTS": getattr(rules, f"{rule}_moments"),
         "UPDATE": getattr(rules, rule),
-        "PARAM": codecs.CODECS[param],
-        "GRAD": codecs.CODECS[grad],
-        "MU": codecs.CODECS[mu],
-        "NU": codecs.CODECS[nu],
+        "PARAM": codecs.codec(param, target),
+        "GRAD": codecs.codec(grad, target),
+        "MU": codecs.codec(mu, target),
+        "NU": codecs.codec(nu, target),
         "CHUNK": chunk_size(param, grad, mu, nu),
         "THREADS": THREADS,
         # What is inlined needs an A100 or newer: no T4 rounds to bfloat16 or has a largest that keeps NaN.
-        "PTX": True if target is not None and target.backend == "cuda" and target.arch >= 80 else None,
+        "PTX": True if arch >= 80 else None,
+        "OVERLAPS": arch >= 90,
     }
 
 
@@ -104,8 +107,11 @@ def _next_count(counters, lane, live):
 # Not specialised on their alignment: these may lie anywhere in tensors of the user's.
 @triton.jit(do_not_specialize=["n"], do_not_specialize_on_alignment=["grad_scale", "found_inf"])
 def prologue_kernel(
-    counters, n, hyper, grad_scale, found_inf, clip, coefficients, DTYPE: tl.constexpr, LANES: tl.constexpr
-):
+    counters, n, hyper, grad_scale, found_inf, clip, coefficients, DTYPE: tl.constexpr, LANES: tl.constexpr,
+    OVERLAPS: tl.constexpr,
+):  # fmt: skip
+    if OVERLAPS:
+        gdc_launch_dependents()
     lane = tl.program_id(0) * LANES + tl.arange(0, LANES)
     live = lane < n
     _, count = _next_count(counters, lane, live)
@@ -274,8 +280,11 @@ def _find_chunk(rows, grads, chunks, coefficients):
 def step_kernel(
     rows, grads, chunks, counters, n, coefficients, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MU: tl.constexpr, NU: tl.constexpr,
-    CHUNK: tl.constexpr, THREADS: tl.constexpr, PTX: tl.constexpr,
+    CHUNK: tl.constexpr, THREADS: tl.constexpr, PTX: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
+    if OVERLAPS:
+        # Programs take their places while the prologue runs: programmatic dependent launch.
+        gdc_wait()
     if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
         return
@@ -316,10 +325,12 @@ def load(
     scalars = [torch.float32 if given else None for given in (scaled, skippable)]
     scalars.append(torch.float64 if clips else None)
     inputs = (torch.int64, 2, torch.float64, *scalars, working)
-    prologue_constants = getattr(tl, str(working).removeprefix("torch.")), PROLOGUE_LANES
+    overlaps = constants["OVERLAPS"]
+    prologue_constants = getattr(tl, str(working).removeprefix("torch.")), PROLOGUE_LANES, overlaps
     tables = (torch.int64, torch.int64, torch.int32, torch.int64, 2, working)
     prologue = loaded(prologue_kernel, inputs, prologue_constants, prologue_options)
-    return prologue, loaded(step_kernel, tables, tuple(constants.values()), step_options)
+    how = {"launch_pdl": True} if overlaps else {}
+    return prologue, loaded(step_kernel, tables, tuple(constants.values()), step_options | how)
 
 
 def loaded(
@@ -334,8 +345,8 @@ def loaded(
     compiled = kernel.warmup(*like, *constants, grid=(1,), **options)
     if compiled is None:  # the interpreter compiles nothing
         return lambda programs, *given: kernel[programs,](*given, *constants)
-    run = compiled.run  # this loads it
-    kept = compiled.function, compiled.packed_metadata, None, None, None  # no hooks
+    compiled[1, 1, 1]  # this loads it; compiled.run does not, once a load has failed
+    run, kept = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)  # no hooks
     driver = triton.runtime.driver.active
 
     def launch(programs: int, *given: Any) -> None:

@@ -64,10 +64,10 @@ class EmulatedGpu:
         pass
 
     def launcher_cls(self, source: Any, metadata: Any) -> Callable[..., None]:
-        return partial(self._launch, list(source.signature.values()), metadata.shared)
+        return partial(self._launch, list(source.signature.values()), metadata.shared, metadata.launch_pdl)
 
     def _launch(
-        self, types: list[str], shared: int, x: int, y: int, z: int, stream: int, kernel: ptx.Kernel,
+        self, types: list[str], shared: int, overlaps: bool, x: int, y: int, z: int, stream: int, kernel: ptx.Kernel,
         packed_metadata: Any, launch_metadata: Any, enter: Any, leave: Any, *arguments: Any,
     ) -> None:  # fmt: skip
         assert (y, z) == (1, 1)
@@ -81,5 +81,5 @@ class EmulatedGpu:
             elif kind != "constexpr":
                 packed.append(struct.pack({"i32": "i"}[kind], argument))
         packed += [struct.pack("q", 0)] * 2  # scratch memory, of which there is none
-        self.issued = ptx.run(kernel, x, packed, [*tensors, *own], constants, shared)
+        self.issued = ptx.run(kernel, x, packed, [*tensors, *own], constants, shared, overlaps)
         self.launched.append(kernel.name)

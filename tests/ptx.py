@@ -413,7 +413,7 @@ class Launch:
 
     def __init__(
         self, kernel: Kernel, blocks: int, arguments: Sequence[bytes], tensors: Sequence[Tensor],
-        constants: Sequence[Tensor], shared: int,
+        constants: Sequence[Tensor], shared: int, overlaps: bool,
     ) -> None:  # fmt: skip
         assert kernel.threads % WARP == 0
         sizes = list(kernel.parameters.values())
@@ -433,6 +433,7 @@ class Launch:
         }
         self.next = np.zeros(n, np.int64)
         self.waiting = np.zeros(n, bool)
+        self.alone = np.full(n, not overlaps)
         self.issued = 0  # instructions of warps
 
     def run(self) -> None:
@@ -524,6 +525,8 @@ class Launch:
             self.waiting |= active
         elif name in ("ld", "st"):
             self._access(instruction, active)
+        elif name == "griddepcontrol" and modifiers in (("wait",), ("launch_dependents",)):
+            self.alone |= active & (modifiers == ("wait",))
         elif name in ("shfl", "redux", "vote"):
             self._exchange(instruction, active)
         elif name == "mov" and isinstance(operands[0], tuple):
@@ -546,6 +549,9 @@ class Launch:
                 for x in values
             )
             return np.stack([low, high], 1).view(np.uint32)[:, 0]
+        if name == "cvt" and modifiers == ("rn", "f16x2", "e4m3x2"):
+            codes = torch.from_numpy(self._value(operands[0], TYPES["b16"]).copy()).view(torch.float8_e4m3fn)
+            return _canonical(codes.half().numpy()).view(np.uint32)
         if name == "cvt":
             *how, to, source = modifiers
             return _convert(tuple(how), self._value(operands[0], TYPES[source]), TYPES[to])
@@ -618,6 +624,8 @@ class Launch:
                 first = int(np.argmin(good))
                 raise self.fault(instruction, f"{otherwise} at {address[first]:#x}", int(lanes[first]))
 
+        if space == "global":
+            check(self.alone[active], "does not wait for the kernel before")
         check(inside, "is outside what was allocated")
         check(address % width == 0, "is not aligned")
         places = place[:, None] + np.arange(width)
@@ -680,14 +688,14 @@ class Launch:
 
 def run(
     kernel: Kernel, blocks: int, arguments: Sequence[bytes], tensors: Sequence[Tensor],
-    constants: Sequence[Tensor] = (), shared_bytes: int = 0,
+    constants: Sequence[Tensor] = (), shared_bytes: int = 0, overlaps: bool = False,
 ) -> int:  # fmt: skip
     """Run ``kernel``, which may read and write ``tensors``, read ``constants``, and touch nothing else; how
-    many instructions its warps were issued.
+    many instructions its warps were issued. ``overlaps``: it begins while the kernel before it runs.
 
     Raises:
         Fault: for what a kernel must not do, or the emulator does not know. The tensors are as before.
     """
-    launch = Launch(kernel, blocks, arguments, tensors, constants, shared_bytes)
+    launch = Launch(kernel, blocks, arguments, tensors, constants, shared_bytes, overlaps)
     launch.run()
     return launch.issued

@@ -122,6 +122,9 @@ KNOWN = [
     ("cvt.rn.f16x2.f32 %r8, %r3, %r4;", (0xFFC00001, f32(2.0)), 0x7FFF << 16 | f16(2.0)),
     ("cvt.rn.bf16x2.f32 %r8, %r3, %r4;", (0x3F808000, 0xBF818000), 0x3F80 << 16 | 0xBF82),
     ("cvt.rn.bf16x2.f32 %r8, %r3, %r4;", (0xFF800001, 0x7F7FFFFF), 0x7FFF << 16 | 0x7F80),
+    ("cvt.rn.f16x2.e4m3x2 %r8, %rs3;", (0x81 << 8 | 0x7E,), f16(-(2.0**-9)) << 16 | f16(448.0)),
+    ("cvt.rn.f16x2.e4m3x2 %r8, %rs3;", (0x3880,), f16(1.0) << 16 | f16(-0.0)),
+    ("cvt.rn.f16x2.e4m3x2 %r8, %rs3;", (0x7FFF,), 0x7FFF7FFF),
     ("cvt.f32.f16 %r8, %rs3;", (1,), f32(2.0**-24)),
     ("cvt.f32.f16 %r8, %rs3;", (0xFE00,), NAN),
     ("mov.b64 {%r6, %r8}, %rd3;", (7 << 32 | 5,), 7),
@@ -279,11 +282,25 @@ def test_constants_are_only_read() -> None:
         run("st.global.b32 [%rd1], %r1;", data, constants=[data])
 
 
+def test_what_overlaps_waits_for_the_kernel_before() -> None:
+    """Each thread, before it reads or writes."""
+    data = torch.zeros(THREADS, 4, dtype=torch.int32)
+    given = 1, [struct.pack("q", data.data_ptr())], [data], [], 0
+    wait = "griddepcontrol.launch_dependents; griddepcontrol.wait;"
+    for waits in ("", "griddepcontrol.launch_dependents;", f"setp.lt.u32 %p1, %r1, 8; @%p1 bra $LATE; {wait} $LATE:"):
+        for access in ("st.global.b32 [%rd1], %r1;", "ld.global.b32 %r3, [%rd1];"):
+            with pytest.raises(ptx.Fault, match="thread 0 of block 0 does not wait for the kernel before"):
+                ptx.run(kernel(f"{waits} {access}"), *given, True)
+    assert not data.any()
+    ptx.run(kernel(f"{wait} st.global.b32 [%rd1], %r1;"), *given, True)
+    assert torch.equal(data[:, 0], torch.arange(THREADS).int())
+
+
 def test_what_is_not_written_stays() -> None:
     """Not what it was when the kernel began, in memory that something else writes to meanwhile."""
     data = torch.zeros(THREADS, 4, dtype=torch.int32)
     writes = kernel("st.global.b32 [%rd1], %r1;")
-    launch = ptx.Launch(writes, 1, [struct.pack("q", data.data_ptr())], [data], [], 0)
+    launch = ptx.Launch(writes, 1, [struct.pack("q", data.data_ptr())], [data], [], 0, False)
     data.fill_(7)
     launch.run()
     assert torch.equal(data[:, 0], torch.arange(THREADS).int()) and bool((data[:, 1:] == 7).all())
