@@ -71,7 +71,8 @@ class Worker:
     def take_turn(self) -> None:
         if self.well and (self.spent < self.effort.most or len(self.times) < 3):
             typical = statistics.median(self.times) if self.times else 1e9
-            most = 500 if self.case.measure == "host" else 20  # with cold caches what comes before takes longer
+            # With cold caches what comes before a step takes longer than it does.
+            most = 500 if self.case.measure == "host" else 20
             n = max(1, min(most, int(1e3 * self.effort.turn / max(typical, 1e-3))))
             begin = time.monotonic()
             self.times += self._ask(run, n) or []  # none if it fails

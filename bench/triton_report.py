@@ -101,7 +101,7 @@ def reports(step: Any, name: str, rules: Any, triples: Any, fusion: bool, issued
             code = report(step.step_kernel, working, constants, *limits)
             rows.append(head("step", param, rule, grad, state) | code)
     for working, dtype in (("fp32", tl.float32), ("fp64", tl.float64)):
-        constants = {"DTYPE": dtype, "LANES": step.PROLOGUE_LANES, "OVERLAPS": kind == "cuda" and int(arch) >= 90}
+        constants = {"DTYPE": dtype, "LANES": step.PROLOGUE_LANES, "OVERLAPS": step.overlaps(target)}
         limits = (step.PROLOGUE_LANES, step.PROLOGUE_REGISTERS)
         rows.append(head("prologue", working) | report(step.prologue_kernel, working, constants, *limits))
     return [{"triton": triton.__version__, "target": name, **row} for row in rows]

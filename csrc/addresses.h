@@ -107,38 +107,23 @@ class Addresses {
 
   // Whether a tensor is as remembered but for its address, which is left in address_.
   bool same_tensor(const py::object& tensor) {
-    // 10,000 tensors take a third less where their metadata, which lie around their shapes, are asked for three tensors
-    // ahead. Nothing is read there: they may be gone.
-    if (const auto ahead = shape_++ + 3; ahead < shapes_.size()) {
-      const auto* shape = reinterpret_cast<const char*>(shapes_[ahead]);
-      for (int line = -64; line <= 128; line += 64) __builtin_prefetch(shape + line);
-    }
+    // Metadata, which lie around shapes, are fetched three tensors ahead: 10,000 take a third less. They may be gone.
+    for (int line = -64; shape_ + 3 < shapes_.size() && line <= 128; line += 64)
+      __builtin_prefetch(reinterpret_cast<const void*>(shapes_[shape_ + 3] + line));
+    ++shape_;
     DLTensor d;
     if (api_->dltensor_from_py_object_no_sync(tensor.ptr(), &d) != 0) {
       PyErr_Clear();
       return false;
     }
     address_ = reinterpret_cast<int64_t>(d.data) + static_cast<int64_t>(d.byte_offset);
-    const size_t n = static_cast<size_t>(d.ndim);
     const int64_t kind[] = {d.ndim, d.dtype.code << 8 | d.dtype.bits, d.device_type, d.device_id};
-    if (remembering_) {
-      shapes_.push_back(reinterpret_cast<intptr_t>(d.shape));
-      numbers_.insert(numbers_.end(), kind, kind + 4);
-      numbers_.insert(numbers_.end(), d.shape, d.shape + n);
-      numbers_.insert(numbers_.end(), d.strides, d.strides + n);
-    }
-    if (4 + 2 * n > numbers_.size() - next_) return false;
-    const int64_t* known = &numbers_[next_];
-    if (kind[0] != known[0] || kind[1] != known[1] || kind[2] != known[2] || kind[3] != known[3]) return false;
-    next_ += 4 + 2 * n;
-    known += 4;
+    if (!same(kind, 4) || !same(d.shape, d.ndim) || !same(d.strides, d.ndim)) return false;
+    if (remembering_) shapes_.push_back(reinterpret_cast<intptr_t>(d.shape));
     constexpr int kFloat = 2, kComplex = 5;
     // A lazy real tensor is a view of a complex one, with even strides: it has gaps, or one element.
-    bool may_be_lazy = d.dtype.code == kFloat && (n == 0 || d.strides[n - 1] != 1);
-    for (size_t i = 0; i < n; ++i) {
-      if (d.shape[i] != known[i] || d.strides[i] != known[n + i]) return false;
-      may_be_lazy &= d.shape[i] == 1;
-    }
+    const bool may_be_lazy = d.dtype.code == kFloat && (d.ndim == 0 || d.strides[d.ndim - 1] != 1) &&
+                             std::all_of(d.shape, d.shape + d.ndim, [](int64_t n) { return n == 1; });
     if (d.dtype.code != kComplex && !may_be_lazy) return true;
     const int64_t lazy[] = {tensor.attr("is_conj")().cast<bool>(), tensor.attr("is_neg")().cast<bool>()};
     return same(lazy, 2);
@@ -153,9 +138,10 @@ class Addresses {
   bool same(const int64_t* numbers, size_t n) {
     if (remembering_) numbers_.insert(numbers_.end(), numbers, numbers + n);
     if (n > numbers_.size() - next_) return false;
-    for (size_t i = 0; i < n; ++i)  // std::equal calls memcmp, which for so few takes longer
-      if (numbers[i] != numbers_[next_ + i]) return false;
+    const int64_t* const known = numbers_.data() + next_;
     next_ += n;
+    for (size_t i = 0; i < n; ++i)  // std::equal calls memcmp, which for so few takes longer
+      if (numbers[i] != known[i]) return false;
     return true;
   }
 

@@ -469,7 +469,7 @@ def _decode_e4m3_sm89(parts, at):
     stored, exponent = parts
     if at.finite is not None:
         x0, x1, x2, x3 = tl.inline_asm_elementwise(
-            CONVERT_E4M3, "=f,=f,=f,=f,r", [stored], (tl.float32, tl.float32, tl.float32, tl.float32), True, pack=1
+            CONVERT_E4M3, "=f,=f,=f,=f,r", [stored], (tl.float32,) * 4, True, pack=1
         )
         x = tl.reshape(tl.join(tl.join(x0, x2), tl.join(x1, x3)), [4 * x0.shape[0]])
         return x * _of_each(_float_of((exponent + 7) << 23), BLOCK)

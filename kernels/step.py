@@ -52,11 +52,16 @@ def chunk_size(*formats: str) -> int:
     return THREADS * (2 if max(FORMATS[name].dtype.itemsize for name in formats) == 8 else 8)
 
 
+def overlaps(target: Any) -> bool:
+    """Whether the step kernel's programs take their places while the prologue runs: programmatic dependent
+    launch."""
+    return target is not None and target.backend == "cuda" and target.arch >= 90
+
+
 @cache
 def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: Any) -> dict[str, Any]:
     """The constexpr arguments of :func:`step_kernel` for a rule and formats, by name. ``target``: the
     ``GPUTarget`` that is compiled for, and None in the interpreter."""
-    arch = target.arch if target is not None and target.backend == "cuda" else 0
     return {
         "MOMENTS": getattr(rules, f"{rule}_moments"),
         "UPDATE": getattr(rules, rule),
@@ -67,8 +72,8 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: A
         "CHUNK": chunk_size(param, grad, mu, nu),
         "THREADS": THREADS,
         # What is inlined needs an A100 or newer: no T4 rounds to bfloat16 or has a largest that keeps NaN.
-        "PTX": True if arch >= 80 else None,
-        "OVERLAPS": arch >= 90,
+        "PTX": True if target is not None and target.backend == "cuda" and target.arch >= 80 else None,
+        "OVERLAPS": overlaps(target),
     }
 
 
@@ -283,7 +288,6 @@ def step_kernel(
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PTX: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
-        # Programs take their places while the prologue runs: programmatic dependent launch.
         gdc_wait()
     if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
@@ -333,14 +337,12 @@ def load(
     return prologue, loaded(step_kernel, tables, tuple(constants.values()), step_options | how)
 
 
-def loaded(
-    kernel: Any, like: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, Any]
-) -> Launch:
-    """What launches a kernel for arguments ``like`` these, with ``constants`` after them: compiled, and loaded
-    onto the current device.
+def loaded(kernel: Any, like: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, Any]) -> Launch:
+    """What launches a kernel for arguments ``like`` these, with ``constants`` after them: compiled, and
+    loaded onto the current device.
 
-    It goes as ``torch.compile`` launches kernels. Through ``prologue_kernel[grid]`` Triton looks at each argument
-    anew, which takes 18 to 31 us; through ``compiled[grid]`` it makes what hooks are told, 1 us more.
+    It goes as ``torch.compile`` launches kernels. Through ``prologue_kernel[grid]`` Triton looks at each
+    argument anew, which takes 18 to 31 us; through ``compiled[grid]`` it makes what hooks are told, 1 us.
     """
     compiled = kernel.warmup(*like, *constants, grid=(1,), **options)
     if compiled is None:  # the interpreter compiles nothing

@@ -67,8 +67,9 @@ class EmulatedGpu:
         return partial(self._launch, list(source.signature.values()), metadata.shared, metadata.launch_pdl)
 
     def _launch(
-        self, types: list[str], shared: int, overlaps: bool, x: int, y: int, z: int, stream: int, kernel: ptx.Kernel,
-        packed_metadata: Any, launch_metadata: Any, enter: Any, leave: Any, *arguments: Any,
+        self, types: list[str], shared: int, overlaps: bool, x: int, y: int, z: int, stream: int,
+        kernel: ptx.Kernel, packed_metadata: Any, launch_metadata: Any, enter: Any, leave: Any,
+        *arguments: Any,
     ) -> None:  # fmt: skip
         assert (y, z) == (1, 1)
         tensors, constants = self.memory()

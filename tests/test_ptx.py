@@ -287,7 +287,8 @@ def test_what_overlaps_waits_for_the_kernel_before() -> None:
     data = torch.zeros(THREADS, 4, dtype=torch.int32)
     given = 1, [struct.pack("q", data.data_ptr())], [data], [], 0
     wait = "griddepcontrol.launch_dependents; griddepcontrol.wait;"
-    for waits in ("", "griddepcontrol.launch_dependents;", f"setp.lt.u32 %p1, %r1, 8; @%p1 bra $LATE; {wait} $LATE:"):
+    some_wait = f"setp.lt.u32 %p1, %r1, 8; @%p1 bra $LATE; {wait} $LATE:"
+    for waits in ("", "griddepcontrol.launch_dependents;", some_wait):
         for access in ("st.global.b32 [%rd1], %r1;", "ld.global.b32 %r3, [%rd1];"):
             with pytest.raises(ptx.Fault, match="thread 0 of block 0 does not wait for the kernel before"):
                 ptx.run(kernel(f"{waits} {access}"), *given, True)
