@@ -210,7 +210,7 @@ def _operands_of(
     # By the address: to_local() gives another tensor of the same memory each time.
     copy = None if dense.data_ptr() == local(p).data_ptr() else dense
     owner = SimpleNamespace(state={p: made})
-    optional = like_param and dense is local(p) and dense.numel() > 0 and not settings.clips
+    optional = like_param and copy is None and dense.numel() > 0 and not settings.clips
     return Operands(name, p, copy, grad_copy, owner, key, row, random, offset, number, grad_optional=optional)
 
 

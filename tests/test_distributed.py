@@ -276,6 +276,20 @@ def what_is_offloaded_is_let_go(folder: Path) -> None:
 
 
 @check
+def gradients_come_and_go(folder: Path) -> None:
+    (model, optimizer), (twin, single) = (trainer("fp32", of) for of in (sharded, small_model))
+    for seed in range(6):
+        fill(model, seed)
+        fill(twin, seed)
+        for i, (p, q) in enumerate(zip(model.parameters(), twin.parameters())):
+            if (i + seed) % 3 == 0:
+                p.grad = q.grad = None
+        optimizer.step()
+        single.step()
+        assert_same_bits(values_of(model), values_of(twin), f"step {seed}")
+
+
+@check
 def mixed_precision(folder: Path) -> None:
     """float32 parameters computed with in bfloat16."""
     policy = MixedPrecisionPolicy(param_dtype=BF16, reduce_dtype=F32)
