@@ -185,11 +185,13 @@ def test_uploads(monkeypatch: pytest.MonkeyPatch) -> None:
     capture uploads is for no other step."""
     now: dict[str, Any] = {"stream": 1, "capturing": False}
     recorded: list[int] = []
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: now["stream"])
+    monkeypatch.setattr(
+        torch.cuda, "current_stream", lambda device: SimpleNamespace(cuda_stream=now["stream"])
+    )
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: now["capturing"])
     monkeypatch.setattr(Tensor, "pin_memory", Tensor.clone)
     monkeypatch.setattr(Tensor, "to", lambda t, *where, **how: t.clone())
-    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: recorded.append(stream))
+    monkeypatch.setattr(Tensor, "record_stream", lambda t, stream: recorded.append(stream.cuda_stream))
     held: dict[str, Tensor] = {}
 
     def upload(key: str) -> Tensor:

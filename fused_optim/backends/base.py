@@ -48,6 +48,7 @@ def uploaded(
     """``held[key]`` for each of ``keys``, on ``device``, made in this order where it is missing; the host
     does not wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+    number = None if stream is None else stream.cuda_stream  # streams themselves are compared in Python
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
     for key in keys:
         if key not in held:
@@ -57,9 +58,9 @@ def uploaded(
                 made = pinned.to(device, non_blocking=True)
                 vars(made)["source"] = pinned  # a captured copy reads it at each replay
             if stream is not None:
-                vars(made).update(stream=stream, captured=capturing)
+                vars(made).update(stream=number, captured=capturing)
             held[key] = made
-        elif stream is not None and not capturing and stream != vars(held[key])["stream"]:
+        elif stream is not None and not capturing and number != vars(held[key])["stream"]:
             held[key].record_stream(stream)
     return [held[key] for key in keys]
 
