@@ -27,11 +27,13 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: turns of each provider, seconds that a turn should take at least, seconds of one
-    provider in one comparison (after three steps), and seconds that an answer may take."""
+    """How long to measure: turns of each provider, seconds that a turn should take at least, its steps at
+    most (with cold caches what comes before a step takes longer), seconds of one provider in one comparison
+    (after three steps), and seconds that an answer may take."""
 
     rounds: int = 9
     turn: float = 0.05
+    steps: int = 20
     most: float = 1.5
     timeout: float = 300.0
 
@@ -71,9 +73,7 @@ class Worker:
     def take_turn(self) -> None:
         if self.well and (self.spent < self.effort.most or len(self.times) < 3):
             typical = statistics.median(self.times) if self.times else 1e9
-            # With cold caches what comes before a step takes longer than it does.
-            most = 500 if self.case.measure == "host" else 20
-            n = max(1, min(most, int(1e3 * self.effort.turn / max(typical, 1e-3))))
+            n = max(1, min(self.effort.steps, int(1e3 * self.effort.turn / max(typical, 1e-3))))
             begin = time.monotonic()
             self.times += self._ask(run, n) or []  # none if it fails
             self.spent += time.monotonic() - begin
