@@ -27,9 +27,8 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: turns of each provider, seconds that a turn should take at least, its steps at
-    most (with cold caches what comes before a step takes longer), seconds of one provider in one comparison
-    (after three steps), and seconds that an answer may take."""
+    """How long to measure: turns of each provider, seconds and steps that a turn has at most, seconds of one
+    provider in one comparison (after three steps), and seconds that an answer may take."""
 
     rounds: int = 9
     turn: float = 0.05

@@ -61,6 +61,7 @@ class Comparison:
     def run(self, device: str, effort: Effort) -> list[Record]:
         most = min(2**27 if device == "cpu" else 2**31, free_memory(device) // 40)
         cases, absent = self.cases(device, most)
+        # Steps of some microseconds: of 20 the first ones, whose code is in no cache, are many.
         effort = replace(effort, steps=500) if self.measure == "host" else effort
         return compare(cases, effort, self.starts) + absent
 

@@ -62,7 +62,7 @@ class Addresses:
         tensors = [*fixed, *like]
         placements = []
         if self._distributed:
-            placements = [t.placements for t in tensors if is_distributed(t)]
+            placements = [(t.device_mesh, t.placements) for t in tensors if is_distributed(t)]
             tensors = list(map(local, tensors))
         try:
             strides, places = list(map(Tensor.stride, tensors)), list(map(Tensor.data_ptr, tensors))

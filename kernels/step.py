@@ -53,9 +53,9 @@ def chunk_size(*formats: str) -> int:
 
 
 def overlaps(target: Any) -> bool:
-    """Whether the step kernel's programs take their places while the prologue runs: programmatic dependent
-    launch."""
-    return target is not None and target.backend == "cuda" and target.arch >= 90
+    """Whether the step kernel's programs take their places while the prologue runs (programmatic dependent
+    launch). Drivers older than CUDA 12.3 cannot capture that; torch for CUDA 13 needs newer ones."""
+    return codecs.is_nvidia(target, 90) and not str(torch.version.cuda).startswith("12.")
 
 
 @cache
@@ -72,7 +72,7 @@ def step_constants(rule: str, param: str, grad: str, mu: str, nu: str, target: A
         "CHUNK": chunk_size(param, grad, mu, nu),
         "THREADS": THREADS,
         # What is inlined needs an A100 or newer: no T4 rounds to bfloat16 or has a largest that keeps NaN.
-        "PTX": True if target is not None and target.backend == "cuda" and target.arch >= 80 else None,
+        "PTX": True if codecs.is_nvidia(target, 80) else None,
         "OVERLAPS": overlaps(target),
     }
 
@@ -288,7 +288,7 @@ def step_kernel(
     CHUNK: tl.constexpr, THREADS: tl.constexpr, PTX: tl.constexpr, OVERLAPS: tl.constexpr,
 ):  # fmt: skip
     if OVERLAPS:
-        gdc_wait()
+        gdc_wait()  # for the prologue's end, when all that it wrote can be read
     if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
         return
@@ -329,12 +329,12 @@ def load(
     scalars = [torch.float32 if given else None for given in (scaled, skippable)]
     scalars.append(torch.float64 if clips else None)
     inputs = (torch.int64, 2, torch.float64, *scalars, working)
-    overlaps = constants["OVERLAPS"]
-    prologue_constants = getattr(tl, str(working).removeprefix("torch.")), PROLOGUE_LANES, overlaps
+    dtype = getattr(tl, str(working).removeprefix("torch."))
+    prologue_constants = dtype, PROLOGUE_LANES, constants["OVERLAPS"]
     tables = (torch.int64, torch.int64, torch.int32, torch.int64, 2, working)
     prologue = loaded(prologue_kernel, inputs, prologue_constants, prologue_options)
-    how = {"launch_pdl": True} if overlaps else {}
-    return prologue, loaded(step_kernel, tables, tuple(constants.values()), step_options | how)
+    pdl = {"launch_pdl": True} if constants["OVERLAPS"] else {}
+    return prologue, loaded(step_kernel, tables, tuple(constants.values()), step_options | pdl)
 
 
 def loaded(kernel: Any, like: tuple[Any, ...], constants: tuple[Any, ...], options: dict[str, Any]) -> Launch:
@@ -342,18 +342,22 @@ def loaded(kernel: Any, like: tuple[Any, ...], constants: tuple[Any, ...], optio
     loaded onto the current device.
 
     It goes as ``torch.compile`` launches kernels. Through ``prologue_kernel[grid]`` Triton looks at each
-    argument anew, which takes 18 to 31 us; through ``compiled[grid]`` it makes what hooks are told, 1 us.
+    argument anew, which takes 18 to 31 us; through ``compiled[grid]`` it makes what a profiler's hooks are
+    told, though there are none, which takes 1 us.
     """
     compiled = kernel.warmup(*like, *constants, grid=(1,), **options)
     if compiled is None:  # the interpreter compiles nothing
         return lambda programs, *given: kernel[programs,](*given, *constants)
     compiled[1, 1, 1]  # this loads it; compiled.run does not, once a load has failed
-    run, kept = compiled.run, (compiled.function, compiled.packed_metadata, None, None, None)  # no hooks
-    driver = triton.runtime.driver.active
+    run, function, metadata = compiled.run, compiled.function, compiled.packed_metadata
+    driver, hooks = triton.runtime.driver.active, triton.knobs.runtime
 
     def launch(programs: int, *given: Any) -> None:
+        if hooks.launch_enter_hook.calls or hooks.launch_exit_hook.calls:
+            compiled[programs, 1, 1](*given, *constants)
+            return
         stream = driver.get_current_stream(driver.get_current_device())
-        run(programs, 1, 1, stream, *kept, *given, *constants)
+        run(programs, 1, 1, stream, function, metadata, None, None, None, *given, *constants)
 
     return launch
 

@@ -72,6 +72,8 @@ class EmulatedGpu:
         *arguments: Any,
     ) -> None:  # fmt: skip
         assert (y, z) == (1, 1)
+        if enter is not None:
+            enter(launch_metadata)
         tensors, constants = self.memory()
         known = [*tensors, *constants]
         own = [a for a in arguments if isinstance(a, Tensor) and not any(_lies_in(a, k) for k in known)]

@@ -17,6 +17,7 @@ from emulated_gpu import EmulatedGpu
 from fused_optim.kernels import step as kernels
 from helpers import Parameters, assert_same_bits, gradient, parameters, raises_unchanged, results, train
 from torch import Tensor
+from triton.backends.compiler import GPUTarget
 from worlds import FEW, FP32, FP64, Formats, Work, each, named
 
 from bench.formats import STATES, TRIPLES
@@ -199,6 +200,31 @@ def test_interrupted_between_launches(
     for optimizer, _ in both:
         optimizer.step()
     assert_same_bits(*(results(optimizer) for optimizer, _ in both))
+
+
+def test_what_overlaps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A step kernel and its prologue: not where a driver may be too old to capture it."""
+    gpus = {"a": ("cuda", 90, 32), "b": ("cuda", 89, 32), "c": ("hip", "gfx942", 64)}
+    for cuda, overlapping in (("13.0", ["a"]), ("12.8", []), (None, ["a"])):
+        monkeypatch.setattr(torch.version, "cuda", cuda)
+        assert [k for k, gpu in gpus.items() if kernels.overlaps(GPUTarget(*gpu))] == overlapping
+    assert not kernels.overlaps(None)
+
+
+def test_profilers_see_launches(on_gpu: None) -> None:
+    params = parameters([(300,)])
+    optimizer, seen = AdaBelief(params, backend="triton"), list[str]()
+
+    def enter(launch: Any) -> None:
+        seen.append(launch.get()["name"])
+
+    hooks = kernels.triton.knobs.runtime.launch_enter_hook
+    for _ in range(2):
+        hooks.add(enter)
+        train(optimizer, params, 1)
+        hooks.remove(enter)
+        train(optimizer, params, 1)
+    assert seen == ["prologue_kernel", "step_kernel"] * 2
 
 
 def test_failure_to_load(on_gpu: None, monkeypatch: pytest.MonkeyPatch) -> None:

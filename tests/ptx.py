@@ -433,7 +433,7 @@ class Launch:
         }
         self.next = np.zeros(n, np.int64)
         self.waiting = np.zeros(n, bool)
-        self.alone = np.full(n, not overlaps)
+        self.waited = np.full(n, not overlaps)
         self.issued = 0  # instructions of warps
 
     def run(self) -> None:
@@ -526,7 +526,7 @@ class Launch:
         elif name in ("ld", "st"):
             self._access(instruction, active)
         elif name == "griddepcontrol" and modifiers in (("wait",), ("launch_dependents",)):
-            self.alone |= active & (modifiers == ("wait",))
+            self.waited |= active & (modifiers == ("wait",))
         elif name in ("shfl", "redux", "vote"):
             self._exchange(instruction, active)
         elif name == "mov" and isinstance(operands[0], tuple):
@@ -625,7 +625,7 @@ class Launch:
                 raise self.fault(instruction, f"{otherwise} at {address[first]:#x}", int(lanes[first]))
 
         if space == "global":
-            check(self.alone[active], "does not wait for the kernel before")
+            check(self.waited[active], "does not wait for the kernel before")
         check(inside, "is outside what was allocated")
         check(address % width == 0, "is not aligned")
         places = place[:, None] + np.arange(width)

@@ -353,6 +353,15 @@ def what_shards_cannot_have_is_refused(folder: Path) -> None:
     optimizer.state[columns]["exp_avg"] = moment.redistribute(placements=[Replicate()])
     with raises_with(RuntimeError, "'exp_avg'", "'weight'", "placements"):
         optimizer.step()
+    optimizer.state[columns]["exp_avg"] = moment
+    optimizer.step()
+    other = init_device_mesh("cpu", (2,), mesh_dim_names=("other",))
+    for before in (columns.grad, None):
+        columns.grad = before
+        optimizer.step()
+        columns.grad = distribute_tensor(torch.zeros(6, 10), other, [Shard(1)])
+        with raises_with(RuntimeError, "'weight'", "is on the mesh", "other"):
+            optimizer.step()
 
 
 @check

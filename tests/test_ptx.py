@@ -291,9 +291,9 @@ def test_what_overlaps_waits_for_the_kernel_before() -> None:
     for waits in ("", "griddepcontrol.launch_dependents;", some_wait):
         for access in ("st.global.b32 [%rd1], %r1;", "ld.global.b32 %r3, [%rd1];"):
             with pytest.raises(ptx.Fault, match="thread 0 of block 0 does not wait for the kernel before"):
-                ptx.run(kernel(f"{waits} {access}"), *given, True)
+                ptx.run(kernel(f"{waits} {access}"), *given, overlaps=True)
     assert not data.any()
-    ptx.run(kernel(f"{wait} st.global.b32 [%rd1], %r1;"), *given, True)
+    ptx.run(kernel(f"{wait} st.global.b32 [%rd1], %r1;"), *given, overlaps=True)
     assert torch.equal(data[:, 0], torch.arange(THREADS).int())
 
 
@@ -301,7 +301,7 @@ def test_what_is_not_written_stays() -> None:
     """Not what it was when the kernel began, in memory that something else writes to meanwhile."""
     data = torch.zeros(THREADS, 4, dtype=torch.int32)
     writes = kernel("st.global.b32 [%rd1], %r1;")
-    launch = ptx.Launch(writes, 1, [struct.pack("q", data.data_ptr())], [data], [], 0, False)
+    launch = ptx.Launch(writes, 1, [struct.pack("q", data.data_ptr())], [data], [], 0, overlaps=False)
     data.fill_(7)
     launch.run()
     assert torch.equal(data[:, 0], torch.arange(THREADS).int()) and bool((data[:, 1:] == 7).all())

@@ -28,7 +28,7 @@ FORMATS = [":".join(names) for names in TRIPLES]
 FEW = ["fp32:fp32:fp32", "fp32:fp32:8bit", "bf16:bf16:bf16", "split8:bf16:8bit"]
 COMPILED = [
     ("installed", "cuda:90", FORMATS),
-    *(("installed", target, FEW) for target in ("cuda:75", "cuda:80", "cuda:100", "hip:gfx942")),
+    *(("installed", target, FEW) for target in ("cuda:75", "cuda:80", "cuda:89", "cuda:100", "hip:gfx942")),
     *((version, target, FEW) for version in OTHERS for target in ("cuda:80", "cuda:90", "cuda:100")),
 ]
 """Everything by one compiler for one target, and by the others what is at its limit of registers."""
@@ -113,7 +113,7 @@ SOME = "optimizers or edges and adabelief or sizes and (fp32-fp32-fp32 or split8
 EMULATED = [
     ("installed", "90", "sizes"),
     ("installed", "90", "not sizes"),
-    *(("installed", capability, SOME) for capability in ("75", "80", "100")),
+    *(("installed", capability, SOME) for capability in ("75", "80", "89", "100")),
     *((version, "90", SOME) for version in OTHERS),
 ]
 

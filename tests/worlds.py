@@ -135,7 +135,7 @@ class World:
     def _values(self, numel: int, special: bool) -> Tensor:
         values = torch.randn(numel, generator=self.rng, dtype=torch.float64)
         values *= 10 ** (4 * torch.rand(numel, generator=self.rng) - 3)
-        # Not of rows of odd sizes: with low precision a full chunk that has one is stepped the long way.
+        # Rows of odd sizes have none: with low precision a full chunk that has one is stepped the long way.
         if special and numel >= len(SPECIAL) and numel % 2 == 0:
             values[torch.randperm(numel, generator=self.rng)[: len(SPECIAL)]] = torch.tensor(SPECIAL).double()
         return values

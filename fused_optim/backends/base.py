@@ -48,7 +48,9 @@ def uploaded(
     """``held[key]`` for each of ``keys``, on ``device``, made in this order where it is missing; the host
     does not wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    number = None if stream is None else stream.cuda_stream  # streams themselves are compared in Python
+    handle = (
+        None if stream is None else stream.cuda_stream
+    )  # comparing streams runs Python, five times a step
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
     for key in keys:
         if key not in held:
@@ -58,9 +60,9 @@ def uploaded(
                 made = pinned.to(device, non_blocking=True)
                 vars(made)["source"] = pinned  # a captured copy reads it at each replay
             if stream is not None:
-                vars(made).update(stream=number, captured=capturing)
+                vars(made).update(handle=handle, captured=capturing)
             held[key] = made
-        elif stream is not None and not capturing and number != vars(held[key])["stream"]:
+        elif stream is not None and not capturing and handle != vars(held[key])["handle"]:
             held[key].record_stream(stream)
     return [held[key] for key in keys]
 
