@@ -227,47 +227,48 @@ def _all_finite(new_p, mu, nu, special):
 
 @triton.jit
 def _step(
-    row, grad, at, k, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
+    row, grad, at, k, skip, MOMENTS: tl.constexpr, UPDATE: tl.constexpr,
     PARAM: tl.constexpr, GRAD: tl.constexpr, MU: tl.constexpr, NU: tl.constexpr,
 ):  # fmt: skip
-    """Step ``at``, if values are as ``at.finite`` promises; whether they are."""
+    """Step ``at``, if values are as ``at.finite`` promises; whether they are. Where ``skip`` is not 0 nothing
+    is stepped."""
     FAST: tl.constexpr = at.finite is not None
     CHECK_PARAM: tl.constexpr = at.finite is not None and PARAM.low_precision
     if CHECK_PARAM or not FAST:
         p = PARAM.load(row + PARAM_COLUMN, at)
-    g = GRAD.load(grad, at)
+    stored_g = GRAD.load(grad, at)
     stored_mu = MU.load(row + MU_COLUMN, at)
     stored_nu = NU.load(row + NU_COLUMN, at)
-    g = GRAD.decode(g, at)
-    c = _coefficients(k)
-    # One branch for both: a multiplication of its own is a predicated instruction an element, and a copy.
-    if (c.grad_divisor != 1) | (c.grad_factor != 1):
-        if c.grad_divisor != 1:
-            RANGE: tl.constexpr = "tested" if at.ptx is not None and g.dtype == tl.float32 else None
-            g = rules.divide_by_number(g, c.grad_divisor, RANGE)
-        g *= c.grad_factor
-    mu, nu = MOMENTS(g, MU.decode(stored_mu, at), NU.decode(stored_nu, at), c)
-    if FAST:
-        special = None
-        if MU.special is not None:
-            # Before the update, in which what was loaded would take registers.
-            special = _special(stored_mu, stored_nu, MU, NU)
-        new_p = None
-        if CHECK_PARAM:
-            new_p = _new_param(p, g, mu, nu, at, k, UPDATE, PARAM)
-        done = _all_finite(new_p, mu, nu, special)
-    else:
-        done = at.start >= 0
-    if done:
-        # Moments first: stored after the update they take up to 16 registers more.
-        NU.store(row + NU_COLUMN, at, nu, codecs.NU)
-        MU.store(row + MU_COLUMN, at, mu, codecs.MU)
-        if FAST and not CHECK_PARAM:
-            # Loaded before, it takes registers: of 64 some spill.
-            p = PARAM.load(row + PARAM_COLUMN, at)
-        if not CHECK_PARAM:
-            new_p = _new_param(p, g, mu, nu, at, k, UPDATE, PARAM)
-        PARAM.store(row + PARAM_COLUMN, at, new_p, codecs.PARAM)
+    done = at.start >= 0
+    if skip == 0:  # asked for before and looked at here: tested before these loads it holds them up
+        g = GRAD.decode(stored_g, at)
+        c = _coefficients(k)
+        # One branch for both: a multiplication of its own is a predicated instruction an element, and a copy.
+        if (c.grad_divisor != 1) | (c.grad_factor != 1):
+            if c.grad_divisor != 1:
+                RANGE: tl.constexpr = "tested" if at.ptx is not None and g.dtype == tl.float32 else None
+                g = rules.divide_by_number(g, c.grad_divisor, RANGE)
+            g *= c.grad_factor
+        mu, nu = MOMENTS(g, MU.decode(stored_mu, at), NU.decode(stored_nu, at), c)
+        if FAST:
+            special = None
+            if MU.special is not None:
+                # Before the update, in which what was loaded would take registers.
+                special = _special(stored_mu, stored_nu, MU, NU)
+            new_p = None
+            if CHECK_PARAM:
+                new_p = _new_param(p, g, mu, nu, at, k, UPDATE, PARAM)
+            done = _all_finite(new_p, mu, nu, special)
+        if done:
+            # Moments first: stored after the update they take up to 16 registers more.
+            NU.store(row + NU_COLUMN, at, nu, codecs.NU)
+            MU.store(row + MU_COLUMN, at, mu, codecs.MU)
+            if FAST and not CHECK_PARAM:
+                # Loaded before, it takes registers: of 64 some spill.
+                p = PARAM.load(row + PARAM_COLUMN, at)
+            if not CHECK_PARAM:
+                new_p = _new_param(p, g, mu, nu, at, k, UPDATE, PARAM)
+            PARAM.store(row + PARAM_COLUMN, at, new_p, codecs.PARAM)
     return done
 
 
@@ -292,29 +293,29 @@ def step_kernel(
     if tl.program_id(0) == 0:
         _advance(counters, n, coefficients, THREADS)
         return
+    skip = tl.load(coefficients + NUM_COEFFICIENTS)  # the first counter's, and all have the same
     row, grad, chunk, k = _find_chunk(rows, grads, chunks, coefficients)
-    if tl.load(k + NUM_COEFFICIENTS) == 0:
-        tail = chunk < 0
-        if not tail:
-            start = chunk * CHUNK
-            offset = start + tl.arange(0, CHUNK)
-            finite: tl.constexpr = True if MU.low_precision else None
-            at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite, PTX)
-            tail = not _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
-        if tail:
-            # Once more: kept until here they take registers.
-            row, grad, chunk, k = _find_chunk(rows, grads, chunks, coefficients)
-            start = tl.maximum(chunk, -1 - chunk) * CHUNK
-            end = tl.minimum(start + CHUNK, tl.load(row))
-            while start < end:
-                offset = start + tl.arange(0, THREADS)
-                block = start + tl.arange(0, THREADS // codecs.BLOCK) * codecs.BLOCK
-                at = codecs.At(
-                    start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN,
-                    None, None,
-                )  # fmt: skip
-                _step(row, grad, at, k, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
-                start += THREADS
+    tail = chunk < 0
+    if not tail:
+        start = chunk * CHUNK
+        offset = start + tl.arange(0, CHUNK)
+        finite: tl.constexpr = True if MU.low_precision else None
+        at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite, PTX)
+        tail = not _step(row, grad, at, k, skip, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
+    if tail:
+        # Once more: kept until here they take registers.
+        row, grad, chunk, k = _find_chunk(rows, grads, chunks, coefficients)
+        start = tl.maximum(chunk, -1 - chunk) * CHUNK
+        end = tl.minimum(start + CHUNK, tl.load(row))
+        while start < end:
+            offset = start + tl.arange(0, THREADS)
+            block = start + tl.arange(0, THREADS // codecs.BLOCK) * codecs.BLOCK
+            at = codecs.At(
+                start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN,
+                None, None,
+            )  # fmt: skip
+            _step(row, grad, at, k, skip, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
+            start += THREADS
 
 
 def load(
