@@ -302,7 +302,7 @@ def step_kernel(
         finite: tl.constexpr = True if MU.low_precision else None
         at = codecs.At(start, offset, None, None, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN, finite, PTX)
         tail = not _step(row, grad, at, k, skip, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
-    if tail:
+    if tail & (skip == 0):
         # Once more: kept until here they take registers.
         row, grad, chunk, k = _find_chunk(rows, grads, chunks, coefficients)
         start = tl.maximum(chunk, -1 - chunk) * CHUNK
@@ -314,7 +314,7 @@ def step_kernel(
                 start, offset, offset < end, block < end, k + NUM_COEFFICIENTS + 1, row + KEY_COLUMN,
                 None, None,
             )  # fmt: skip
-            _step(row, grad, at, k, skip, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
+            _step(row, grad, at, k, 0, MOMENTS, UPDATE, PARAM, GRAD, MU, NU)
             start += THREADS
 
 
