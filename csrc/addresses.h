@@ -147,7 +147,7 @@ class Addresses {
 
   const std::string kinds_;
   std::set<int64_t> held_;
-  std::vector<char> asked_;
+  std::vector<bool> asked_;
   int64_t* grads_;
   py::str grad_{"grad"};
   const DLPackExchangeAPI* api_ = nullptr;

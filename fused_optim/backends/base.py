@@ -48,9 +48,8 @@ def uploaded(
     """``held[key]`` for each of ``keys``, on ``device``, made in this order where it is missing; the host
     does not wait for a copy. Its memory is not given away before what this stream has yet to do is done."""
     stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
-    handle = (
-        None if stream is None else stream.cuda_stream
-    )  # comparing streams runs Python, five times a step
+    # Not the streams are compared: that runs Python, five times a step.
+    handle = None if stream is None else stream.cuda_stream
     capturing = stream is not None and torch.cuda.is_current_stream_capturing()
     for key in keys:
         if key not in held:
